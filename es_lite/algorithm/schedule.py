@@ -1,0 +1,6 @@
+"""Schedules of α and σ."""
+
+
+def decayed(value: float, factor: float, every: int, step: int) -> float:
+    """`value` multiplied by `factor` every `every` steps, at step `step` (from 0); every = 0 is off."""
+    return value * factor ** (step // every) if every else value

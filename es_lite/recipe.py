@@ -1,0 +1,329 @@
+"""The recipe of a run: TOML tables into frozen dataclasses, with every mistake reported at once.
+
+A field's type says what it takes, and its `Check` what values are possible. `load` collects all
+problems (unknown names with the nearest right one, wrong types, impossible values, contradictions)
+and raises one `UserError` that lists them. The names are listed in docs/recipe.md.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+import tomllib
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+
+from es_lite.errors import UserError
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a value must satisfy, in words and as a test."""
+
+    expected: str
+    holds: typing.Callable[[Any], bool]
+
+
+def at_least(bound: float) -> Check:
+    return Check(f"at least {bound}", lambda value: value >= bound)
+
+
+ABOVE_0 = Check("greater than 0", lambda value: value > 0)
+FACTOR = Check("greater than 0 and at most 1", lambda value: 0 < value <= 1)
+FRACTION = Check("at least 0 and less than 1", lambda value: 0 <= value < 1)
+SEED = Check("from 0 to 2**64 - 1", lambda value: 0 <= value < 2**64)
+SIZE = Check('a size such as "8 GiB" or "512 MiB", or "" for none', lambda value: value == "" or parse_size(value) > 0)
+COUNT_OR_AUTO = Check('"auto" or a whole number of at least 1', lambda v: v == "auto" or (isinstance(v, int) and v >= 1))
+PATTERN = Check("a regular expression", lambda value: _compiles(value))
+
+
+@dataclass(frozen=True)
+class RunTable:
+    dir: str = ""
+    """The run directory; "" stands for runs/<name of the recipe file>."""
+    seed: Annotated[int, SEED] = 0
+    """The key of all noise, of the drawing of samples and of a random model's weights."""
+    iterations: Annotated[int, at_least(0)] = 100
+    """Steps of the whole run, those before a resume included."""
+    checkpoint_every: Annotated[int, at_least(0)] = 0
+    """Steps between checkpoints; 0 writes none."""
+    checkpoint_dtype: Literal["bf16", "fp32"] = "bf16"
+    """Type of the tensors in checkpoint/ and best/."""
+
+
+@dataclass(frozen=True)
+class ModelTable:
+    path: str = ""
+    """A Hugging Face folder, or a hub name such as "Qwen/Qwen3-0.6B"."""
+    config: str | dict = ""
+    """Instead of a path: a size of the paper ("qwen3-0.5b"), a config.json, or a table of its keys."""
+
+
+@dataclass(frozen=True)
+class DataTable:
+    path: str = "builtin:python-reference"
+    """A .txt or .jsonl file, a folder of such files, or the built-in corpus."""
+    lines: Annotated[int, at_least(0)] = 0
+    """Read at most this many lines; 0 reads all."""
+    samples: Literal["lines", "joined"] = "joined"
+    """One sample a line, or lines joined and cut at fitness.max_length."""
+    tokenizer: str = ""
+    """"" is the model's own; "bpe" is trained on the corpus and kept with the run; else a folder or hub name."""
+    vocab_size: Annotated[int, at_least(257)] = 8192
+    """Size of a trained "bpe"; 257 (256 bytes and an end) is a model of bytes."""
+
+
+@dataclass(frozen=True)
+class FitnessTable:
+    kind: Literal["logprob"] = "logprob"
+    """EA4LLM's score: the mean log-probability of a sample's true next tokens."""
+    samples: Annotated[int, at_least(1)] = 5000
+    """M: samples drawn for each step, the same for all members."""
+    max_length: Annotated[int, at_least(2)] = 256
+    """Tokens of the longest sample."""
+    micro_batch: Annotated[int, at_least(1)] = 16
+    """Samples that pass a layer together."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters whose name matches `pattern` (re.search) have σ and α multiplied; the first match counts."""
+
+    pattern: Annotated[str, PATTERN] = ""
+    sigma: Annotated[float, at_least(0)] = 1.0
+    alpha: Annotated[float, at_least(0)] = 1.0
+
+
+@dataclass(frozen=True)
+class ESTable:
+    population: Annotated[int, at_least(2)] = 30
+    """N members a step."""
+    sigma: Annotated[float, ABOVE_0] = 1e-3
+    """σ: the perturbation's standard deviation."""
+    alpha: Annotated[float, ABOVE_0] = 5e-4
+    """α: the step size."""
+    shaping: Literal["zscore", "rank"] = "zscore"
+    scale: Literal["standard", "nes"] = "standard"
+    """θ += α ĝ, or θ += α/σ ĝ."""
+    antithetic: bool = False
+    """Members 2p and 2p+1 are θ ± σε of pair p."""
+    alpha_decay: Annotated[float, FACTOR] = 1.0
+    alpha_decay_every: Annotated[int, at_least(0)] = 0
+    """α is multiplied by alpha_decay every so many steps; 0 is off."""
+    sigma_decay: Annotated[float, FACTOR] = 1.0
+    sigma_decay_every: Annotated[int, at_least(0)] = 0
+    weight_decay: Annotated[float, at_least(0)] = 0.0
+    """λ of θ -= α λ θ, decoupled from the scores."""
+    groups: tuple[Group, ...] = ()
+
+
+@dataclass(frozen=True)
+class NoiseTable:
+    kind: Literal["gaussian"] = "gaussian"
+    shared: bool = False
+    """Tensors of equal shape get equal noise, as in the published code; a known defect, for comparisons only."""
+
+
+@dataclass(frozen=True)
+class WorkersTable:
+    count: Annotated[int | str, COUNT_OR_AUTO] = "auto"
+    """Worker processes; "auto" is one a core, fewer where memory is short."""
+    threads: Annotated[int | str, COUNT_OR_AUTO] = "auto"
+    """Threads of a worker; "auto" is 1."""
+    deadline: Annotated[float, at_least(0)] = 0.0
+    """Seconds after which a worker's task counts as hung; 0 is 20 times the slowest so far, at least 600."""
+    compute: Literal["auto", "bf16", "fp32"] = "auto"
+    """The type that layers are computed in; "auto" is bf16 where the CPU has AVX512-BF16 or AMX, else fp32."""
+
+
+@dataclass(frozen=True)
+class MemoryTable:
+    limit: Annotated[str, SIZE] = ""
+    """What the whole process group may use; "" is what the machine and its cgroups leave."""
+    weights: Literal["bf16"] = "bf16"
+    """Type of the working copy."""
+    master: Literal["fp32"] = "fp32"
+    """The full-precision parameters, on disk."""
+    residency: Literal["auto", "resident"] = "auto"
+
+
+@dataclass(frozen=True)
+class EvalTable:
+    path: str = ""
+    """Held-out text; "" takes the last `fraction` of data.path."""
+    fraction: Annotated[float, FRACTION] = 0.05
+    every: Annotated[int, at_least(0)] = 0
+    """Steps between evaluations; 0 is off."""
+    samples: Annotated[int, at_least(1)] = 64
+    """At most this many held-out samples, evenly spread."""
+
+
+@dataclass(frozen=True)
+class LogTable:
+    tensorboard: bool = True
+    """Write TensorBoard events too, where the package is installed."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    run: RunTable = field(default_factory=RunTable)
+    model: ModelTable = field(default_factory=ModelTable)
+    data: DataTable = field(default_factory=DataTable)
+    fitness: FitnessTable = field(default_factory=FitnessTable)
+    es: ESTable = field(default_factory=ESTable)
+    noise: NoiseTable = field(default_factory=NoiseTable)
+    workers: WorkersTable = field(default_factory=WorkersTable)
+    memory: MemoryTable = field(default_factory=MemoryTable)
+    eval: EvalTable = field(default_factory=EvalTable)
+    log: LogTable = field(default_factory=LogTable)
+
+
+def load(path: Path, overrides: typing.Sequence[str] = ()) -> Recipe:
+    """The recipe in the TOML file `path`, with `table.key=value` overrides through the same checks.
+
+    Raises:
+        UserError: listing every problem, each with its key, what was expected and the nearest right name.
+    """
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such recipe; the ones that come with es_lite are in recipes/") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+    problems: list[str] = []
+    for override in overrides:
+        _apply(document, override, problems)
+    recipe = _table(Recipe, document, "", problems)
+    if recipe is not None:
+        problems += _contradictions(recipe)
+    if problems:
+        listing = "\n".join(f"  {problem}" for problem in problems)
+        raise UserError(f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)}\n{listing}")
+    assert recipe is not None
+    if not recipe.run.dir:
+        recipe = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, dir=f"runs/{path.stem}"))
+    return recipe
+
+
+def dumps(recipe: Recipe) -> str:
+    """The recipe as TOML, every default written out; `load` gives it back."""
+    return tomli_w.dumps(dataclasses.asdict(recipe))
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "8 GiB", "512MiB", "2 GB" or "1000000"; 0 where it is not a size."""
+    units = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", text)
+    if not match or match[2].upper() not in units:
+        return 0
+    try:
+        return int(float(match[1]) * units[match[2].upper()])
+    except ValueError:
+        return 0
+
+
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """Each key that differs, as `table.key: old -> new`."""
+    return [
+        f"{table}.{key}: {before!r} -> {getattr(getattr(new, table), key)!r}"
+        for table, keys in dataclasses.asdict(old).items()
+        for key in keys
+        if (before := getattr(getattr(old, table), key)) != getattr(getattr(new, table), key)
+    ]
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        return bool(pattern) and re.compile(pattern) is not None
+    except re.error:
+        return False
+
+
+def _apply(document: dict, override: str, problems: list[str]) -> None:
+    name, equals, text = override.partition("=")
+    table, dot, key = name.strip().partition(".")
+    if not (equals and dot and key):
+        problems.append(f"--set {override}: expected table.key=value, for instance es.sigma=2e-3")
+        return
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # a bare word is a string: --set run.dir=runs/mine
+    target = document.setdefault(table, {})
+    if isinstance(target, dict):
+        target[key] = value
+
+
+def _table(cls: type, values: Any, path: str, problems: list[str]) -> Any:
+    """An instance of the dataclass `cls`, or None where something was wrong with it."""
+    if not isinstance(values, dict):
+        problems.append(f"{path}: expected a table, got {values!r}")
+        return None
+    before = len(problems)
+    hints = typing.get_type_hints(cls, include_extras=True)
+    arguments = {}
+    for key, value in values.items():
+        where = f"{path}.{key}" if path else key
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1, cutoff=0.5)
+            remedy = f'; did you mean "{near[0]}"?' if near else f"; known here: {', '.join(hints)}"
+            problems.append(f"{where}: unknown {'key' if path else 'table'}{remedy}")
+        else:
+            arguments[key] = _value(hints[key], value, where, problems)
+    return cls(**arguments) if len(problems) == before else None
+
+
+def _value(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _table(typing.cast(type, hint), value, where, problems)
+    if typing.get_origin(hint) is Annotated:
+        base, check = typing.get_args(hint)
+        before = len(problems)
+        value = _value(base, value, where, problems)
+        if len(problems) == before and not check.holds(value):
+            problems.append(f"{where} = {value!r}: expected {check.expected}")
+        return value
+    if typing.get_origin(hint) is Literal:
+        choices = typing.get_args(hint)
+        if value not in choices:
+            near = difflib.get_close_matches(str(value), choices, n=1)
+            remedy = f'; did you mean "{near[0]}"?' if near else ""
+            problems.append(f"{where} = {value!r}: expected {' or '.join(map(repr, choices))}{remedy}")
+        return value
+    if typing.get_origin(hint) is tuple:
+        element = typing.get_args(hint)[0]
+        if not isinstance(value, list):
+            problems.append(f"{where} = {value!r}: expected a list")
+            return ()
+        return tuple(_value(element, item, f"{where}[{index}]", problems) for index, item in enumerate(value))
+    types = typing.get_args(hint) or (hint,)
+    if float in types and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", dict: "a table"}
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        problems.append(f"{where} = {value!r}: expected {' or '.join(names[kind] for kind in types)}")
+    elif isinstance(value, float) and not math.isfinite(value):
+        problems.append(f"{where} = {value!r}: expected a finite number")
+    return value
+
+
+def _contradictions(recipe: Recipe) -> typing.Iterator[str]:
+    if bool(recipe.model.path) == bool(recipe.model.config):
+        yield "model: give one of model.path and model.config" + (", not both" if recipe.model.path else "")
+    if recipe.es.antithetic and recipe.es.population % 2:
+        yield f"es.population = {recipe.es.population}: must be even with es.antithetic = true"
+    if recipe.model.config and not recipe.data.tokenizer:
+        yield 'data.tokenizer: a model made from model.config has none of its own; give "bpe", a folder or a hub name'
+    for index, group in enumerate(recipe.es.groups):
+        if not group.pattern:
+            yield f"es.groups[{index}].pattern: missing"
+        if group.sigma == 0 and group.alpha != 0:
+            yield f"es.groups[{index}]: sigma = 0 leaves nothing to learn from; set alpha = 0 too, which freezes the group"
+    if recipe.eval.every and not recipe.eval.path and recipe.eval.fraction == 0:
+        yield "eval.fraction = 0: nothing is held out for eval.every; give eval.path or a fraction"

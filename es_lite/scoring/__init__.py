@@ -1,0 +1,1 @@
+"""The perturbed forward of a model and the log-probabilities it gives."""

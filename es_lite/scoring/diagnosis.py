@@ -1,0 +1,46 @@
+"""Is σ of a useful size? Advice where rounding swallows it, or where the perturbed models collapse."""
+
+import numpy as np
+
+from es_lite.algorithm import kernels
+from es_lite.weights.layout import Layout
+from es_lite.weights.working import WorkingCopy
+
+SAMPLED = 4096
+"""Elements looked at in each tensor."""
+
+LEAST_MOVED = 0.5
+MOST_LOST_NATS = 0.5
+
+
+def share_moved(layout: Layout, working: WorkingCopy, sigma: float, seed: int) -> float:
+    """Share of the weights that a perturbation of size σ changes in bfloat16, estimated from each tensor's first elements."""
+    moved = 0.0
+    for tensor in layout.tensors:
+        weights = working.bits(tensor)[:SAMPLED]
+        out = np.empty_like(weights)
+        kernels.perturb(out, None, weights, seed=seed, step=0, pair=0, tensor=tensor.number, sigma=sigma * tensor.sigma)
+        moved += tensor.size * float(np.mean(out != weights))
+    return moved / layout.size
+
+
+def rounding_advice(moved: float, sigma: float) -> str | None:
+    """What to say where most perturbations are rounded away; `moved` is from `share_moved`."""
+    if moved >= LEAST_MOVED:
+        return None
+    return (
+        f"es.sigma = {sigma:g} moves only {moved:.0%} of the bf16 weights, the rest rounds back to where it was, so scores "
+        'mostly tell of rounding: raise es.sigma (a tenth of the weights\' own size is a lot), or set workers.compute = "fp32"'
+    )
+
+
+def collapse_advice(centre: float, scores: np.ndarray, sigma: float) -> str | None:
+    """What to say where the members score far below θ itself on the same samples; centre: θ's score, scores: float64 [N]."""
+    finite = scores[np.isfinite(scores)]
+    lost = centre - float(finite.mean()) if finite.size else float("inf")
+    if lost <= MOST_LOST_NATS:
+        return None
+    return (
+        f"es.sigma = {sigma:g} is too large: perturbed models score {lost:.2f} nats a token below the unperturbed one "
+        f"({centre:.2f}), where they tell little about its neighbourhood: lower es.sigma, by 2 to 4 at a time, until the loss is under 0.1"
+    )

@@ -1,0 +1,137 @@
+"""A running log-sum-exp over blocks of the vocabulary, so that no [tokens, vocabulary] tensor exists.
+
+Per token: the greatest logit so far and Σ exp(logit - greatest), float32. The exponential is a polynomial that
+LLVM vectorises (numba's `math.exp` is a call an element); sums run by halves, always in the same order.
+"""
+
+import numba
+import numpy as np
+
+from es_lite.algorithm.kernels import Threads
+
+_f32, _u32 = np.float32, np.uint32
+
+MAGIC = np.float32(12582912.0)  # 1.5 * 2**23: adding it rounds to a whole number
+LOG2_E = np.float32(1.4426950408889634)
+# The Taylor coefficients ln(2)^k / k! of 2^f; |f| <= 1/2 leaves a relative error under 2e-7.
+C1, C2, C3 = np.float32(0.6931471805599453), np.float32(0.2402265069591007), np.float32(0.05550410866482158)
+C4, C5, C6 = np.float32(0.009618129107628477), np.float32(0.0013333558146428443), np.float32(0.00015403530393381608)
+
+_jit = numba.njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
+
+
+@_jit
+def _halve_max(values, scratch):
+    """Maximum of values, whose size is a power of two; each loop is over whole halves, which LLVM vectorises."""
+    half = values.size // 2
+    low, high = values[:half], values[half:]
+    for i in range(half):
+        scratch[i] = low[i] if low[i] > high[i] else high[i]
+    while half > 1:
+        half //= 2
+        low, high = scratch[:half], scratch[half : 2 * half]
+        for i in range(half):
+            low[i] = low[i] if low[i] > high[i] else high[i]
+    return scratch[0]
+
+
+@_jit
+def _halve_sum(values):
+    """Sum of values, whose size is a power of two, in a fixed order; destroys them."""
+    half = values.size
+    while half > 1:
+        half //= 2
+        low, high = values[:half], values[half : 2 * half]
+        for i in range(half):
+            low[i] += high[i]
+    return values[0]
+
+
+@_jit
+def _row(values, power, power_bits, greatest, total):
+    """One token's block, float32 [a power of two], -inf where it is padded: the new (greatest, total).
+
+    exp(x) = 2^n · 2^f with n the nearest whole number to x·log2(e), found by adding and subtracting MAGIC: the
+    low bits of the sum are n. `power_bits` is `power` seen as uint32.
+    """
+    top = max(greatest, _halve_max(values, power))
+    offset = top * LOG2_E
+    for i in range(values.size):
+        t = values[i] * LOG2_E - offset
+        t = t if t > _f32(-125) else _f32(-125)
+        power[i] = t + MAGIC
+        values[i] = t - (power[i] - MAGIC)
+    for i in range(values.size):
+        power_bits[i] = (power_bits[i] << _u32(23)) + _u32(127 << 23)
+    for i in range(values.size):
+        f = values[i]
+        values[i] = power[i] * (_f32(1) + f * (C1 + f * (C2 + f * (C3 + f * (C4 + f * (C5 + f * C6))))))
+    # The padding's terms are 2^-125 each: far below the resolution of a sum that holds a 1.
+    block = _halve_sum(values)
+    if total > 0:
+        block += total * np.exp(greatest - top)
+    return top, block
+
+
+@_jit
+def _scratch(width):
+    """Buffers for a block: values and powers, float32 [the next power of two]."""
+    padded = 2
+    while padded < width:
+        padded *= 2
+    return np.empty(padded, _f32), np.empty(padded, _f32)
+
+
+@_jit
+def _update_bf16(greatest, total, chosen, logits, targets, first):
+    count, width = logits.shape
+    values, power = _scratch(width)
+    value_bits, power_bits = values.view(_u32), power.view(_u32)
+    for i in range(count):
+        row = logits[i]
+        for k in range(width):
+            value_bits[k] = _u32(row[k]) << _u32(16)
+        values[width:] = _f32(-np.inf)
+        target = targets[i] - first
+        if 0 <= target < width:
+            chosen[i] = values[target]
+        greatest[i], total[i] = _row(values, power, power_bits, greatest[i], total[i])
+
+
+@_jit
+def _update_fp32(greatest, total, chosen, logits, targets, first):
+    count, width = logits.shape
+    values, power = _scratch(width)
+    power_bits = power.view(_u32)
+    for i in range(count):
+        values[:width] = logits[i]
+        values[width:] = _f32(-np.inf)
+        target = targets[i] - first
+        if 0 <= target < width:
+            chosen[i] = values[target]
+        greatest[i], total[i] = _row(values, power, power_bits, greatest[i], total[i])
+
+
+class RunningLogSumExp:
+    """log Σ exp of `count` tokens' logits, fed block by block, and the logit of each token's target."""
+
+    def __init__(self, targets: np.ndarray) -> None:
+        """targets: int32 [tokens], the true next tokens."""
+        self.targets = targets
+        self.greatest = np.full(targets.size, -np.inf, np.float32)
+        self.total = np.zeros(targets.size, np.float32)
+        self.chosen = np.full(targets.size, np.nan, np.float32)
+
+    def update(self, logits: np.ndarray, first: int, threads: Threads) -> None:
+        """Takes in the logits of vocabulary entries first, first + 1, …: [tokens, block], float32 or bfloat16 bits (uint16)."""
+        kernel = _update_bf16 if logits.dtype == np.uint16 else _update_fp32
+
+        def part(low: int, high: int) -> None:
+            some = slice(low, high)
+            kernel(self.greatest[some], self.total[some], self.chosen[some], logits[some], self.targets[some], first)
+
+        threads.each(self.targets.size, part, least=64)
+
+    def log_probabilities(self) -> np.ndarray:
+        """Log-probabilities of the targets, float64 [tokens]."""
+        return self.chosen.astype(np.float64) - (self.greatest.astype(np.float64) + np.log(self.total.astype(np.float64)))

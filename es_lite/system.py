@@ -1,0 +1,242 @@
+"""What the machine has, and what a run uses of it.
+
+Linux first: /proc and the cgroups, v1 and v2. Elsewhere psutil stands in. Sizes are bytes.
+Functions that read /proc take its path, so that tests can show them another machine.
+"""
+
+import contextlib
+import math
+import os
+import platform
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path, PurePosixPath
+from typing import Self
+
+import psutil
+
+from es_lite import __version__
+
+PROC = Path("/proc")
+
+# A cgroup's limit, its usage, and the part of memory.stat that the kernel takes back before it kills: v1, then v2.
+# memory.high kills nobody, but slows what is above it to a crawl.
+MEMORY_FILES = (
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.high", "memory.current", "inactive_file"),
+)
+
+BF16_FLAGS = {"avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX-BF16", "bf16": "Arm BF16"}
+OTHER_FLAGS = {"avx512f": "AVX512", "avx512_vnni": "AVX512-VNNI", "amx_int8": "AMX-INT8", "avx2": "AVX2"}
+
+
+@dataclass(frozen=True)
+class MemoryLimit:
+    """Bytes that may be taken, and in words what sets that bound."""
+
+    bytes: int
+    source: str
+
+
+def cores(proc: Path = PROC) -> int:
+    """Cores this process can keep busy: its affinity, cut to the CPU quotas of its cgroups (rounded up)."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for folder in cgroup_folders("cpu", proc):
+        quota_v1 = f"{_read(folder / 'cpu.cfs_quota_us')} {_read(folder / 'cpu.cfs_period_us')}"
+        fields = (_read(folder / "cpu.max") or quota_v1).split()
+        if len(fields) == 2 and fields[0].isdecimal():  # else "max", "-1", or no such files
+            usable = min(usable, math.ceil(int(fields[0]) / int(fields[1])))
+    return max(1, usable)
+
+
+def memory_limit(recipe_limit: int = 0, proc: Path = PROC) -> MemoryLimit:
+    """What can be taken now, beside what is in use: the least of available memory, what each cgroup from this
+    process's own up to the root has left, and `recipe_limit` (0 is none; usage is not taken off it)."""
+    limits = [MemoryLimit(psutil.virtual_memory().available, "available memory"), *cgroup_memory(proc)]
+    if recipe_limit:
+        limits.append(MemoryLimit(recipe_limit, "memory.limit of the recipe"))
+    return min(limits, key=lambda limit: limit.bytes)
+
+
+def cgroup_memory(proc: Path = PROC) -> list[MemoryLimit]:
+    """What each cgroup with a memory limit has left: the limit minus the usage that cannot be reclaimed."""
+    limits = []
+    for folder in cgroup_folders("memory", proc):
+        for limit_name, usage_name, reclaimable in MEMORY_FILES:
+            limit = _read(folder / limit_name).strip()
+            if limit.isdecimal():
+                usage = int(_read(folder / usage_name) or 0)
+                cache = re.search(rf"^{reclaimable} (\d+)$", _read(folder / "memory.stat"), re.MULTILINE)
+                left = int(limit) - max(0, usage - int(cache[1] if cache else 0))
+                limits.append(MemoryLimit(max(0, left), f"cgroup {folder / limit_name}"))
+    return limits
+
+
+def cgroup_folders(controller: str, proc: Path = PROC) -> list[Path]:
+    """The cgroup of this process in the v1 hierarchy of `controller` and in v2, each followed by its ancestors
+    as far up as they are mounted; empty where there are no cgroups."""
+    own: dict[str, str] = {}  # v1 controller, "" for v2 -> path of this process's cgroup in that hierarchy
+    for line in _read(proc / "self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        own |= dict.fromkeys(controllers.split(","), path)
+    folders: list[Path] = []
+    for line in _read(proc / "self/mountinfo").splitlines():
+        mount, _, filesystem = line.partition(" - ")
+        kind, _, options = filesystem.split(" ", 2)
+        hierarchy = "" if kind == "cgroup2" else controller
+        if hierarchy not in own or not (kind == "cgroup2" or (kind == "cgroup" and controller in options.split(","))):
+            continue
+        root, point = map(_unescape, mount.split(" ")[3:5])
+        folder = top = Path(point)
+        # A container's view: a path that does not lead anywhere under the mount means the mount itself.
+        if PurePosixPath(own[hierarchy]).is_relative_to(root):
+            inside = PurePosixPath(own[hierarchy]).relative_to(root)
+            if ".." not in inside.parts and (top / inside).is_dir():
+                folder = top / inside
+        folders += [parent for parent in (folder, *folder.parents) if parent.is_relative_to(top)]
+    return folders
+
+
+def pss_bytes(pids: Iterable[int]) -> int:
+    """Memory of the processes together, a shared page counted once among those that share it (PSS).
+
+    Without /proc/PID/smaps_rollup (macOS) it is USS, which leaves shared pages out. A process that is gone counts 0.
+
+    Raises:
+        PermissionError: for a process of another user.
+    """
+    measure = _pss if (PROC / "self/smaps_rollup").exists() else _uss
+    return sum(map(measure, pids))
+
+
+def io_bytes(pids: Iterable[int]) -> tuple[int, int]:
+    """Bytes that the processes made the disk read and write since they started; 0 where the system does not say.
+
+    What the page cache served is not in it; a write counts when it dirties the page cache.
+    """
+    read = written = 0
+    for pid in pids:
+        counts = dict(re.findall(r"^(\w+): (\d+)$", _read(PROC / str(pid) / "io"), re.MULTILINE))
+        read += int(counts.get("read_bytes", 0))
+        written += int(counts.get("write_bytes", 0))
+    return read, written
+
+
+class PeakPss:
+    """The highest PSS of a changing set of processes, measured by a thread while the `with` block runs.
+
+    Attributes:
+        peak_bytes: the highest PSS measured so far.
+    """
+
+    def __init__(self, pids: Callable[[], list[int]], every_seconds: float = 0.5) -> None:
+        self.peak_bytes = 0
+        self._pids = pids
+        self._every_seconds = every_seconds
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="peak-pss", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def sample(self) -> int:
+        """Measures now: bytes of PSS."""
+        now = pss_bytes(self._pids())
+        with self._lock:
+            self.peak_bytes = max(self.peak_bytes, now)
+        return now
+
+    def _watch(self) -> None:
+        seconds = 0.0
+        while not self._stop.wait(seconds):
+            began = time.perf_counter()
+            with contextlib.suppress(Exception):  # a figure that cannot be had now must not end the run
+                self.sample()
+            # The kernel walks every page table (milliseconds a GiB): never more than 2 % of a core.
+            seconds = max(self._every_seconds, 50 * (time.perf_counter() - began))
+
+
+def compute_dtype(requested: str, proc: Path = PROC) -> str:
+    """The type that layers are computed in: "bf16" or "fp32" as `requested`, or what is fast on this CPU for "auto"."""
+    if requested != "auto":
+        return requested
+    return "bf16" if _cpu_flags(proc) & BF16_FLAGS.keys() else "fp32"
+
+
+def free_disk_bytes(path: str | Path) -> int:
+    """Bytes free to this user on the disk where `path` is, or would be created."""
+    path = Path(path).absolute()
+    return shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.exists())).free
+
+
+def box() -> dict[str, str | int | float]:
+    """Where a figure was taken: the machine, the part of it that this process may use, and versions."""
+    model = re.search(r"^model name\s*: (.+)$", _read(PROC / "cpuinfo"), re.MULTILINE)
+    features = [words for flag, words in (BF16_FLAGS | OTHER_FLAGS).items() if flag in _cpu_flags(PROC)]
+    return {
+        "cpu": model[1] if model else platform.processor() or platform.machine(),
+        "cpu_features": ", ".join(features) or "none known",
+        "cores": cores(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "memory_left_gib": round(memory_limit().bytes / 2**30, 1),
+        "os": platform.platform(),
+        "python": platform.python_version(),
+        **{package: _version(package) for package in ("torch", "transformers", "numpy", "numba")},
+        "es_lite": __version__,
+    }
+
+
+def _read(path: Path) -> str:
+    """The file's text; "" where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError:
+        return ""
+
+
+def _unescape(text: str) -> str:
+    """A path from mountinfo, where a space is written as \\040."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
+
+
+def _pss(pid: int) -> int:
+    try:
+        rollup = (PROC / str(pid) / "smaps_rollup").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    match = re.search(r"^Pss: +(\d+) kB$", rollup, re.MULTILINE)
+    return int(match[1]) * 1024 if match else 0
+
+
+def _uss(pid: int) -> int:
+    try:
+        memory = psutil.Process(pid).memory_full_info()
+    except psutil.NoSuchProcess:  # a zombie too
+        return 0
+    except psutil.AccessDenied as error:
+        raise PermissionError(str(error)) from None
+    return getattr(memory, "uss", memory.rss)  # USS is missing where a kernel has no smaps at all
+
+
+def _cpu_flags(proc: Path) -> set[str]:
+    match = re.search(r"^(?:flags|Features)\s*: (.+)$", _read(proc / "cpuinfo"), re.MULTILINE)
+    return set(match[1].split()) if match else set()
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,173 @@
+"""The pool of worker processes: hands out tasks, replaces workers that die or hang, and does their work again."""
+
+import multiprocessing
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from multiprocessing.reduction import DupFd
+from typing import Any, cast
+
+from es_lite.errors import RunError
+from es_lite.workers import worker
+from es_lite.workers.worker import Done, Failed, Setup, Task
+
+ATTEMPTS = 3
+"""Workers that one task may cost before the run is stopped."""
+
+SHORTEST_DEADLINE_SECONDS = 600.0
+
+
+@dataclass
+class _Seat:
+    """One worker process, and the task it has (its index), if any."""
+
+    process: SpawnProcess
+    connection: Connection
+    task: int | None = None
+    since: float = 0.0
+
+
+class Pool:
+    """`count` spawned worker processes. A context manager: none is left when it ends, however it ends."""
+
+    def __init__(
+        self, setup: Setup, descriptor: int, count: int, deadline_seconds: float, warn: Callable[[str], None]
+    ) -> None:
+        """descriptor: the working copy's. deadline_seconds: after which a task counts as hung; 0: 20 times the slowest so far."""
+        self._setup = setup
+        self._descriptor = descriptor
+        self._deadline = deadline_seconds
+        self._slowest = 0.0
+        self._warn = warn
+        self._context = multiprocessing.get_context("spawn")
+        self._seats: list[_Seat] = []
+        try:
+            self._seats.extend(self._start() for _ in range(count))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pids(self) -> list[int]:
+        """Process numbers of the workers."""
+        return [pid for seat in self._seats if (pid := seat.process.pid) is not None]
+
+    def map(self, tasks: Sequence[Task], done: Callable[[int], None] = lambda index: None) -> list[Any]:
+        """The tasks' values, in order. `done` is told the index of each task as it is finished.
+
+        Raises UserError or RunError as a worker found it, or RunError where a task costs ATTEMPTS workers.
+        """
+        waiting = deque(range(len(tasks)))
+        values: list[Any] = [None] * len(tasks)
+        lost = [0] * len(tasks)
+        left = len(tasks)
+        while left:
+            for seat in self._seats:
+                if seat.task is None and waiting:
+                    self._give(seat, waiting.popleft(), tasks)
+            for seat in self._ready():
+                answer = self._answer(seat)
+                index, seat.task = seat.task, None
+                assert index is not None
+                if answer is None:
+                    lost[index] += 1
+                    self._replace(seat, lost[index], tasks[index])
+                    waiting.appendleft(index)
+                elif isinstance(answer, Failed):
+                    raise answer.error
+                else:
+                    self._slowest = max(self._slowest, answer.seconds)
+                    values[index] = answer.value
+                    left -= 1
+                    done(index)
+        return values
+
+    def close(self) -> None:
+        """Ends all workers at once; whatever they were doing can be done again."""
+        for seat in self._seats:
+            seat.process.kill()
+        for seat in self._seats:
+            seat.process.join()
+            seat.connection.close()
+        self._seats.clear()
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start(self) -> _Seat:
+        ours, theirs = self._context.Pipe()
+        # A thread count in the environment is read before the worker's own first line.
+        os.environ["OMP_NUM_THREADS"] = str(self._setup.threads)
+        process = self._context.Process(
+            target=worker.main, args=(theirs, self._setup, _Descriptor(self._descriptor), os.getpid()), daemon=True
+        )
+        process.start()
+        theirs.close()
+        return _Seat(cast(SpawnProcess, process), ours)
+
+    def _give(self, seat: _Seat, index: int, tasks: Sequence[Task]) -> None:
+        seat.task, seat.since = index, time.monotonic()
+        try:
+            seat.connection.send(tasks[index])
+        except OSError:
+            pass  # it is dead, which its sentinel says next
+
+    def _ready(self) -> list[_Seat]:
+        """Seats that have a task and answered it, died, or hung."""
+        busy = [seat for seat in self._seats if seat.task is not None]
+        deadline = self._deadline or max(SHORTEST_DEADLINE_SECONDS, 20 * self._slowest)
+        soonest = min(seat.since for seat in busy) + deadline
+        events = wait(
+            [seat.connection for seat in busy] + [seat.process.sentinel for seat in busy],
+            timeout=max(0.0, soonest - time.monotonic()),
+        )
+        for seat in busy:
+            if time.monotonic() - seat.since > deadline and seat.connection not in events:
+                self._warn(f"worker {seat.process.pid} did not answer within {deadline:.0f} s; it is replaced")
+                seat.process.kill()
+                seat.process.join()
+                events.append(seat.process.sentinel)
+        return [seat for seat in busy if seat.connection in events or seat.process.sentinel in events]
+
+    def _answer(self, seat: _Seat) -> Done | Failed | None:
+        """What the worker sent; None where it died before."""
+        try:
+            return seat.connection.recv() if seat.connection.poll() else None
+        except (EOFError, OSError):
+            return None
+
+    def _replace(self, seat: _Seat, lost: int, task: Task) -> None:
+        seat.process.kill()
+        seat.process.join()
+        seat.connection.close()
+        code = seat.process.exitcode
+        what = f"{type(task).__name__.lower()} task"
+        if lost >= ATTEMPTS:
+            raise RunError(
+                f"{lost} workers died in turn at the same {what} (the last with exit code {code}; -9 is often the kernel "
+                "ending a process for memory: set workers.count or fitness.micro_batch lower)"
+            )
+        self._warn(f"worker {seat.process.pid} died (exit code {code}); a new one repeats its {what}")
+        new = self._start()
+        seat.process, seat.connection = new.process, new.connection
+
+
+class _Descriptor:
+    """A file descriptor that travels to a spawned process."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __reduce__(self) -> tuple:
+        return _same, (DupFd(self.number),)
+
+
+def _same(descriptor: Any) -> Any:
+    return descriptor

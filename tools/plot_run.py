@@ -1,0 +1,210 @@
+"""Draws runs from their metrics.jsonl: score, evaluation, speed and memory over the steps, in one PNG.
+
+    python tools/plot_run.py RUN [RUN ...] [--out PNG]
+
+A colour is a run; a line's style is what it shows. Keys that a line leaves out, or has as null, leave no point.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+COLOURS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#937264", "#d44c47", "#5f6b76")
+GREY = "#6b6b6b"
+STYLE = {
+    "figure.figsize": (14, 9),
+    "figure.dpi": 100,
+    "figure.constrained_layout.use": True,
+    "font.size": 10.5,
+    "axes.titlesize": 12.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelcolor": GREY,
+    "axes.edgecolor": "#bbbbbb",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e8e8e8",
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "lines.linewidth": 1.8,
+    "legend.frameon": False,
+    "legend.fontsize": 9.5,
+}
+
+Record = dict[str, float | None]
+
+
+def read_metrics(run: Path) -> list[Record]:
+    """The lines of RUN/metrics.jsonl; one torn by a crash is left out, with a word on stderr.
+
+    Raises:
+        ValueError: there is no such file, or nothing in it.
+    """
+    path = run / "metrics.jsonl"
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); give the folder of a run") from None
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            records.append({"step": record["step"], **record})
+        except (ValueError, TypeError, KeyError):
+            print(f"plot_run: {path}, line {number} is not complete and is left out", file=sys.stderr)
+    if not records:
+        raise ValueError(f"{path}: no step in it yet")
+    return records
+
+
+def columns(records: list[Record], *keys: str) -> list[np.ndarray]:
+    """The steps and the values of `keys`, of the lines that have them all."""
+    rows = [[record.get(key) for key in ("step", *keys)] for record in records]
+    complete = [row for row in rows if None not in row]
+    return list(np.array(complete, dtype=float).reshape(-1, 1 + len(keys)).T)
+
+
+def draw_score(axes: Axes, records: list[Record], colour: str) -> None:
+    steps, mean, std = columns(records, "score_mean", "score_std")
+    axes.fill_between(steps, mean - std, mean + std, color=colour, alpha=0.16, linewidth=0)
+    line(axes, columns(records, "score_mean"), colour)
+    line(axes, columns(records, "score_best"), colour, linestyle=":", linewidth=1.3)
+
+
+def draw_evaluation(axes: Axes, records: list[Record], colour: str) -> None:
+    steps, scores = columns(records, "eval_score")
+    axes.plot(steps, scores, color=colour, marker="o", markersize=4.5)
+    if len(steps):
+        axes.annotate(
+            f"{scores[-1]:.3f}", (steps[-1], scores[-1]), (0, 7), textcoords="offset points",
+            color=colour, ha="center", fontsize=9.5, fontweight="bold",
+        )  # fmt: skip
+
+
+def draw_references(axes: Axes, runs: list[list[Record]]) -> None:
+    """What knowing only the words' frequencies would score, and what knowing nothing would."""
+    records = [record for run in runs for record in run]
+    for score in sorted(set(columns(records, "unigram_score")[1])):
+        label = f"unigram model of the training text: {score:.3f}"
+        axes.axhline(score, color=GREY, linestyle="--", linewidth=1.2, label=label)
+    for size in sorted(set(columns(records, "vocab_size")[1])):
+        label = f"uniform over {size:,.0f} tokens: {-math.log(size):.3f}"
+        axes.axhline(-math.log(size), color=GREY, linestyle=":", linewidth=1.4, label=label)
+
+
+def draw_tokens(axes: Axes, records: list[Record], colour: str) -> None:
+    line(axes, columns(records, "tokens_per_second"), colour)
+
+
+def draw_seconds(axes: Axes, records: list[Record], colour: str) -> None:
+    steps, score, update = columns(records, "score_seconds", "update_seconds")
+    axes.fill_between(steps, 0, score, color=colour, alpha=0.12, linewidth=0)
+    axes.fill_between(steps, score, score + update, color=colour, alpha=0.5, linewidth=0)
+    line(axes, [steps, score + update], colour, linewidth=1)
+
+
+def draw_memory(axes: Axes, records: list[Record], colour: str) -> None:
+    line(axes, columns(records, "pss_gib"), colour)
+    line(axes, columns(records, "peak_pss_gib"), colour, linestyle="--", linewidth=1.3)
+
+
+def line(axes: Axes, points: list[np.ndarray], colour: str, **style: Any) -> None:
+    steps, values = points
+    axes.plot(steps, values, color=colour, marker="o" if len(steps) == 1 else "", markersize=4, **style)
+
+
+PANELS = {  # title, unit of the y-axis, what draws a run into it
+    "score": ("Training: scores of the population", "score (higher is better)", draw_score),
+    "evaluation": ("Evaluation: score on held-out text", "log-probability (nats a token)", draw_evaluation),
+    "tokens": ("Speed: tokens scored a second", "tokens a second", draw_tokens),
+    "seconds": ("Speed: seconds a step", "seconds", draw_seconds),
+    "memory": ("Memory of all processes (PSS)", "GiB", draw_memory),
+}
+LAYOUT = [["score", "evaluation"], ["score", "evaluation"], ["tokens", "memory"], ["seconds", "memory"]]
+
+
+def draw(runs: dict[str, list[Record]], out: Path) -> None:
+    """Writes the PNG, 1400 x 900 pixels, of the runs by name.
+
+    Raises:
+        OSError: `out` cannot be written.
+    """
+    colours = dict(zip(runs, itertools.cycle(COLOURS), strict=False))
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplot_mosaic(LAYOUT, sharex=True)
+        for panel, (title, unit, draw_run) in PANELS.items():
+            axes = panels[panel]
+            axes.set(title=title, ylabel=unit)
+            for name, records in runs.items():
+                draw_run(axes, records, colours[name])
+            if not any(len(drawn.get_xdata()) for drawn in axes.lines):
+                axes.text(0.5, 0.5, "nothing yet", transform=axes.transAxes, ha="center", color=GREY)
+        for panel in ("tokens", "seconds", "memory"):
+            panels[panel].margins(y=0.3)  # room for the legend
+            panels[panel].set_ylim(bottom=0)
+        for panel in ("seconds", "memory"):
+            panels[panel].set_xlabel("step")
+            panels[panel].xaxis.get_major_locator().set_params(integer=True)
+        draw_references(panels["evaluation"], list(runs.values()))
+        add_legends(panels)
+        if len(runs) == 1:
+            figure.suptitle(*runs, fontsize=14, color=GREY)
+        else:
+            handles = [Line2D([], [], color=colour, linewidth=4, label=name) for name, colour in colours.items()]
+            figure.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=11)
+        figure.savefig(out, format="png")
+        plt.close(figure)
+
+
+def add_legends(panels: dict[str, Axes]) -> None:
+    """What the styles mean, in grey: colours are runs."""
+    solid, dashed, dotted = (Line2D([], [], color=GREY, linestyle=style) for style in ("-", "--", ":"))
+    pale, dark = (Patch(color=GREY, alpha=alpha, linewidth=0) for alpha in (0.2, 0.5))
+    panels["score"].legend([solid, pale, dotted], ["mean", "mean ± std", "best member"], ncols=3)
+    panels["seconds"].legend([pale, dark], ["scoring", "update"], loc="upper right", ncols=2)
+    panels["memory"].legend([solid, dashed], ["now", "peak"], loc="lower right", ncols=2)
+    if panels["evaluation"].get_legend_handles_labels()[0]:
+        panels["evaluation"].legend()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Draw runs from their metrics.jsonl.")
+    parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="folder of a run; several are overlaid")
+    parser.add_argument("--out", metavar="PNG", type=Path, help="default: plot.png in the first RUN")
+    arguments = parser.parse_args(argv)
+    out = arguments.out or arguments.runs[0] / "plot.png"
+    try:
+        records = {run: read_metrics(run) for run in arguments.runs}
+    except ValueError as error:
+        print(f"plot_run: {error}", file=sys.stderr)
+        return 2
+    names = [run.resolve().name for run in records]
+    if len(set(names)) < len(names):
+        names = [str(run) for run in records]
+    try:
+        draw(dict(zip(names, records.values(), strict=True)), out)
+    except OSError as error:
+        print(f"plot_run: {out}: cannot be written ({error.strerror})", file=sys.stderr)
+        return 2
+    print(out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -20,7 +20,7 @@ from es_lite.errors import UserError
 BUILTIN = "builtin:python-reference"
 SUFFIXES = (".txt", ".jsonl")
 
-# An encoding takes about 100 bytes a token until its ids are copied out: so it is done bit by bit.
+# A tokenizer's own result takes hundreds of bytes a token, and one text only one core: so long texts go block by block.
 BLOCK_CHARACTERS = 2**16
 BATCH_BLOCKS = 64
 
@@ -82,8 +82,9 @@ def tokenize(
 ) -> Corpus:
     """The samples of `texts`, each of 2 to `max_length` tokens.
 
-    "lines": an item of a document each, cut to `max_length`, with the tokenizer's end token, if it has one, where there is
-    room. "joined": all documents, the end token between them, cut in windows of `max_length`. Shorter ones are dropped.
+    "lines": an item of a document each, cut to `max_length`, and the end token where there is room for it. "joined":
+    all documents, the end token between them, cut in windows of `max_length`. What is shorter than 2 is dropped. A
+    tokenizer without an end token goes without.
     """
     end = np.array([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id], np.int32)
     if samples == "lines":
@@ -108,8 +109,8 @@ def check_vocabulary(corpus: Corpus, vocab_size: int) -> None:
     largest = int(corpus.tokens.max())
     if largest >= vocab_size:
         raise UserError(
-            f"data.tokenizer: makes the token {largest}, but the model's vocab_size is {vocab_size}; take the model's own "
-            f'tokenizer (data.tokenizer = ""), or for a model made from model.config a vocab_size of {largest + 1} or more'
+            f"data.tokenizer: makes the token {largest}, but the model's vocab_size is {vocab_size}; take the model's "
+            f'own tokenizer (data.tokenizer = ""), or give model.config a vocab_size of {largest + 1} or more'
         )
 
 
@@ -130,7 +131,7 @@ def split(corpus: Corpus, fraction: float) -> tuple[Corpus, Corpus]:
 def spread(corpus: Corpus, count: int) -> np.ndarray:
     """int64 [at most `count`]: samples at even distances, the first among them."""
     count = min(count, len(corpus))
-    return np.arange(count) * len(corpus) // max(1, count)
+    return np.arange(count) * len(corpus) // count
 
 
 def draw(samples: int, m: int, seed: int, step: int) -> np.ndarray:
@@ -139,7 +140,7 @@ def draw(samples: int, m: int, seed: int, step: int) -> np.ndarray:
     numpy promises that a generator's raw words never change, and no more than that: so they are what is sorted.
     """
     if m > samples:
-        raise UserError(f"fitness.samples = {m}: the corpus has {samples} samples to draw from; lower it or give more text")
+        raise UserError(f"fitness.samples = {m}: the corpus has only {samples} samples; lower it or give more text")
     counter = np.array([0, 0, 0, step], np.uint64)  # the lowest word counts the blocks within a step
     words = np.random.Philox(key=seed, counter=counter).random_raw(samples)
     return np.argsort(words, kind="stable")[:m]
@@ -216,7 +217,7 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise UserError(f"{file}:{number}: not UTF-8 ({error.reason}); convert the file to UTF-8") from None
-            yield number, text.removesuffix("\r\n") + "\n" if text.endswith("\r\n") else text
+            yield number, text[:-2] + "\n" if text.endswith("\r\n") else text
 
 
 def _text_of_record(line: str, where: str) -> str:
@@ -230,7 +231,7 @@ def _text_of_record(line: str, where: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise UserError(f'{where}: "text" has half of a surrogate pair (\\ud800 to \\udfff), which is no character') from None
+        raise UserError(f'{where}: "text" has half a surrogate pair (\\ud800 to \\udfff), not a character') from None
     return text
 
 

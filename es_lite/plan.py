@@ -95,8 +95,14 @@ def make(recipe: Recipe, config: PretrainedConfig, layout: Layout) -> Plan:
     samples = max(recipe.fitness.samples, recipe.eval.samples if recipe.eval.every else 0)
     pass_samples = min(max(1, HIDDEN_BYTES // sample_bytes // micro), -(-samples // micro)) * micro
     vocabulary = text.vocab_size
-    scratch = members * itemsize * max(
-        max(layer.size for layer in layout.layers[1:-1]), VOCABULARY_BLOCK * width, min(vocabulary, pass_samples * length) * width
+    scratch = (
+        members
+        * itemsize
+        * max(
+            max(layer.size for layer in layout.layers[1:-1]),
+            VOCABULARY_BLOCK * width,
+            min(vocabulary, pass_samples * length) * width,
+        )
     )
     intermediate = getattr(text, "intermediate_size", None) or 4 * width
     activations = micro * length * (3 * intermediate * itemsize + 8 * width * 4 + 2 * VOCABULARY_BLOCK * itemsize)

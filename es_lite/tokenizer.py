@@ -16,7 +16,7 @@ END = "<|endoftext|>"
 
 
 def load_tokenizer(table: DataTable, model_path: str, run_dir: Path, texts: Iterable[Document]) -> PreTrainedTokenizerBase:
-    """The tokenizer that `table` names; a "bpe" is trained on `texts` once, and read from run_dir/tokenizer from then on.
+    """The tokenizer that `table` names; a "bpe" is trained on `texts` once, then always read from run_dir/tokenizer.
 
     A "bpe" has an eos_token; one that was pretrained may have none.
 
@@ -61,9 +61,9 @@ def _open(name: str, where: str) -> PreTrainedTokenizerBase:
     except Exception as error:  # a broken file is any of a dozen kinds, one of them a bare Exception
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(f"{where}: no tokenizer can be loaded from it: {type(error).__name__}: {reason}") from None
-    # Where config.json names the model but the tokenizer's files are missing, transformers makes one of special tokens only.
+    # With a config.json, but without the tokenizer's files, transformers makes one that has special tokens only.
     if len(tokenizer) <= len(tokenizer.all_special_ids) + 1:
-        raise UserError(f"{where}: has no vocabulary; a tokenizer folder holds a tokenizer.json, or what it is made from")
+        raise UserError(f"{where}: has no vocabulary; a tokenizer folder has a tokenizer.json, or what it is made from")
     return tokenizer
 
 

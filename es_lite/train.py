@@ -147,7 +147,9 @@ class Training:
         # Decide: scores to weights to coefficients. From the journal on, the step is done, whatever happens.
         finite = scores[np.isfinite(scores)]
         if finite.size < scores.size:
-            self.console.warn(f"step {t + 1}: {scores.size - finite.size} of {scores.size} scores are not finite; they count for nothing")
+            self.console.warn(
+                f"step {t + 1}: {scores.size - finite.size} of {scores.size} scores are not finite; they count for nothing"
+            )
         if working_copy is not None:
             self._examine_sigma(working_copy, sigma, float(means[-1][0]), scores)
         try:
@@ -262,9 +264,7 @@ class Training:
         return [os.getpid(), *self.pool.pids]
 
 
-def read_data(
-    recipe: Recipe, model: PreTrainedModel, run_dir: Path
-) -> tuple[PreTrainedTokenizerBase, Corpus, Corpus | None]:
+def read_data(recipe: Recipe, model: PreTrainedModel, run_dir: Path) -> tuple[PreTrainedTokenizerBase, Corpus, Corpus | None]:
     """The tokenizer, the samples to train on, and those held out (None where eval is off)."""
     table, length = recipe.data, recipe.fitness.max_length
     texts = data.read_texts(table.path, table.lines)

@@ -11,6 +11,7 @@ import argparse
 import base64
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import _packages
@@ -81,7 +82,7 @@ def halves(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
     """The two tokens whose merge makes `token`: its bytes, merged lowest rank first, until two parts are left."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        joined = [ranks.get(left + right, len(ranks)) for left, right in zip(parts, parts[1:], strict=False)]
+        joined = [ranks.get(left + right, len(ranks)) for left, right in pairwise(parts)]
         i = min(range(len(joined)), key=joined.__getitem__)
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     left, right = parts

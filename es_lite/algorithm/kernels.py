@@ -176,9 +176,7 @@ def perturb(
     kernel = _perturb_bf16 if plus.dtype == np.uint16 else _perturb_fp32
     other = plus[:0] if minus is None else minus
     k0, k1 = noise.key(seed)
-    kernel(
-        plus, other, weights, start, _f32(sigma), noise.table(), _u32(tensor), _u32(pair), _u32(step), _u32(k0), _u32(k1)
-    )
+    kernel(plus, other, weights, start, _f32(sigma), noise.table(), _u32(tensor), _u32(pair), _u32(step), _u32(k0), _u32(k1))
 
 
 def perturb_rows(
@@ -197,9 +195,7 @@ def perturb_rows(
     kernel = _perturb_rows_bf16 if plus.dtype == np.uint16 else _perturb_rows_fp32
     other = plus[:0] if minus is None else minus
     k0, k1 = noise.key(seed)
-    kernel(
-        plus, other, weights, rows, _f32(sigma), noise.table(), _u32(tensor), _u32(pair), _u32(step), _u32(k0), _u32(k1)
-    )
+    kernel(plus, other, weights, rows, _f32(sigma), noise.table(), _u32(tensor), _u32(pair), _u32(step), _u32(k0), _u32(k1))
 
 
 def advance(
@@ -218,9 +214,7 @@ def advance(
     theta: float32 [n], elements start … of the tensor; pairs: uint32 [P]; coefficients: float32 [P].
     """
     k0, k1 = noise.key(seed)
-    _advance(
-        theta, start, pairs, coefficients, _f32(decay), noise.table(), _u32(tensor), _u32(step), _u32(k0), _u32(k1)
-    )
+    _advance(theta, start, pairs, coefficients, _f32(decay), noise.table(), _u32(tensor), _u32(step), _u32(k0), _u32(k1))
 
 
 def fill(out: np.ndarray, *, seed: int, step: int, pair: int, tensor: int, scale: float, start: int = 0) -> None:

@@ -195,7 +195,9 @@ def _initial_constant(model: PreTrainedModel, name: str) -> float:
         model._init_weights(fresh)
     value = float(fresh.get_parameter(attribute).flatten()[0])
     if not math.isfinite(value):
-        raise UserError(f"{type(model).__name__}: es_lite does not know how {name} starts; give model.path instead of model.config")
+        raise UserError(
+            f"{type(model).__name__}: es_lite does not know how {name} starts; give model.path instead of model.config"
+        )
     return value
 
 

@@ -1,5 +1,6 @@
 """The pool of worker processes: hands out tasks, replaces workers that die or hang, and does their work again."""
 
+import contextlib
 import multiprocessing
 import os
 import time
@@ -34,9 +35,7 @@ class _Seat:
 class Pool:
     """`count` spawned worker processes. A context manager: none is left when it ends, however it ends."""
 
-    def __init__(
-        self, setup: Setup, descriptor: int, count: int, deadline_seconds: float, warn: Callable[[str], None]
-    ) -> None:
+    def __init__(self, setup: Setup, descriptor: int, count: int, deadline_seconds: float, warn: Callable[[str], None]) -> None:
         """descriptor: the working copy's. deadline_seconds: after which a task counts as hung; 0: 20 times the slowest so far."""
         self._setup = setup
         self._descriptor = descriptor
@@ -114,10 +113,8 @@ class Pool:
 
     def _give(self, seat: _Seat, index: int, tasks: Sequence[Task]) -> None:
         seat.task, seat.since = index, time.monotonic()
-        try:
+        with contextlib.suppress(OSError):  # it is dead, which its sentinel says next
             seat.connection.send(tasks[index])
-        except OSError:
-            pass  # it is dead, which its sentinel says next
 
     def _ready(self) -> list[_Seat]:
         """Seats that have a task and answered it, died, or hung."""

@@ -1,0 +1,97 @@
+"""θ₀ and the journal to a Hugging Face folder, bit for bit what the run had: nothing else of the run is read.
+
+    python -m es_lite.replay RUN --out DIR [--model PATH] [--step T] [--dtype bf16|fp32]
+
+RUN is a run directory or a journal alone: a fine-tune that was shared as a file of kilobytes. A random θ₀ comes from the
+journal's seed; a pretrained one from where the run found it, or from --model, and must be the very same.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from es_lite.algorithm.kernels import Threads
+from es_lite.errors import RunError, UserError
+from es_lite.runs import origin as origins
+from es_lite.runs.export import export, model_card
+from es_lite.runs.journal import Journal
+from es_lite.runs.origin import Origin
+from es_lite.system import cores
+from es_lite.weights import master
+from es_lite.weights.layout import Tensor
+from es_lite.weights.source import Source, locate
+
+
+class Replayed:
+    """The weights after the journal's records, computed slice by slice from θ₀."""
+
+    def __init__(self, theta_0: Source, journal: Journal, steps: int, threads: Threads) -> None:
+        self._theta_0 = theta_0
+        self._records = journal.records[:steps]
+        self._threads = threads
+
+    def read(self, tensor: Tensor, start: int, count: int) -> np.ndarray:
+        theta = self._theta_0.read(tensor, start, count)
+        master.advance(theta, tensor, start, self._records, self._threads)
+        return theta
+
+
+def replay(run: Path, out: Path, model_path: str = "", steps: int | None = None, dtype: str = "bf16") -> None:
+    """Writes the model after `steps` steps (all of the journal's by default) to the folder `out`.
+
+    Raises UserError where the journal is damaged, or θ₀ is not the one it was written from, or `out` exists.
+    """
+    journal = Journal.open(run / "journal.jsonl" if run.is_dir() else run)
+    steps = len(journal.records) if steps is None else steps
+    if not 0 <= steps <= len(journal.records):
+        raise UserError(f"--step {steps}: {journal.path} has the steps 0 to {len(journal.records)}")
+    if out.exists():
+        raise UserError(f"{out}: exists already; choose another folder")
+    origin = Origin.of_journal(journal)
+    if model_path and not origin.path:
+        raise UserError(f"--model {model_path}: this run started from random weights, which its journal's seed gives")
+    origin = replace(origin, path=model_path or origin.path)
+    model, layout = origin.skeleton()
+    theta_0 = origin.source(model, layout)
+    origins.check(journal, layout, theta_0)
+    replayed = Replayed(theta_0, journal, steps, Threads(cores()))
+    card = model_card(steps, "", origin.path, None)
+    export(out, model, layout, lambda layer: replayed, _tokenizer(run, origin), dtype, card, {"step": steps})
+
+
+def _tokenizer(run: Path, origin: Origin) -> PreTrainedTokenizerBase | None:
+    """The run's own tokenizer, or the model's; None where there is neither, as beside a journal alone."""
+    for folder in ([run / "tokenizer"] if run.is_dir() else []) + ([locate(origin.path)] if origin.path else []):
+        if (folder / "tokenizer_config.json").exists():
+            return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    return None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m es_lite.replay", description="Compute a run's weights from its journal, as a Hugging Face folder."
+    )
+    parser.add_argument("run", type=Path, help="a run directory, or a journal.jsonl")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--model", default="", help="where the pretrained model is, if not where the run found it")
+    parser.add_argument("--step", type=int, help="stop after so many steps; default: all")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    arguments = parser.parse_args(argv)
+    transformers_logging.set_verbosity_error()
+    try:
+        replay(arguments.run, arguments.out, arguments.model, arguments.step, arguments.dtype)
+    except (UserError, RunError) as error:
+        print(f"es_lite: {error}", file=sys.stderr)
+        return error.exit_code
+    print(arguments.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -18,6 +18,7 @@ from es_lite import system
 from es_lite.errors import UserError
 from es_lite.recipe import Recipe
 from es_lite.runs.origin import Origin
+from es_lite.scoring.forward import VOCABULARY_BLOCK
 from es_lite.weights.layout import Layout
 from es_lite.weights.master import CHUNK
 from es_lite.weights.working import size_bytes
@@ -29,8 +30,6 @@ PROCESS_BYTES = 320 * 2**20
 
 HIDDEN_BYTES = 256 * 2**20
 """Hidden states that a worker holds at once where the choice is free: beyond this, passes only cost memory."""
-
-VOCABULARY_BLOCK = 2048
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class Plan:
             *(f"  {name:<24} {size / GIB:>6.2f}" for name, size in self.disk.items()),
             f"  {'total':<24} {sum(self.disk.values()) / GIB:>6.2f}   of {self.free_disk / GIB:.2f} free",
             f"a step reads {self.read_bytes / GIB:.2f} GiB and writes {self.written_bytes / GIB:.2f} GiB, "
-            f"scores up to {self.tokens:,} tokens ({self.flops / 1e12:.1f} TFLOP) and draws {self.noise_elements / 1e9:.1f} G of noise",
+            f"scores up to {self.tokens:,} tokens ({self.flops / 1e12:.1f} TFLOP), draws {self.noise_elements / 1e9:.1f} G of noise",
         ]
         return "\n".join(lines)
 

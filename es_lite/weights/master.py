@@ -6,7 +6,7 @@ power cut tore is made again from θ₀ and the journal once its file is removed
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +78,7 @@ def standing(directory: Path, layer: Layer) -> int:
 def bring_level(
     directory: Path,
     layer: Layer,
-    source: Source,
+    theta_0: Callable[[], Source],
     records: Sequence[Record],
     step: int,
     working: WorkingCopy,
@@ -86,7 +86,8 @@ def bring_level(
 ) -> None:
     """Brings the layer's file and its part of the working copy to `step`.
 
-    records: consecutive steps that reach from where the file stands (from θ₀ where there is none) to `step`.
+    theta_0: opens θ₀; called only where there is no file yet. records: consecutive steps that reach from where the file
+    stands (from θ₀ where there is none) to `step`.
     Doing it again changes nothing, so a worker that died half-way is simply repeated.
     """
     path = file_of(directory, layer)
@@ -94,7 +95,7 @@ def bring_level(
     at = held.step if held else 0
     needed = [record for record in records if at <= record.step < step]
     assert [record.step for record in needed] == list(range(at, step)), f"{layer.name}: {at} to {step} lacks records"
-    read = held.read if held else source.read
+    read = held.read if held else theta_0().read
     if held and not needed:
         for tensor, start, count in slices(layer):
             working.write(tensor, start, read(tensor, start, count))

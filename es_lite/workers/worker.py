@@ -28,6 +28,7 @@ from es_lite.scoring.forward import PerturbedModel
 from es_lite.scoring.perturb import Perturbation
 from es_lite.weights.layout import Layout
 from es_lite.weights.master import bring_level, file_of
+from es_lite.weights.source import Source
 from es_lite.weights.working import WorkingCopy
 
 
@@ -87,6 +88,7 @@ class Worker:
         self._threads = Threads(setup.threads)
         self._working = WorkingCopy(setup.layout, descriptor)
         self._model: PerturbedModel | None = None
+        self._source: Source | None = None
         torch.set_num_threads(setup.threads)
 
     def do(self, task: Task) -> np.ndarray | None:
@@ -94,13 +96,18 @@ class Worker:
             return self._scoring_model().score(task.perturbation, task.batch, task.pass_samples)
         setup = self._setup
         layer = setup.layout.layers[task.layer]
-        source = setup.origin.source(setup.origin.skeleton()[0], setup.layout)
         try:
-            bring_level(setup.master, layer, source, task.records, task.step, self._working, self._threads)
+            bring_level(setup.master, layer, self._theta_0, task.records, task.step, self._working, self._threads)
         except OSError as error:
             path = file_of(setup.master, layer)
             raise RunError(f"{path}: cannot be written ({error.strerror}); the file is as it was before this step") from None
         return None
+
+    def _theta_0(self) -> Source:
+        if self._source is None:
+            origin = self._setup.origin
+            self._source = origin.source(origin.skeleton()[0], self._setup.layout)
+        return self._source
 
     def _scoring_model(self) -> PerturbedModel:
         if self._model is None:

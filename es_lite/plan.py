@@ -69,7 +69,8 @@ class Plan:
             *(f"  {name:<24} {size / GIB:>6.2f}" for name, size in self.disk.items()),
             f"  {'total':<24} {sum(self.disk.values()) / GIB:>6.2f}   of {self.free_disk / GIB:.2f} free",
             f"a step reads {self.read_bytes / GIB:.2f} GiB and writes {self.written_bytes / GIB:.2f} GiB, "
-            f"scores up to {self.tokens:,} tokens ({self.flops / 1e12:.1f} TFLOP), draws {self.noise_elements / 1e9:.1f} G of noise",
+            f"scores up to {self.tokens:,} tokens ({self.flops / 1e12:.1f} TFLOP), "
+            f"draws {self.noise_elements / 1e9:.1f} G elements of noise",
         ]
         return "\n".join(lines)
 

@@ -42,5 +42,6 @@ def collapse_advice(centre: float, scores: np.ndarray, sigma: float) -> str | No
         return None
     return (
         f"es.sigma = {sigma:g} is too large: perturbed models score {lost:.2f} nats a token below the unperturbed one "
-        f"({centre:.2f}), where they tell little of its neighbourhood: lower es.sigma, by 2 to 4 at a time, until the loss is under 0.1"
+        f"({centre:.2f}), where they tell little of its neighbourhood: lower es.sigma, by 2 to 4 at a time, until the loss is "
+        "under 0.1"
     )

@@ -25,7 +25,7 @@ from es_lite.weights.working import size_bytes
 
 GIB = 2**30
 
-PROCESS_BYTES = 320 * 2**20
+PROCESS_BYTES = 420 * 2**20
 """Private memory of a process that has loaded python, torch, transformers and numba, and run a model (measured)."""
 
 HIDDEN_BYTES = 256 * 2**20
@@ -76,7 +76,7 @@ class Plan:
 
 
 def make(recipe: Recipe, config: PretrainedConfig, layout: Layout) -> Plan:
-    """The plan of a recipe, whether it fits or not (`refuse` tells).
+    """The plan of a recipe, whether it fits or not (`shortfall` tells).
 
     config is the model's. Workers on "auto": one a core, or as many as fit.
     """
@@ -152,20 +152,21 @@ def make(recipe: Recipe, config: PretrainedConfig, layout: Layout) -> Plan:
     )
 
 
-def refuse(plan: Plan) -> None:
-    """Raises UserError, with the whole plan, where it does not fit."""
+def shortfall(plan: Plan) -> str | None:
+    """What is needed, what there is and what to change, where the plan does not fit."""
     need, have = sum(plan.memory.values()), plan.limit.bytes
     if need > have:
-        raise UserError(
-            f"needs {need / GIB:.2f} GiB of memory, there are {have / GIB:.2f} ({plan.limit.source}):\n\n{plan.text()}\n\n"
+        return (
+            f"does not fit: needs {need / GIB:.2f} GiB of memory, there are {have / GIB:.2f} ({plan.limit.source}). "
             "Set workers.count, fitness.micro_batch or fitness.max_length lower, or take a smaller model"
         )
     need, have = sum(plan.disk.values()), plan.free_disk
     if need > have:
-        raise UserError(
-            f"needs {need / GIB:.2f} GiB of disk, there are {have / GIB:.2f} free:\n\n{plan.text()}\n\n"
-            "Set run.dir to a larger disk, or run.checkpoint_every and eval.every to 0, which keep no exports"
+        return (
+            f"does not fit: needs {need / GIB:.2f} GiB of disk, there are {have / GIB:.2f} free. "
+            "Set run.dir to a larger disk, or run.checkpoint_every and eval.every to 0, which keeps no exports"
         )
+    return None
 
 
 def estimate_seconds(plan: Plan) -> tuple[float, str]:
@@ -217,7 +218,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{layout.size:,} parameters in {len(layout.layers)} layers\n{plan.text()}")
         seconds, rates = estimate_seconds(plan)
         print(f"a step takes about {seconds:.0f} s ({rates})")
-        refuse(plan)
+        if problem := shortfall(plan):
+            raise UserError(f"{arguments.recipe}: {problem}")
     except UserError as error:
         print(f"es_lite: {error}", file=sys.stderr)
         return error.exit_code

@@ -135,7 +135,7 @@ class WorkersTable:
     threads: Annotated[int | str, COUNT_OR_AUTO] = "auto"
     """Threads of a worker; "auto" is 1."""
     deadline: Annotated[float, at_least(0)] = 0.0
-    """Seconds after which a worker's task counts as hung; 0 is 20 times the slowest so far, at least 600."""
+    """Seconds after which a worker's task counts as hung; 0 is what the slowest machine would take, at least 600."""
     compute: Literal["auto", "bf16", "fp32"] = "auto"
     """The type that layers are computed in; "auto" is bf16 where the CPU has AVX512-BF16 or AMX, else fp32."""
 

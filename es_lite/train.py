@@ -44,6 +44,9 @@ from es_lite.workers.worker import Advance, Score, Setup
 
 GIB = 2**30
 
+SLOWEST_FLOPS, SLOWEST_NOISE = 5e9, 2e7
+"""A second of a worker on the slowest machine, in FLOP and noise elements: beyond that, it counts as hung."""
+
 
 def train(recipe: Recipe, resume: bool = False) -> None:
     """Runs `recipe` to its last step, or on from where its run directory stands.
@@ -55,7 +58,8 @@ def train(recipe: Recipe, resume: bool = False) -> None:
     origin = Origin.of_recipe(recipe)
     model, layout = origin.skeleton()
     planned = plan.make(recipe, model.config, layout)
-    plan.refuse(planned)
+    if problem := plan.shortfall(planned):
+        raise UserError(f"{problem}\n\n{planned.text()}")
 
     with RunDirectory(recipe, resume) as run:
         print(f"{layout.size:,} parameters in {len(layout.layers)} layers, run directory {run.path}", flush=True)
@@ -139,7 +143,7 @@ class Training:
         tasks = [Score(Perturbation(seed, t, pair, sigma, signs), batch, self.planned.pass_samples) for pair in pairs]
         if working_copy is not None:
             tasks.append(Score(UNPERTURBED, batch, self.planned.pass_samples))
-        values = self.pool.map(tasks, self.console.tasks(f"step {t + 1}: scores", len(tasks)))
+        values = self._scores(tasks, f"step {t + 1}: scores")
         means = [value.mean(axis=1) for value in values]
         scores = np.concatenate(means[: len(pairs)])
         scored = time.perf_counter()
@@ -173,7 +177,7 @@ class Training:
         updated = time.perf_counter()
 
         tokens = es.population * batch.targets
-        read, written = (now - before for now, before in zip(system.io_bytes(self._pids), traffic, strict=True))
+        read, written = (max(0, now - before) for now, before in zip(system.io_bytes(self._pids), traffic, strict=True))
         evaluation = self.evaluate() if self._due(self.recipe.eval.every) else None
         line = {
             "step": self.done,
@@ -203,7 +207,8 @@ class Training:
         """Brings all layers, the master's files and the working copy, to the journal's end; the largest ones first."""
         layers = sorted(self.layout.layers, key=lambda layer: -layer.size)
         tasks = [Advance(layer.index, history, self.done) for layer in layers]
-        self.pool.map(tasks, self.console.tasks("update", len(tasks)))
+        drawn = sum(len(record.coefficients) for record in history) * layers[0].size
+        self.pool.map(tasks, drawn / SLOWEST_NOISE, self.console.tasks("update", len(tasks)))
 
     def evaluate(self) -> float:
         """Mean log-probability of θ on the held-out samples; the same number on any number of workers."""
@@ -214,8 +219,7 @@ class Training:
         lows = range(0, len(batch.lengths), share)
         parts = [data.Batch(batch.tokens[low : low + share], batch.lengths[low : low + share]) for low in lows]
         tasks = [Score(UNPERTURBED, part, self.planned.pass_samples) for part in parts]
-        values = self.pool.map(tasks, self.console.tasks("evaluation", len(tasks)))
-        return float(np.concatenate(values, axis=1).mean())
+        return float(np.concatenate(self._scores(tasks, "evaluation"), axis=1).mean())
 
     def evaluate_if_due(self) -> None:
         """The evaluation before the first step, or one that a crash cut off."""
@@ -247,6 +251,10 @@ class Training:
         card = model_card(self.done, recipes.dumps(self.recipe), self.recipe.model.path, evaluation)
         state = {"step": self.done, "eval_score": evaluation}
         export(folder, self.model, self.layout, read, self.tokenizer, self.recipe.run.checkpoint_dtype, card, state)
+
+    def _scores(self, tasks: Sequence[Score], what: str) -> list[np.ndarray]:
+        tokens = max(task.perturbation.members * task.batch.targets for task in tasks)
+        return self.pool.map(tasks, 2 * tokens * self.layout.size / SLOWEST_FLOPS, self.console.tasks(what, len(tasks)))
 
     def _due(self, every: int) -> bool:
         return bool(every) and (self.done % every == 0 or self.done == self.recipe.run.iterations)

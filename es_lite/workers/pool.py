@@ -36,11 +36,10 @@ class Pool:
     """`count` spawned worker processes. A context manager: none is left when it ends, however it ends."""
 
     def __init__(self, setup: Setup, descriptor: int, count: int, deadline_seconds: float, warn: Callable[[str], None]) -> None:
-        """descriptor: the working copy's. deadline_seconds: after which a task counts as hung; 0: 20 times the slowest so far."""
+        """descriptor: the working copy's. deadline_seconds: after which a task counts as hung; 0: what `map` is told."""
         self._setup = setup
         self._descriptor = descriptor
         self._deadline = deadline_seconds
-        self._slowest = 0.0
         self._warn = warn
         self._context = multiprocessing.get_context("spawn")
         self._seats: list[_Seat] = []
@@ -55,8 +54,11 @@ class Pool:
         """Process numbers of the workers."""
         return [pid for seat in self._seats if (pid := seat.process.pid) is not None]
 
-    def map(self, tasks: Sequence[Task], done: Callable[[int], None] = lambda index: None) -> list[Any]:
-        """The tasks' values, in order. `done` is told the index of each task as it is finished.
+    def map(self, tasks: Sequence[Task], patience_seconds: float, done: Callable[[int], None]) -> list[Any]:
+        """The tasks' values, in order.
+
+        patience_seconds: what no task can take on the slowest machine; past it (or past SHORTEST_DEADLINE_SECONDS,
+        if that is longer) a worker counts as hung. done: is told the index of each task as it is finished.
 
         Raises UserError or RunError as a worker found it, or RunError where a task costs ATTEMPTS workers.
         """
@@ -68,7 +70,7 @@ class Pool:
             for seat in self._seats:
                 if seat.task is None and waiting:
                     self._give(seat, waiting.popleft(), tasks)
-            for seat in self._ready():
+            for seat in self._ready(self._deadline or max(SHORTEST_DEADLINE_SECONDS, patience_seconds)):
                 answer = self._answer(seat)
                 index, seat.task = seat.task, None
                 assert index is not None
@@ -79,7 +81,6 @@ class Pool:
                 elif isinstance(answer, Failed):
                     raise answer.error
                 else:
-                    self._slowest = max(self._slowest, answer.seconds)
                     values[index] = answer.value
                     left -= 1
                     done(index)
@@ -116,10 +117,9 @@ class Pool:
         with contextlib.suppress(OSError):  # it is dead, which its sentinel says next
             seat.connection.send(tasks[index])
 
-    def _ready(self) -> list[_Seat]:
+    def _ready(self, deadline: float) -> list[_Seat]:
         """Seats that have a task and answered it, died, or hung."""
         busy = [seat for seat in self._seats if seat.task is not None]
-        deadline = self._deadline or max(SHORTEST_DEADLINE_SECONDS, 20 * self._slowest)
         soonest = min(seat.since for seat in busy) + deadline
         events = wait(
             [seat.connection for seat in busy] + [seat.process.sentinel for seat in busy],

@@ -8,7 +8,6 @@ import ctypes
 import os
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,7 +69,6 @@ Task = Score | Advance
 @dataclass(frozen=True)
 class Done:
     value: Any
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -130,10 +128,9 @@ def main(connection: Connection, setup: Setup, descriptor: Any, parent: int) -> 
             task = connection.recv()
         except EOFError:
             return
-        started = time.perf_counter()
         answer: Done | Failed
         try:
-            answer = Done(worker.do(task), time.perf_counter() - started)
+            answer = Done(worker.do(task))
         except (UserError, RunError) as error:
             answer = Failed(error)
         except Exception:

@@ -199,13 +199,10 @@ def load(path: Path, overrides: typing.Sequence[str] = ()) -> Recipe:
     problems: list[str] = []
     for override in overrides:
         _apply(document, override, problems)
-    recipe = _table(Recipe, document, "", problems)
-    if recipe is not None:
-        problems += _contradictions(recipe)
+    recipe = _recipe(document, problems)
     if problems:
         listing = "\n".join(f"  {problem}" for problem in problems)
         raise UserError(f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)}\n{listing}")
-    assert recipe is not None
     if not recipe.run.dir:
         recipe = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, dir=f"runs/{path.stem}"))
     return recipe
@@ -224,7 +221,7 @@ def parse_size(text: str) -> int:
         return 0
     try:
         return int(float(match[1]) * units[match[2].upper()])
-    except ValueError:
+    except (ValueError, OverflowError):
         return 0
 
 
@@ -258,6 +255,20 @@ def _apply(document: dict, override: str, problems: list[str]) -> None:
     target = document.setdefault(table, {})
     if isinstance(target, dict):
         target[key] = value
+
+
+def _recipe(document: dict, problems: list[str]) -> Recipe:
+    """The recipe, with the defaults for tables that have problems; contradictions are sought among the others."""
+    tables = {}
+    for name, values in document.items():
+        before = len(problems)
+        table = _table(Recipe, {name: values}, "", problems)
+        if len(problems) == before:
+            tables[name] = getattr(table, name)
+    recipe = Recipe(**tables)
+    broken = document.keys() - tables.keys()
+    problems += [text for involved, text in _contradictions(recipe) if not broken & involved]
+    return recipe
 
 
 def _table(cls: type, values: Any, path: str, problems: list[str]) -> Any:
@@ -313,17 +324,25 @@ def _value(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
     return value
 
 
-def _contradictions(recipe: Recipe) -> typing.Iterator[str]:
-    if bool(recipe.model.path) == bool(recipe.model.config):
-        yield "model: give one of model.path and model.config" + (", not both" if recipe.model.path else "")
-    if recipe.es.antithetic and recipe.es.population % 2:
-        yield f"es.population = {recipe.es.population}: must be even with es.antithetic = true"
-    if recipe.model.config and not recipe.data.tokenizer:
-        yield 'data.tokenizer: a model made from model.config has none of its own; give "bpe", a folder or a hub name'
-    for index, group in enumerate(recipe.es.groups):
+def _contradictions(recipe: Recipe) -> typing.Iterator[tuple[set[str], str]]:
+    """What does not go together, with the tables that it takes to say so."""
+    es, path, config = recipe.es, recipe.model.path, recipe.model.config
+    if bool(path) == bool(config):
+        yield {"model"}, "model: give one of model.path and model.config" + (", not both" if path else "")
+    if es.antithetic and es.population % 2:
+        yield {"es"}, f"es.population = {es.population}: must be even with es.antithetic = true"
+    if config and not recipe.data.tokenizer:
+        yield (
+            {"model", "data"},
+            'data.tokenizer: a model made from model.config has none of its own; give "bpe", a folder or a hub name',
+        )
+    for index, group in enumerate(es.groups):
         if not group.pattern:
-            yield f"es.groups[{index}].pattern: missing"
+            yield {"es"}, f"es.groups[{index}].pattern: missing"
         if group.sigma == 0 and group.alpha != 0:
-            yield f"es.groups[{index}]: sigma = 0 leaves nothing to learn from; set alpha = 0 too, which freezes the group"
+            yield (
+                {"es"},
+                f"es.groups[{index}]: sigma = 0 leaves nothing to learn from; set alpha = 0 too, which freezes the group",
+            )
     if recipe.eval.every and not recipe.eval.path and recipe.eval.fraction == 0:
-        yield "eval.fraction = 0: nothing is held out for eval.every; give eval.path or a fraction"
+        yield {"eval"}, "eval.fraction = 0: nothing is held out for eval.every; give eval.path or a fraction"

@@ -112,9 +112,12 @@ class Live:
 
 
 @contextmanager
-def start(recipe: Path, run: Path, *overrides: str, resume: bool = False) -> Iterator[Live]:
-    """Runs the command in the background; what is left of its process group at the block's end is killed."""
-    log = run.with_name(run.name + ".log")
+def start(recipe: Path, run: Path, *overrides: str, resume: bool = False, log: Path | None = None) -> Iterator[Live]:
+    """Runs the command in the background; what is left of its process group at the block's end is killed.
+
+    log: where its output goes, without a suffix; else beside `run`.
+    """
+    log = log or run.with_name(run.name + ".log")
     command = [sys.executable, "-m", "es_lite.train", *arguments(recipe, run, *overrides, resume=resume)]
     with log.with_suffix(".out").open("w") as out, log.with_suffix(".err").open("w") as err:
         process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=err, start_new_session=True)
@@ -131,14 +134,15 @@ def group(leader: int) -> list[psutil.Process]:
     return [process for process in psutil.process_iter() if _alive_in(process, leader)]
 
 
-def nothing_left(leader: int, seconds: float = 10) -> bool:
-    """Whether the process group is empty, or becomes so soon."""
+def left(leader: int, seconds: float = 30) -> list[list[str]]:
+    """Command lines of the processes of a group that are still there when it should be empty.
+
+    A worker that was just being started first has to get so far as to see that its coordinator is gone.
+    """
     end = time.monotonic() + seconds
-    while group(leader):
-        if time.monotonic() > end:
-            return False
+    while (processes := group(leader)) and time.monotonic() < end:
         time.sleep(0.05)
-    return True
+    return [process.cmdline() for process in processes]
 
 
 def records(run: Path) -> int:
@@ -155,9 +159,9 @@ def digest(run: Path) -> dict[str, str]:
 
 
 def export_digest(run: Path) -> dict[str, str]:
-    """SHA-256 of all files of checkpoint/ and best/, the run's own path in them left out."""
-    files = [*_files(run / "checkpoint"), *_files(run / "best")]
-    return {str(path.relative_to(run)): _sha256(path.read_bytes().replace(bytes(run), b"")) for path in files}
+    """SHA-256 of all files of checkpoint/ and best/ but the model card, which quotes the recipe, run.dir included."""
+    files = [path for folder in ("checkpoint", "best") for path in _files(run / folder) if path.name != "README.md"]
+    return {str(path.relative_to(run)): _sha256(path.read_bytes()) for path in files}
 
 
 def contents(folder: Path) -> dict[str, bytes]:

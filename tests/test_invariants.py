@@ -23,8 +23,8 @@ from support import (
     Live,
     digest,
     export_digest,
+    left,
     leftovers,
-    nothing_left,
     records,
     start,
     train,
@@ -132,11 +132,12 @@ def test_workers_killed_at_random_moments_change_no_bit(recipe: Path, reference:
 def test_a_worker_that_hangs_is_replaced_and_changes_no_bit(recipe: Path, reference: Path, tmp_path: Path) -> None:
     with start(recipe, tmp_path / "run", "workers.deadline=20") as live:
         live.wait_for_records(3)
-        live.workers()[0].send_signal(signal.SIGSTOP)
+        worker = live.workers()[0]
+        worker.suspend()
         finished = live.finish()
-        assert nothing_left(live.process.pid)
+        assert left(live.process.pid) == []
     assert finished.code == 0, finished.err
-    assert finished.err.count("did not answer within 20 s; it is replaced") == 1
+    assert f"worker {worker.pid} did not answer within 20 s; it is replaced" in finished.err
     assert_same_run(tmp_path / "run", reference)
 
 
@@ -161,7 +162,7 @@ def test_a_run_killed_at_random_moments_and_resumed_ends_with_the_same_bits(
             assert live.process.poll() is None, live.err
             live.process.kill()
             live.process.wait()
-            assert nothing_left(live.process.pid)
+            assert left(live.process.pid) == []
     assert records(run) < STEPS
     finished = train(recipe, run, resume=True)
     assert finished.code == 0, finished.err
@@ -178,23 +179,12 @@ def time_to_records(live: Live, count: int) -> float:
 def test_a_run_killed_before_its_recipe_was_written_is_still_a_run_directory(
     recipe: Path, tmp_path: Path, there: list[str]
 ) -> None:
-    """What a kill between the first lines of `RunDirectory` leaves."""
+    """What a kill at the very start leaves."""
     run = tmp_path / "run"
     (run / "master").mkdir(parents=True)
     for name in there[1:]:
         (run / name).write_text("")
     assert get_past_the_run_directory(recipe, run)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("torn", [0, 100])
-def test_a_journal_whose_header_was_torn_is_begun_again(recipe: Path, reference: Path, tmp_path: Path, torn: int) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(reference, run, ignore=shutil.ignore_patterns("*.safetensors", "checkpoint", "best", "metrics.jsonl"))
-    os.truncate(run / "journal.jsonl", torn)
-    finished = train(recipe, run, "run.iterations=1", resume=True)
-    assert finished.code == 0, finished.err
-    assert (run / "journal.jsonl").read_bytes() == b"".join((reference / "journal.jsonl").open("rb").readlines()[:2])
 
 
 def get_past_the_run_directory(recipe: Path, run: Path) -> bool:
@@ -217,11 +207,10 @@ def test_a_lost_master_file_and_a_torn_record_are_made_again(recipe: Path, refer
 @pytest.mark.slow
 def test_one_lost_master_file_is_made_again(recipe: Path, reference: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    shutil.copytree(reference, run)
-    (run / "master/block-001.safetensors").unlink()
+    shutil.copytree(reference, run, ignore=shutil.ignore_patterns("block-001.safetensors", "checkpoint", "best"))
     finished = train(recipe, run, resume=True)
     assert finished.code == 0, finished.err
-    assert_same_run(run, reference)
+    assert digest(run) == digest(reference)
 
 
 # 3: θ₀ and the journal alone
@@ -372,7 +361,7 @@ def test_ctrl_c_or_sigterm_end_at_the_steps_end_and_resuming_changes_no_bit(
             else:
                 live.process.send_signal(number)
             finished = live.finish()
-            assert nothing_left(live.process.pid)
+            assert left(live.process.pid) == []
         assert (finished.code, finished.err) == (0, "")
         assert f"add --resume to go on from step {records(run)}" in finished.out
         assert json.loads((run / "checkpoint/es_lite.json").read_text())["step"] == records(run) < STEPS
@@ -388,7 +377,7 @@ def test_ctrl_c_while_the_workers_start_is_quiet(recipe: Path, tmp_path: Path) -
         time.sleep(0.5)
         os.killpg(live.process.pid, signal.SIGINT)
         finished = live.finish()
-        assert nothing_left(live.process.pid)
+        assert left(live.process.pid) == []
     assert (finished.code, finished.err) == (0, "")
     assert (tmp_path / "run/checkpoint/model.safetensors").exists()
 
@@ -403,7 +392,7 @@ def test_ctrl_c_twice_ends_at_once(recipe: Path, tmp_path: Path) -> None:
         assert live.process.poll() is None
         os.killpg(live.process.pid, signal.SIGINT)
         finished = live.finish()
-        assert nothing_left(live.process.pid)
+        assert left(live.process.pid) == []
     assert finished.code == 130
     assert finished.err == "es_lite: stopped at once; add --resume to go on\n"
     assert records(tmp_path / "run") == 0

@@ -11,7 +11,7 @@ from es_lite.algorithm.record import Record
 from es_lite.errors import RunError, UserError
 from es_lite.runs.journal import Journal
 
-HEADER = {"origin": {"path": "", "seed": 2**64 - 1}, "fingerprint": {"weights": "é\n\r\"}"}}
+HEADER = {"origin": {"path": "", "seed": 2**64 - 1}, "fingerprint": {"weights": 'é\n\r"}'}}
 SCORES = [-1.5, None, -2.25, 1e-300]
 
 
@@ -221,6 +221,25 @@ def test_an_append_that_fails_leaves_the_journal_as_it_was(path, monkeypatch, ca
     assert journal.records == [record(0), record(1)]
     journal.append(record(2), SCORES)  # once there is room again
     assert Journal.open(path).records == [record(step) for step in range(3)]
+
+
+def test_a_new_journal_appears_with_its_whole_header_or_not_at_all(path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", short)
+        with pytest.raises(RunError):
+            Journal.create(path, HEADER)
+    assert not path.exists()
+    Journal.create(path, HEADER)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    assert Journal.open(path).header["origin"] == HEADER["origin"]
+
+
+def test_a_journal_that_was_removed_is_not_begun_anew_in_the_middle(path):
+    journal = make(path, 2)
+    path.unlink()
+    with pytest.raises(RunError, match=str(path)):
+        journal.append(record(2), SCORES)
+    assert not path.exists()
 
 
 def test_a_journal_that_cannot_be_created_is_an_error_of_the_run(tmp_path):

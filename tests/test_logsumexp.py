@@ -125,6 +125,7 @@ def test_the_logits_are_not_changed(bf16):
     assert np.array_equal(logits, before)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")
 @pytest.mark.parametrize("broken", [np.nan, np.inf])
 def test_broken_logits_give_a_score_that_is_not_finite(broken):
     """A model that overflowed must not look like a good one."""

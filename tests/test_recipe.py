@@ -111,11 +111,14 @@ def test_a_models_configuration_can_be_a_table(loads):
     [
         ("[es]\nsgima = 1", 'es.sgima: unknown key; did you mean "sigma"?'),
         ("[es]\npopulaton = 2", 'es.populaton: unknown key; did you mean "population"?'),
-        ("[run]\nsteps = 2", 'run.steps: unknown key; did you mean "seed"?'),
+        ("[run]\niteration = 2", 'run.iteration: unknown key; did you mean "iterations"?'),
         ("[fitnes]\nsamples = 2", 'fitnes: unknown table; did you mean "fitness"?'),
         ("[es]\ngroups = [{patern = 'x'}]", 'es.groups[0].patern: unknown key; did you mean "pattern"?'),
         ('[es]\nshaping = "ranks"', "es.shaping = 'ranks': expected 'zscore' or 'rank'; did you mean \"rank\"?"),
-        ('[workers]\ncompute = "bf-16"', "workers.compute = 'bf-16': expected 'auto' or 'bf16' or 'fp32'; did you mean \"bf16\"?"),
+        (
+            '[workers]\ncompute = "bf-16"',
+            "workers.compute = 'bf-16': expected 'auto' or 'bf16' or 'fp32'; did you mean \"bf16\"?",
+        ),
     ],
 )
 def test_a_wrong_name_is_answered_by_the_nearest_right_one(problems, text, expected):
@@ -124,7 +127,7 @@ def test_a_wrong_name_is_answered_by_the_nearest_right_one(problems, text, expec
 
 def test_a_name_like_no_other_is_answered_by_all(problems):
     assert problems("[log]\nxyzzy = 1") == ["log.xyzzy: unknown key; known here: tensorboard"]
-    assert problems("xyzzy = 1") == [f"xyzzy: unknown table; known here: {', '.join(DEFAULTS)}"]
+    assert problems("[xyzzy]") == [f"xyzzy: unknown table; known here: {', '.join(DEFAULTS)}"]
 
 
 def test_all_problems_are_reported_at_once(problems):
@@ -178,7 +181,7 @@ def test_all_contradictions_are_reported_at_once(problems):
         "es.groups[0].pattern",
         "es.groups[1]",
         "eval.fraction = 0",
-    ] or [line.partition(":")[0] for line in found][-1].startswith("eval.fraction = 0")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -232,11 +235,11 @@ def test_a_wrong_type_is_refused(problems, text, expected):
         ("[fitness]\nmicro_batch = 0", "fitness.micro_batch = 0: expected at least 1"),
         ("[data]\nvocab_size = 256", "data.vocab_size = 256: expected at least 257"),
         ("[data]\nlines = -1", "data.lines = -1: expected at least 0"),
-        ("[workers]\ncount = 0", "workers.count = 0: expected \"auto\" or a whole number of at least 1"),
+        ("[workers]\ncount = 0", 'workers.count = 0: expected "auto" or a whole number of at least 1'),
         ("[workers]\nthreads = 'all'", "workers.threads = 'all': expected \"auto\" or a whole number of at least 1"),
         ("[workers]\ndeadline = -1", "workers.deadline = -1.0: expected at least 0"),
-        ("[memory]\nlimit = '0 GiB'", "memory.limit = '0 GiB': expected a size such as \"8 GiB\" or \"512 MiB\", or \"\" for none"),
-        ("[memory]\nlimit = 'lots'", "memory.limit = 'lots': expected a size such as \"8 GiB\" or \"512 MiB\", or \"\" for none"),
+        ("[memory]\nlimit = '0 GiB'", 'memory.limit = \'0 GiB\': expected a size such as "8 GiB" or "512 MiB", or "" for none'),
+        ("[memory]\nlimit = 'lots'", 'memory.limit = \'lots\': expected a size such as "8 GiB" or "512 MiB", or "" for none'),
         ("[eval]\nfraction = 1.0", "eval.fraction = 1.0: expected at least 0 and less than 1"),
         ("[eval]\nsamples = 0", "eval.samples = 0: expected at least 1"),
         ("[es]\ngroups = [{pattern = '('}]", "es.groups[0].pattern = '(': expected a regular expression"),
@@ -248,7 +251,10 @@ def test_a_wrong_type_is_refused(problems, text, expected):
             "[es]\ngroups = [{pattern = 'x', sigma = 0}]",
             "es.groups[0]: sigma = 0 leaves nothing to learn from; set alpha = 0 too, which freezes the group",
         ),
-        ("[model]\npath = 'a'\nconfig = 'b'\n[data]\ntokenizer = 'bpe'", "model: give one of model.path and model.config, not both"),
+        (
+            "[model]\npath = 'a'\nconfig = 'b'\n[data]\ntokenizer = 'bpe'",
+            "model: give one of model.path and model.config, not both",
+        ),
         ("[model]\n", "model: give one of model.path and model.config"),
         (
             "[model]\nconfig = 'qwen3-0.5b'",
@@ -405,6 +411,7 @@ def test_every_default_is_dumped(path):
         ("1e9", 0),
         ("inf", 0),
         ("٣ GiB", 0),
+        ("9" * 400 + " GiB", 0),
     ],
 )
 def test_sizes(text, size):
@@ -434,8 +441,7 @@ def test_there_are_recipes():
 
 def test_every_key_is_documented():
     text = (RECIPES[0].parents[1] / "docs" / "recipe.md").read_text(encoding="utf-8")
-    missing = [key for keys in DEFAULTS.values() for key in keys if f"`{key}`" not in text and f".{key}`" not in text]
-    assert not missing
+    assert not [f"{table}.{key}" for table, keys in DEFAULTS.items() for key in keys if f"`{table}.{key}`" not in text]
 
 
 def test_tables_cannot_be_changed():

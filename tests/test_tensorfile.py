@@ -75,9 +75,10 @@ def test_raw_gives_the_stored_bytes(tmp_path, dtype):
     values = tensors(TYPES[dtype])
     save_file(values, tmp_path / "x.safetensors")
     entry = open_tensors(tmp_path / "x.safetensors")[0]["a.weight"]
-    assert Reader().raw(entry, 3, 20).tobytes() == values["a.weight"].view(torch.uint8).numpy().tobytes()[
-        3 * entry_size(dtype) : 23 * entry_size(dtype)
-    ]
+    assert (
+        Reader().raw(entry, 3, 20).tobytes()
+        == values["a.weight"].view(torch.uint8).numpy().tobytes()[3 * entry_size(dtype) : 23 * entry_size(dtype)]
+    )
 
 
 def entry_size(dtype: str) -> int:

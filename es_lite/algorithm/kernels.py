@@ -236,7 +236,7 @@ class Threads:
         self._pool = ThreadPoolExecutor(count) if count > 1 else None
 
     def each(self, size: int, work: Callable[[int, int], None], least: int = 16 * CHUNK) -> None:
-        """Calls work(low, high) so that the ranges cover 0 … size, none shorter than `least` while there is a choice."""
+        """Calls work(low, high) so that the ranges cover 0 … size; work of less than two times `least` is not cut."""
         if self._pool is None or size < 2 * least:
             work(0, size)
             return

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from es_lite.algorithm.kernels import Threads
 from es_lite.data import Batch
@@ -96,6 +96,7 @@ class EmbeddingDoor(Door):
 
     def forward(self, ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         module, tensors, way = self._inside
+        module.padding_idx = None  # a number of a row that need not be made; only gradients know it
         used, places = torch.unique(ids[: way.samples], return_inverse=True)
         values = way.scratch.rows(tensors["weight"], used.numpy())
         return torch.cat([functional_call(module, {"weight": rows}, (places,)) for rows in values])
@@ -217,8 +218,8 @@ def _after_head(model: PreTrainedModel) -> tuple[float, float]:
     """(scale, cap): what the model does with its logits, logits·scale or cap·tanh(logits/cap), found by trying it."""
 
     class Body(nn.Module):
-        def forward(self, *_: Any, **__: Any) -> BaseModelOutputWithPast:
-            return BaseModelOutputWithPast(last_hidden_state=torch.zeros(1, 1, 1))
+        def forward(self, *_: Any, **__: Any) -> BaseModelOutputWithPastAndCrossAttentions:
+            return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=torch.zeros(1, 1, 1))
 
     class Head(nn.Module):
         def forward(self, _: torch.Tensor) -> torch.Tensor:

@@ -55,10 +55,9 @@ def _row(values, power, power_bits, greatest, total):
     low bits of the sum are n. `power_bits` is `power` seen as uint32.
     """
     top = max(greatest, _halve_max(values, power))
-    offset = top * LOG2_E
     for i in range(values.size):
-        t = values[i] * LOG2_E - offset
-        t = t if t > _f32(-125) else _f32(-125)
+        t = (values[i] - top) * LOG2_E
+        t = _f32(-125) if t < _f32(-125) else t  # NaN stays
         power[i] = t + MAGIC
         values[i] = t - (power[i] - MAGIC)
     for i in range(values.size):
@@ -68,7 +67,7 @@ def _row(values, power, power_bits, greatest, total):
         values[i] = power[i] * (_f32(1) + f * (C1 + f * (C2 + f * (C3 + f * (C4 + f * (C5 + f * C6))))))
     # The padding's terms are 2^-125 each: far below the resolution of a sum that holds a 1.
     block = _halve_sum(values)
-    if total > 0:
+    if total != 0:  # also NaN
         block += total * np.exp(greatest - top)
     return top, block
 

@@ -45,7 +45,7 @@ def open_tensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         raise UserError(f"{path}: truncated or not a safetensors file ({error}); fetch or make it anew") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None) or {}
     start = 8 + length
     entries = {
         name: Entry(path, entry["dtype"], tuple(entry["shape"]), start + entry["data_offsets"][0])
@@ -94,6 +94,8 @@ class Reader:
             os.close(self._descriptor)
             self._path = None
 
+    __del__ = close
+
 
 class Writer:
     """Writes one safetensors file front to back; as a context manager it is complete, or absent, at the end.
@@ -120,7 +122,12 @@ class Writer:
 
     def __enter__(self) -> "Writer":
         self._file = self._partial.open("wb", buffering=0)
-        self._write(self._head)
+        try:
+            self._write(self._head)
+        except BaseException:
+            self._file.close()
+            self._partial.unlink(missing_ok=True)
+            raise
         return self
 
     def write(self, values: np.ndarray) -> None:

@@ -129,7 +129,7 @@ def make(recipe: Recipe, config: PretrainedConfig, layout: Layout) -> Plan:
         disk["checkpoint"] = 2 * export
     if recipe.eval.every:
         disk["best"] = 2 * export
-    used = sum(path.stat().st_size for path in run_dir.rglob("*") if path.is_file()) if run_dir.exists() else 0
+    used = system.folder_bytes(run_dir)
     tied = config.tie_word_embeddings
     multiplied = layout.size - (0 if tied else vocabulary * width)
     tokens = recipe.es.population * recipe.fitness.samples * (length - 1)

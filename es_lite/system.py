@@ -181,6 +181,15 @@ def free_disk_bytes(path: str | Path) -> int:
     return shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.exists())).free
 
 
+def folder_bytes(path: Path) -> int:
+    """Size of the files in `path` and below; those that vanish meanwhile count 0."""
+    size = 0
+    for file in path.rglob("*"):
+        with contextlib.suppress(OSError):
+            size += file.lstat().st_size if file.is_file() else 0
+    return size
+
+
 def box() -> dict[str, str | int | float]:
     """Where a figure was taken: the machine, the part of it that this process may use, and versions."""
     model = re.search(r"^model name\s*: (.+)$", _read(PROC / "cpuinfo"), re.MULTILINE)

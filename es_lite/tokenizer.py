@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from es_lite.data import Document
-from es_lite.errors import UserError
+from es_lite.errors import RunError, UserError
 from es_lite.recipe import DataTable
 
 END = "<|endoftext|>"
@@ -71,8 +71,22 @@ def _save(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """All of `folder` or, after a crash, none of it."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    tokenizer.save_pretrained(partial)
-    for file in partial.iterdir():
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
-    partial.rename(folder)
+    try:
+        save_tokenizer(tokenizer, partial)
+        for file in partial.iterdir():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+        partial.rename(folder)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise RunError(f"{folder}: cannot be written ({error.strerror or error})") from None
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Its files into `folder`. Raises OSError where they cannot be written."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:  # the Rust side has no class of its own for a full disk
+        raise OSError(None, str(error)) from None

@@ -81,6 +81,8 @@ def train(recipe: Recipe, resume: bool = False) -> None:
                 f"{len(journal.records)}; restore the journal, or remove {run.master} to make it again from the journal"
             )
 
+        run.keep(recipe)
+
         descriptor = working.allocate(layout)
         setup = Setup(origin, layout, run.master, planned.compute, planned.threads, recipe.fitness.micro_batch)
         metrics = Metrics(run.metrics, recipe.log.tensorboard)

@@ -653,9 +653,10 @@ def test_metrics_on_a_full_disk_end_the_run_also_with_tensorboard(tmp_path: Path
     pytest.importorskip("tensorboard")
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=1m", "tmpfs") as disk:
         metrics = Metrics(disk / "metrics.jsonl", tensorboard=True)
+        metrics.write({"step": 0, "score_mean": 1.0})
         fill(disk, leaving=0)
         with pytest.raises(RunError, match=f"{disk}.*cannot be written"):
-            for step in range(500):
+            for step in range(1, 500):
                 metrics.write({"step": step} | dict.fromkeys("abcdefgh", 1.0))
 
 

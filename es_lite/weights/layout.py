@@ -80,9 +80,16 @@ class Multipliers:
 
 
 def skeleton(config: PretrainedConfig) -> PreTrainedModel:
-    """The Hugging Face model of `config`, its parameters on the meta device, its buffers real, in eval mode."""
-    with _parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    """The Hugging Face model of `config`, its parameters on the meta device, its buffers real, in eval mode.
+
+    Raises UserError where there is no such model.
+    """
+    try:
+        with _parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # each architecture fails in ways of its own on sizes that make no sense
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"model: transformers cannot build a causal model of type {config.model_type!r}: {reason}") from None
     model.config.use_cache = False
     return model.eval().requires_grad_(False)
 

@@ -51,11 +51,15 @@ class MasterLayer:
     """A layer's file, opened and checked against the layer. Raises UserError where it is not whole."""
 
     def __init__(self, path: Path, layer: Layer) -> None:
-        self._entries, metadata = open_tensors(path)
+        remedy = "remove it and resume: θ₀ and the journal make it again"
+        try:
+            self._entries, metadata = open_tensors(path)
+        except UserError:
+            raise UserError(f"{path}: truncated or damaged; {remedy}") from None
         self._reader = Reader()
         shapes = {name: entry.shape for name, entry in self._entries.items()}
         if shapes != {tensor.name: tensor.shape for tensor in layer.tensors} or not metadata.get("step", "").isdigit():
-            raise UserError(f"{path}: is not {layer.name} of this model; remove it and resume: θ₀ and the journal make it again")
+            raise UserError(f"{path}: is not {layer.name} of this model; {remedy}")
         self.step = int(metadata["step"])
 
     def read(self, tensor: Tensor, start: int, count: int) -> np.ndarray:

@@ -37,6 +37,10 @@ SIZES: dict[str, dict[str, object]] = {
 """The configurations of EA4LLM."""
 
 
+EXPONENTS = {"F32": 0x7F800000, "BF16": 0x7F80, "F16": 0x7C00}
+"""The exponent's bits, all set in what is not finite."""
+
+
 class Source(Protocol):
     """θ₀ in slices."""
 
@@ -123,26 +127,30 @@ class Pretrained:
 
     def read(self, tensor: Tensor, start: int, count: int) -> np.ndarray:
         entry = self._entries[tensor.name]
-        values = self._reader.float32(entry, start, count)
-        if not np.isfinite(values).all():
-            raise UserError(f"{entry.file}: {tensor.name} has values that are not finite; the model is broken")
-        return values
+        return self._reader.float32(entry, start, count)
 
     def fingerprint(self) -> str:
-        """SHA-256 of the stored bytes of every tensor, in layout order."""
+        """SHA-256 of the stored bytes of every tensor, in layout order. Raises UserError where a value is not finite."""
         digest = hashlib.sha256()
         for tensor in self._layout.tensors:
             entry = self._entries[tensor.name]
             digest.update(f"{tensor.name} {entry.dtype}".encode())
             for start in range(0, tensor.size, 2**22):
-                digest.update(memoryview(self._reader.raw(entry, start, min(2**22, tensor.size - start))).cast("B"))
+                stored = self._reader.raw(entry, start, min(2**22, tensor.size - start))
+                bits, exponent = stored.view(f"u{stored.itemsize}"), EXPONENTS[entry.dtype]
+                if (bits & exponent == exponent).any():  # infinite or not a number
+                    raise UserError(f"{entry.file}: {tensor.name} has values that are not finite; the model is broken")
+                digest.update(memoryview(stored).cast("B"))
         return digest.hexdigest()
 
 
 def _entries(folder: Path) -> dict[str, Entry]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        files = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        places = _read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+            raise UserError(f"{index}: has no weight_map of tensors to files; fetch or make it anew")
+        files = sorted(set(places.values()))
         if any(os.path.basename(name) != name for name in files):
             raise UserError(f"{index}: names files outside its folder")
     else:

@@ -1,8 +1,10 @@
 """The pool of worker processes: hands out tasks, replaces workers that die or hang, and does their work again."""
 
-import contextlib
 import multiprocessing
 import os
+import signal
+import socket
+import struct
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -14,7 +16,7 @@ from typing import Any, cast
 
 from es_lite.errors import RunError
 from es_lite.workers import worker
-from es_lite.workers.worker import Done, Failed, Setup, Task
+from es_lite.workers.worker import Done, Failed, Ready, Setup, Task
 
 ATTEMPTS = 3
 """Workers that one task may cost before the run is stopped."""
@@ -30,6 +32,9 @@ class _Seat:
     connection: Connection
     task: int | None = None
     since: float = 0.0
+    """When it got the task, or was ready for it."""
+    ready: bool = False
+    """It has loaded what it needs: from then on the deadline counts."""
 
 
 class Pool:
@@ -72,6 +77,9 @@ class Pool:
                     self._give(seat, waiting.popleft(), tasks)
             for seat in self._ready(self._deadline or max(SHORTEST_DEADLINE_SECONDS, patience_seconds)):
                 answer = self._answer(seat)
+                if isinstance(answer, Ready):
+                    seat.ready, seat.since = True, time.monotonic()
+                    continue
                 index, seat.task = seat.task, None
                 assert index is not None
                 if answer is None:
@@ -108,32 +116,42 @@ class Pool:
         process = self._context.Process(
             target=worker.main, args=(theirs, self._setup, _Descriptor(self._descriptor), os.getpid()), daemon=True
         )
-        process.start()
+        # A worker is deaf to Ctrl-C from its first moment, not only from its own first line.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
+        # A stopped worker does not read: without a bound, sending it a large task would block for ever.
+        with socket.socket(fileno=os.dup(ours.fileno())) as end:
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(SHORTEST_DEADLINE_SECONDS), 0))
         return _Seat(cast(SpawnProcess, process), ours)
 
     def _give(self, seat: _Seat, index: int, tasks: Sequence[Task]) -> None:
         seat.task, seat.since = index, time.monotonic()
-        with contextlib.suppress(OSError):  # it is dead, which its sentinel says next
+        try:
             seat.connection.send(tasks[index])
+        except OSError:
+            seat.process.kill()  # if it is not dead already; its sentinel says so next
 
     def _ready(self, deadline: float) -> list[_Seat]:
         """Seats that have a task and answered it, died, or hung."""
         busy = [seat for seat in self._seats if seat.task is not None]
-        soonest = min(seat.since for seat in busy) + deadline
+        ends = {seat.process.pid: seat.since + (deadline if seat.ready else SHORTEST_DEADLINE_SECONDS) for seat in busy}
         events = wait(
             [seat.connection for seat in busy] + [seat.process.sentinel for seat in busy],
-            timeout=max(0.0, soonest - time.monotonic()),
+            timeout=max(0.0, min(ends.values()) - time.monotonic()),
         )
         for seat in busy:
-            if time.monotonic() - seat.since > deadline and seat.connection not in events:
-                self._warn(f"worker {seat.process.pid} did not answer within {deadline:.0f} s; it is replaced")
+            if time.monotonic() > ends[seat.process.pid] and seat.connection not in events:
+                self._warn(f"worker {seat.process.pid} did not answer within its deadline ({deadline:.0f} s); it is replaced")
                 seat.process.kill()
                 seat.process.join()
                 events.append(seat.process.sentinel)
         return [seat for seat in busy if seat.connection in events or seat.process.sentinel in events]
 
-    def _answer(self, seat: _Seat) -> Done | Failed | None:
+    def _answer(self, seat: _Seat) -> Ready | Done | Failed | None:
         """What the worker sent; None where it died before."""
         try:
             return seat.connection.recv() if seat.connection.poll() else None
@@ -153,7 +171,7 @@ class Pool:
             )
         self._warn(f"worker {seat.process.pid} died (exit code {code}); a new one repeats its {what}")
         new = self._start()
-        seat.process, seat.connection = new.process, new.connection
+        seat.process, seat.connection, seat.ready = new.process, new.connection, False
 
 
 class _Descriptor:

@@ -67,6 +67,11 @@ Task = Score | Advance
 
 
 @dataclass(frozen=True)
+class Ready:
+    """A worker's first message: it has started."""
+
+
+@dataclass(frozen=True)
 class Done:
     value: Any
 
@@ -119,10 +124,12 @@ class Worker:
 
 def main(connection: Connection, setup: Setup, descriptor: Any, parent: int) -> None:
     """Entry of the process. descriptor: the working copy's, as multiprocessing's DupFd."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the coordinator decides
+    # Ctrl-C reaches the whole group, and the coordinator decides; until here the pool had it blocked.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _die_with(parent)
     worker = Worker(setup, descriptor.detach())
+    connection.send(Ready())
     while True:
         try:
             task = connection.recv()

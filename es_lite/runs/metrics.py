@@ -1,0 +1,56 @@
+"""metrics.jsonl, one JSON object a step, and the same to TensorBoard where it is installed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from es_lite.errors import RunError
+
+
+class Metrics:
+    """Appends to a run's metrics; a last line that a crash tore is dropped."""
+
+    def __init__(self, path: Path, tensorboard: bool) -> None:
+        self._path = path
+        if path.exists():
+            data = path.read_bytes()
+            if not data.endswith(b"\n"):
+                path.write_bytes(data[: data.rfind(b"\n") + 1])
+        self._board = _board(path.parent / "tensorboard") if tensorboard else None
+
+    def write(self, values: dict[str, Any]) -> None:
+        """One line. `values` has "step"; GiB are 2³⁰ bytes, PSS is summed over the process group."""
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+            if self._board:
+                for name, value in values.items():
+                    if name != "step" and value is not None:
+                        self._board.add_scalar(name, value, values["step"])
+                self._board.flush()
+        except OSError as error:
+            raise RunError(
+                f"{self._path}: cannot be written ({error.strerror}); the journal has the step, resume when there is room"
+            ) from None
+
+    def evaluations(self) -> dict[int, float]:
+        """eval_score by step, as written so far."""
+        if not self._path.exists():
+            return {}
+        lines = map(json.loads, self._path.read_text(encoding="utf-8").splitlines())
+        return {line["step"]: line["eval_score"] for line in lines if line.get("eval_score") is not None}
+
+    def close(self) -> None:
+        if self._board:
+            self._board.close()
+
+
+def _board(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    try:
+        return SummaryWriter(str(folder))
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be written ({error.strerror})") from None

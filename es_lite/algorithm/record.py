@@ -38,7 +38,7 @@ class Record:
 
 def make(
     step: int,
-    scores: Sequence[float],
+    scores: Sequence[float] | np.ndarray,
     *,
     seed: int,
     sigma: float,

@@ -10,7 +10,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-
 SAME_SIGNAL_SECONDS = 0.3
 """A second signal so soon is the first one again: `timeout` and some shells signal a process and then its group."""
 

@@ -72,11 +72,11 @@ class Scratch:
         sigma = self.perturbation.sigma * tensor.sigma * self.perturbation.signs[0]
         place = self._place(tensor)
 
-        def part(low: int, high: int) -> None:
+        def cut(low: int, high: int) -> None:
             minus = parts[1][low:high] if len(parts) == 2 else None
             kernels.perturb_rows(parts[0][low:high], minus, weights, rows[low:high], sigma=sigma, **place)
 
-        self._threads.each(rows.size, part, least=64)
+        self._threads.each(rows.size, cut, least=64)
         return [self._torch(part) for part in parts]
 
     def _perturb(self, parts: Sequence[np.ndarray], tensor: Tensor, start: int) -> None:
@@ -88,11 +88,11 @@ class Scratch:
             return
         place = self._place(tensor)
 
-        def part(low: int, high: int) -> None:
+        def cut(low: int, high: int) -> None:
             minus = parts[1][low:high] if len(parts) == 2 else None
             kernels.perturb(parts[0][low:high], minus, weights[low:high], sigma=sigma, start=start + low, **place)
 
-        self._threads.each(weights.size, part)
+        self._threads.each(weights.size, cut)
 
     def _place(self, tensor: Tensor) -> dict[str, int]:
         p = self.perturbation

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from es_lite.algorithm import kernels
 from es_lite.errors import UserError
 
-_NUMPY = {"F32": np.dtype("<f4"), "BF16": np.dtype("<u2"), "F16": np.dtype("<f2")}
+_NUMPY: dict[str, np.dtype] = {"F32": np.dtype("<f4"), "BF16": np.dtype("<u2"), "F16": np.dtype("<f2")}
 
 
 @dataclass(frozen=True)

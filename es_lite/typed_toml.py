@@ -1,0 +1,69 @@
+"""A TOML document into frozen dataclasses: unknown names, wrong types and impossible values, all collected as text."""
+
+import dataclasses
+import difflib
+import math
+import typing
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a value must satisfy, in words and as a test."""
+
+    expected: str
+    holds: typing.Callable[[Any], bool]
+
+
+def read(cls: type, values: Any, path: str, problems: list[str]) -> Any:
+    """An instance of the dataclass `cls`, or None where something was wrong with it."""
+    if not isinstance(values, dict):
+        problems.append(f"{path}: expected a table, got {values!r}")
+        return None
+    before = len(problems)
+    hints = typing.get_type_hints(cls, include_extras=True)
+    arguments = {}
+    for key, value in values.items():
+        where = f"{path}.{key}" if path else key
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1, cutoff=0.5)
+            remedy = f'; did you mean "{near[0]}"?' if near else f"; known here: {', '.join(hints)}"
+            problems.append(f"{where}: unknown {'key' if path else 'table'}{remedy}")
+        else:
+            arguments[key] = _value(hints[key], value, where, problems)
+    return cls(**arguments) if len(problems) == before else None
+
+
+def _value(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return read(typing.cast(type, hint), value, where, problems)
+    if typing.get_origin(hint) is Annotated:
+        base, check = typing.get_args(hint)
+        before = len(problems)
+        value = _value(base, value, where, problems)
+        if len(problems) == before and not check.holds(value):
+            problems.append(f"{where} = {value!r}: expected {check.expected}")
+        return value
+    if typing.get_origin(hint) is Literal:
+        choices = typing.get_args(hint)
+        if value not in choices:
+            near = difflib.get_close_matches(str(value), choices, n=1)
+            remedy = f'; did you mean "{near[0]}"?' if near else ""
+            problems.append(f"{where} = {value!r}: expected {' or '.join(map(repr, choices))}{remedy}")
+        return value
+    if typing.get_origin(hint) is tuple:
+        element = typing.get_args(hint)[0]
+        if not isinstance(value, list):
+            problems.append(f"{where} = {value!r}: expected a list")
+            return ()
+        return tuple(_value(element, item, f"{where}[{index}]", problems) for index, item in enumerate(value))
+    types = typing.get_args(hint) or (hint,)
+    if float in types and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", dict: "a table"}
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        problems.append(f"{where} = {value!r}: expected {' or '.join(names[kind] for kind in types)}")
+    elif isinstance(value, float) and not math.isfinite(value):
+        problems.append(f"{where} = {value!r}: expected a finite number")
+    return value

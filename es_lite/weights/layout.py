@@ -89,7 +89,9 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # each architecture fails in ways of its own on sizes that make no sense
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"model: transformers cannot build a causal model of type {config.model_type!r}: {reason}") from None
+        raise UserError(
+            f"model.config (or that of model.path): no causal model of type {config.model_type!r} can be built: {reason}"
+        ) from None
     model.config.use_cache = False
     return model.eval().requires_grad_(False)
 

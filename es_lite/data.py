@@ -3,6 +3,7 @@
 Token ids are int32. Whatever a person gave that cannot be used raises `UserError`.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator
@@ -167,6 +168,16 @@ def unigram_score(train: Corpus, held_out: Corpus, vocab_size: int) -> float:
     firsts = held_out.starts[:-1]
     scores[firsts] = 0.0
     return float(np.mean(np.add.reduceat(scores, firsts) / (np.diff(held_out.starts) - 1)))
+
+
+def fingerprint(*parts: Corpus | None) -> str:
+    """SHA-256 of the samples: what a run trains on and is evaluated on."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if part is not None:
+            digest.update(part.starts.astype("<i8").tobytes() + part.tokens.astype("<i4").tobytes())
+        digest.update(b"|")
+    return digest.hexdigest()
 
 
 def _pieces(path: str) -> Iterator[tuple[object, str]]:

@@ -78,7 +78,8 @@ class Plan:
 def make(recipe: Recipe, config: PretrainedConfig, layout: Layout) -> Plan:
     """The plan of a recipe, whether it fits or not (`shortfall` tells).
 
-    config is the model's. Workers on "auto": one a core, or as many as fit.
+    config is the model's. Workers on "auto": one a core, or as many as fit. Raises UserError where the model cannot take
+    fitness.max_length tokens.
     """
     run_dir = Path(recipe.run.dir).expanduser()
     limit = system.memory_limit(recipes.parse_size(recipe.memory.limit))
@@ -93,6 +94,9 @@ def make(recipe: Recipe, config: PretrainedConfig, layout: Layout) -> Plan:
 
     sample_bytes = 3 * members * length * width * itemsize  # a layer's input and output, and the head's choice of them
     samples = max(recipe.fitness.samples, recipe.eval.samples if recipe.eval.every else 0)
+    longest = getattr(text, "max_position_embeddings", None) or length
+    if length > longest:
+        raise UserError(f"fitness.max_length = {length}: the model has max_position_embeddings = {longest}; take that or less")
     pass_samples = min(max(1, HIDDEN_BYTES // sample_bytes // micro), -(-samples // micro)) * micro
     vocabulary = text.vocab_size
     scratch = (

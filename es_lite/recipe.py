@@ -236,17 +236,20 @@ def _compiles(pattern: str) -> bool:
 
 def _apply(document: dict, override: str, problems: list[str]) -> None:
     name, equals, text = override.partition("=")
-    table, dot, key = name.strip().partition(".")
-    if not (equals and dot and key):
+    *tables, last = name.strip().split(".")
+    if not (equals and tables and last):
         problems.append(f"--set {override}: expected table.key=value, for instance es.sigma=2e-3")
         return
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()  # a bare word is a string: --set run.dir=runs/mine
-    target = document.setdefault(table, {})
-    if isinstance(target, dict):
-        target[key] = value
+    for part in tables:
+        document = document.setdefault(part, {})
+        if not isinstance(document, dict):
+            problems.append(f"--set {override}: {part} is not a table")
+            return
+    document[last] = value
 
 
 def _recipe(document: dict, problems: list[str]) -> Recipe:

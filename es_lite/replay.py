@@ -1,9 +1,10 @@
-"""θ₀ and the journal to a Hugging Face folder, bit for bit what the run had: nothing else of the run is read.
+"""θ₀ and the journal to a Hugging Face folder, bit for bit what the run had.
 
     python -m es_lite.replay RUN --out DIR [--model PATH] [--step T] [--dtype bf16|fp32]
 
 RUN is a run directory or a journal alone: a fine-tune that was shared as a file of kilobytes. A random θ₀ comes from the
-journal's seed; a pretrained one from where the run found it, or from --model, and must be the very same.
+journal's seed; a pretrained one from where the run found it, or from --model, and must be the very same. Of a run directory's
+other files, only the tokenizer is taken along.
 """
 
 import argparse
@@ -59,10 +60,13 @@ def replay(run: Path, out: Path, model_path: str = "", steps: int | None = None,
     origin = replace(origin, path=model_path or origin.path)
     model, layout = origin.skeleton()
     theta_0 = origin.source(model, layout)
-    origins.check(journal, layout, theta_0)
+    origins.check(journal, origin, layout, theta_0)
     replayed = Replayed(theta_0, journal, steps, Threads(cores()))
+    tokenizer = _tokenizer(run, origin)
+    if tokenizer is None:
+        print("es_lite: no tokenizer beside the journal; add the run's to the folder", file=sys.stderr)
     card = model_card(steps, "", origin.path, None)
-    export(out, model, layout, lambda layer: replayed, _tokenizer(run, origin), dtype, card, {"step": steps})
+    export(out, model, layout, lambda layer: replayed, tokenizer, dtype, card, {"step": steps})
 
 
 def _tokenizer(run: Path, origin: Origin) -> PreTrainedTokenizerBase | None:

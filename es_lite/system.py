@@ -201,10 +201,14 @@ def box() -> dict[str, str | int | float]:
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "memory_left_gib": round(memory_limit().bytes / 2**30, 1),
         "os": platform.platform(),
-        "python": platform.python_version(),
-        **{package: _version(package) for package in ("torch", "transformers", "numpy", "numba")},
-        "es_lite": __version__,
+        **versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of what decides a run's bits."""
+    packages = {package: _version(package) for package in ("torch", "transformers", "numpy", "numba")}
+    return {"python": platform.python_version(), **packages, "es_lite": __version__}
 
 
 def _read(path: Path) -> str:

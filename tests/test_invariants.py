@@ -40,6 +40,8 @@ from es_lite.weights.layout import layout, skeleton
 from es_lite.weights.source import configuration
 from es_lite.weights.working import WorkingCopy, allocate
 
+STOPPING = "\nstopping at the end of this step; once more stops at once (nothing is lost)\n"
+
 STEPS = 100
 KILLS = 20
 
@@ -139,14 +141,14 @@ def test_workers_killed_at_random_moments_change_no_bit(recipe: Path, reference:
 
 @pytest.mark.slow
 def test_a_worker_that_hangs_is_replaced_and_changes_no_bit(recipe: Path, reference: Path, tmp_path: Path) -> None:
-    with start(recipe, tmp_path / "run", "workers.deadline=20") as live:
+    with start(recipe, tmp_path / "run", "workers.deadline=8") as live:
         live.wait_for_records(3)
         worker = live.workers()[0]
         worker.suspend()
         finished = live.finish()
         assert left(live.process.pid) == []
     assert finished.code == 0, finished.err
-    assert f"worker {worker.pid} did not answer within 20 s; it is replaced" in finished.err
+    assert f"worker {worker.pid} did not answer within its deadline; it is replaced" in finished.err
     assert_same_run(tmp_path / "run", reference)
 
 
@@ -355,13 +357,10 @@ def test_ctrl_c_or_sigterm_end_at_the_steps_end_and_resuming_changes_no_bit(
     for number, more in ((signal.SIGINT, 4), (signal.SIGTERM, 3)):
         with start(recipe, run, resume=True) as live:
             live.wait_for_records(records(run) + more)
-            if number == signal.SIGINT:
-                os.killpg(live.process.pid, number)  # as a terminal does
-            else:
-                live.process.send_signal(number)
+            os.killpg(live.process.pid, number)  # as a terminal, or a supervisor, does
             finished = live.finish()
             assert left(live.process.pid) == []
-        assert (finished.code, finished.err) == (0, "")
+        assert (finished.code, finished.err) == (0, STOPPING)
         assert f"add --resume to go on from step {records(run)}" in finished.out
         assert json.loads((run / "checkpoint/es_lite.json").read_text())["step"] == records(run) < STEPS
         assert metrics(run)[-1]["step"] == records(run)
@@ -378,7 +377,7 @@ def test_ctrl_c_while_the_workers_start_is_quiet(recipe: Path, tmp_path: Path) -
         os.killpg(live.process.pid, signal.SIGINT)
         finished = live.finish()
         assert left(live.process.pid) == []
-    assert (finished.code, finished.err) == (0, "")
+    assert (finished.code, finished.err) == (0, STOPPING)
     assert (tmp_path / "run/checkpoint/model.safetensors").exists()
 
 
@@ -394,7 +393,7 @@ def test_ctrl_c_twice_ends_at_once(recipe: Path, tmp_path: Path) -> None:
         finished = live.finish()
         assert left(live.process.pid) == []
     assert finished.code == 130
-    assert finished.err == "es_lite: stopped at once; add --resume to go on\n"
+    assert finished.err == STOPPING + "es_lite: stopped at once; add --resume to go on\n"
     assert records(tmp_path / "run") == 0
 
 

@@ -9,7 +9,6 @@ among threads as they like. Arithmetic is plain IEEE float32, without fused mult
 bfloat16 travels as its bits in uint16; values are taken to be finite.
 """
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -26,10 +25,11 @@ _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = np.uint32(0x9E3779B9), np.uint32(0xBB67AE85)
 _QUANTUM = np.float32(noise.QUANTUM)
 
-_jit = numba.njit(nogil=True, cache=not os.environ.get("NUMBA_DISABLE_CACHE"), error_model="numpy", boundscheck=False)
+jit = numba.njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
+"""Plain IEEE arithmetic: no fastmath. Compiled code is kept beside the module, or in the user's cache folder."""
 
 
-@_jit
+@jit
 def _words(words, first, tensor, pair, step, k0, k1):
     """Philox4x32-10 of the counters first, first + 1, …: four words each into `words`."""
     for i in range(words.size // 4):
@@ -42,29 +42,30 @@ def _words(words, first, tensor, pair, step, k0, k1):
         words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3] = c0, c1, c2, c3
 
 
-@_jit
+@jit
 def _noise(epsilon, words, lanes, table, start, count, tensor, pair, step, k0, k1):
     """ε of elements start … start + count - 1 into epsilon[:count]; `lanes` is `words` seen as uint16."""
-    _words(words, start // 8, tensor, pair, step, k0, k1)
+    counters = (start % 8 + count + 7) // 8
+    _words(words[: 4 * counters], start // 8, tensor, pair, step, k0, k1)
     lanes = lanes[start % 8 :]
     for i in range(count):
         epsilon[i] = _f32(table[lanes[i]]) / _QUANTUM
 
 
-@_jit
+@jit
 def _from_bf16(bits, values):
     for i in range(values.size):
         bits[i] = _u32(values[i]) << _u32(16)
 
 
-@_jit
+@jit
 def _round_bf16(out, bits):
     """float32 bits rounded to the nearest bfloat16, ties to even."""
     for i in range(out.size):
         out[i] = np.uint16((bits[i] + _u32(0x7FFF) + ((bits[i] >> _u32(16)) & _u32(1))) >> _u32(16))
 
 
-@_jit
+@jit
 def _perturb_bf16(plus, minus, weights, start, sigma, table, tensor, pair, step, k0, k1):
     words = np.empty(CHUNK // 2 + 4, _u32)
     lanes = words.view(np.uint16)
@@ -84,7 +85,7 @@ def _perturb_bf16(plus, minus, weights, start, sigma, table, tensor, pair, step,
             _round_bf16(minus[low : low + count], value_bits)
 
 
-@_jit
+@jit
 def _perturb_fp32(plus, minus, weights, start, sigma, table, tensor, pair, step, k0, k1):
     words = np.empty(CHUNK // 2 + 4, _u32)
     lanes = words.view(np.uint16)
@@ -103,7 +104,7 @@ def _perturb_fp32(plus, minus, weights, start, sigma, table, tensor, pair, step,
                 part[i] = base[i] - sigma * epsilon[i]
 
 
-@_jit
+@jit
 def _perturb_rows_bf16(plus, minus, weights, rows, sigma, table, tensor, pair, step, k0, k1):
     for i in range(rows.size):
         row = rows[i]
@@ -112,7 +113,7 @@ def _perturb_rows_bf16(plus, minus, weights, rows, sigma, table, tensor, pair, s
         _perturb_bf16(plus[i], other, weights[row], start, sigma, table, tensor, pair, step, k0, k1)
 
 
-@_jit
+@jit
 def _perturb_rows_fp32(plus, minus, weights, rows, sigma, table, tensor, pair, step, k0, k1):
     for i in range(rows.size):
         row = rows[i]
@@ -121,7 +122,7 @@ def _perturb_rows_fp32(plus, minus, weights, rows, sigma, table, tensor, pair, s
         _perturb_fp32(plus[i], other, weights[row], start, sigma, table, tensor, pair, step, k0, k1)
 
 
-@_jit
+@jit
 def _advance(theta, start, pairs, coefficients, decay, table, tensor, step, k0, k1):
     words = np.empty(CHUNK // 2 + 4, _u32)
     lanes = words.view(np.uint16)
@@ -138,7 +139,7 @@ def _advance(theta, start, pairs, coefficients, decay, table, tensor, step, k0, 
             part[i] = (part[i] - decay * part[i]) + total[i]
 
 
-@_jit
+@jit
 def _fill(out, start, scale, table, tensor, pair, step, k0, k1):
     words = np.empty(CHUNK // 2 + 4, _u32)
     lanes = words.view(np.uint16)
@@ -151,7 +152,7 @@ def _fill(out, start, scale, table, tensor, pair, step, k0, k1):
             part[i] = scale * epsilon[i]
 
 
-@_jit
+@jit
 def _to_bf16(out, values):
     _round_bf16(out, values.view(_u32))
 

@@ -22,6 +22,8 @@ class Record:
     """α·λ of the weight decay, a float32 value; 0 where it is off."""
     coefficients: tuple[float, ...]
     """c_j of each member, float32 values, 0 for a member whose score was not finite."""
+    kind: str = "gaussian"
+    """Kind of the noise."""
 
     def pairs(self) -> tuple[np.ndarray, np.ndarray]:
         """Noise pairs that contribute, uint32 [P], and their float32 coefficients [P], in member order.

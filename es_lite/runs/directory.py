@@ -3,6 +3,7 @@
 import fcntl
 import os
 import shutil
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -13,15 +14,12 @@ from es_lite.recipe import Recipe
 from es_lite.weights.master import remove_partial
 
 CHANGEABLE = (
-    "run.iterations",
-    "run.checkpoint_every",
-    "run.checkpoint_dtype",
-    "workers.",
-    "memory.limit",
-    "eval.samples",
-    "log.",
+    *("run.iterations", "run.checkpoint_every", "run.checkpoint_dtype", "workers.count", "workers.threads", "workers.deadline"),
+    *("memory.limit", "eval.samples", "log."),
 )
-"""Keys that may differ when a run is resumed: none of them changes what a step means."""
+"""Keys that may differ when a run is resumed: none changes what a step means (threads may change a score's last bits)."""
+
+LOCK_SECONDS = 5.0
 
 BEFORE_THE_RECIPE = {"master", "lock", "recipe.toml.next"}
 """What a run that was killed at its very start leaves."""
@@ -51,11 +49,7 @@ class RunDirectory:
             self._lock: IO[str] = (self.path / "lock").open("w")
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror}); choose another run.dir") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise UserError(f"{self.path}: in use by a live run; wait for it, stop it, or choose another run.dir") from None
+        self._hold()
         try:
             self._check(recipe, resume)
             if not self.journal.exists():
@@ -67,6 +61,26 @@ class RunDirectory:
         remove_partial(self.master)
         for folder in (self.checkpoint, self.best):
             settle(folder)
+
+    def _hold(self) -> None:
+        """Takes the lock; waits a little, since the workers of a run that was just killed take a moment to go."""
+        until = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError:
+                if time.monotonic() > until:
+                    self._lock.close()
+                    raise UserError(
+                        f"{self.path}: in use by a live run; wait for it, stop it, or choose another run.dir"
+                    ) from None
+                time.sleep(0.1)
+
+    @property
+    def lock(self) -> int:
+        """Descriptor of the lock. Whoever holds a copy of it keeps the directory in use."""
+        return self._lock.fileno()
 
     def keep(self, recipe: Recipe) -> None:
         """Writes recipe.toml, once everything that was there has been found to agree with it."""
@@ -105,7 +119,8 @@ def replace_folder(folder: Path, partial: Path) -> None:
     try:
         partial.rename(folder)
     except OSError:
-        old.rename(folder)
+        if old.exists():
+            old.rename(folder)
         raise
     shutil.rmtree(old, ignore_errors=True)
 

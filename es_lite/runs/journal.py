@@ -27,6 +27,8 @@ class Journal:
 
     def __init__(self, path: Path, header: dict[str, Any], records: list[Record], check: int, size: int) -> None:
         self.path = path
+        self.scores: list[list[float | None]] = []
+        """Of the steps in `records`, as `append` was given them."""
         self.header = header
         self.records = records
         self._check = check
@@ -78,7 +80,9 @@ class Journal:
                 raise UserError(f"{path}: line {number + 2} should be step {number}; restore the file from a copy")
             document["coefficients"] = tuple(document["coefficients"])
             records.append(Record(**{key: document[key] for key in Record.__dataclass_fields__}))
-        return cls(path, lines[0], records, check, len(whole))
+        journal = cls(path, lines[0], records, check, len(whole))
+        journal.scores = [document["scores"] for document in lines[1:]]
+        return journal
 
     def append(self, record: Record, scores: list[float | None]) -> None:
         """Adds the record of the next step; it is on disk when this returns. scores are kept for the reader.
@@ -88,6 +92,7 @@ class Journal:
         assert record.step == len(self.records)
         self._append({**asdict(record), "scores": scores})
         self.records.append(record)
+        self.scores.append(scores)
 
     def _append(self, document: dict[str, Any]) -> None:
         body = json.dumps(document, separators=(",", ":"))[:-1].encode()

@@ -1,5 +1,6 @@
 """metrics.jsonl, one JSON object a step, and the same to TensorBoard where it is installed."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -33,16 +34,17 @@ class Metrics:
                 f"{self._path}: cannot be written ({error.strerror}); the journal has the step, resume when there is room"
             ) from None
 
+    def lines(self) -> list[dict[str, Any]]:
+        """What has been written so far; a line that is not JSON is left out."""
+        lines = []
+        for line in self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []:
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(line))
+        return lines
+
     def evaluations(self) -> dict[int, float]:
         """eval_score by step, as written so far."""
-        if not self._path.exists():
-            return {}
-        lines = map(json.loads, self._path.read_text(encoding="utf-8").splitlines())
-        return {line["step"]: line["eval_score"] for line in lines if line.get("eval_score") is not None}
-
-    def close(self) -> None:
-        if self._board:
-            self._board.close()
+        return {line["step"]: line["eval_score"] for line in self.lines() if line.get("eval_score") is not None}
 
 
 def _board(folder: Path) -> Any:

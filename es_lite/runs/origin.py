@@ -51,8 +51,8 @@ class Origin:
         return {"origin": dataclasses.asdict(self), "fingerprint": fingerprint}
 
 
-def check(journal: Journal, layout: Layout, theta_0: Source) -> None:
-    """Raises UserError where the journal is of another model than this layout and θ₀."""
+def check(journal: Journal, origin: Origin, layout: Layout, theta_0: Source) -> None:
+    """Raises UserError where the journal is of another model than this layout and θ₀, or its records mean something else."""
     expected = journal.header["fingerprint"]
     found = {"structure": layout.structure(), "weights": theta_0.fingerprint()}
     for part, words in (("structure", "tensors of other names or shapes"), ("weights", "the same shapes, but other values")):
@@ -60,3 +60,6 @@ def check(journal: Journal, layout: Layout, theta_0: Source) -> None:
             raise UserError(
                 f"{journal.path}: is the journal of another model ({words}); give the model that the run started from"
             )
+    then = Origin.of_journal(journal)
+    if (then.groups, then.nes, then.shared_noise) != (origin.groups, origin.nes, origin.shared_noise):
+        raise UserError(f"{journal.path}: was written with other es.groups, es.scale or noise.shared; restore the recipe's")

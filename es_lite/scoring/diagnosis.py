@@ -14,14 +14,17 @@ MOST_LOST_NATS = 0.5
 
 
 def share_moved(layout: Layout, working: WorkingCopy, sigma: float, seed: int) -> float:
-    """Share of the weights that a perturbation of size σ changes in bfloat16, estimated from each tensor's first elements."""
-    moved = 0.0
+    """Share of the perturbed weights that σ changes in bfloat16, estimated from each tensor's first elements."""
+    moved, perturbed = 0.0, 0
     for tensor in layout.tensors:
+        if tensor.sigma == 0:
+            continue
         weights = working.bits(tensor)[:SAMPLED]
         out = np.empty_like(weights)
         kernels.perturb(out, None, weights, seed=seed, step=0, pair=0, tensor=tensor.number, sigma=sigma * tensor.sigma)
         moved += tensor.size * float(np.mean(out != weights))
-    return moved / layout.size
+        perturbed += tensor.size
+    return moved / max(1, perturbed)
 
 
 def rounding_advice(moved: float, sigma: float) -> str | None:
@@ -36,6 +39,8 @@ def rounding_advice(moved: float, sigma: float) -> str | None:
 
 def collapse_advice(centre: float, scores: np.ndarray, sigma: float) -> str | None:
     """What to say where the members score far below θ itself on the same samples; centre: θ's score, scores: float64 [N]."""
+    if not np.isfinite(centre):
+        return "the unperturbed model's own score is not finite: the model, or the type it is computed in, is broken"
     finite = scores[np.isfinite(scores)]
     lost = centre - float(finite.mean()) if finite.size else float("inf")
     if lost <= MOST_LOST_NATS:

@@ -4,10 +4,9 @@ Per token: the greatest logit so far and Σ exp(logit - greatest), float32. The 
 LLVM vectorises (numba's `math.exp` is a call an element); sums run by halves, always in the same order.
 """
 
-import numba
 import numpy as np
 
-from es_lite.algorithm.kernels import Threads
+from es_lite.algorithm.kernels import Threads, jit
 
 _f32, _u32 = np.float32, np.uint32
 
@@ -17,10 +16,8 @@ LOG2_E = np.float32(1.4426950408889634)
 C1, C2, C3 = np.float32(0.6931471805599453), np.float32(0.2402265069591007), np.float32(0.05550410866482158)
 C4, C5, C6 = np.float32(0.009618129107628477), np.float32(0.0013333558146428443), np.float32(0.00015403530393381608)
 
-_jit = numba.njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
 
-
-@_jit
+@jit
 def _halve_max(values, scratch):
     """Maximum of values, whose size is a power of two; each loop is over whole halves, which LLVM vectorises."""
     half = values.size // 2
@@ -35,7 +32,7 @@ def _halve_max(values, scratch):
     return scratch[0]
 
 
-@_jit
+@jit
 def _halve_sum(values):
     """Sum of values, whose size is a power of two, in a fixed order; destroys them."""
     half = values.size
@@ -47,7 +44,7 @@ def _halve_sum(values):
     return values[0]
 
 
-@_jit
+@jit
 def _row(values, power, power_bits, greatest, total):
     """One token's block, float32 [a power of two], -inf where it is padded: the new (greatest, total).
 
@@ -72,7 +69,7 @@ def _row(values, power, power_bits, greatest, total):
     return top, block
 
 
-@_jit
+@jit
 def _scratch(width):
     """Buffers for a block: values and powers, float32 [the next power of two]."""
     padded = 2
@@ -81,7 +78,7 @@ def _scratch(width):
     return np.empty(padded, _f32), np.empty(padded, _f32)
 
 
-@_jit
+@jit
 def _update_bf16(greatest, total, chosen, logits, targets, first):
     count, width = logits.shape
     values, power = _scratch(width)
@@ -97,7 +94,7 @@ def _update_bf16(greatest, total, chosen, logits, targets, first):
         greatest[i], total[i] = _row(values, power, power_bits, greatest[i], total[i])
 
 
-@_jit
+@jit
 def _update_fp32(greatest, total, chosen, logits, targets, first):
     count, width = logits.shape
     values, power = _scratch(width)

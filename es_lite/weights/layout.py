@@ -115,6 +115,10 @@ def layout(model: PreTrainedModel, groups: Sequence[Multipliers] = (), nes: bool
     block_of = re.compile(re.escape(prefix) + r"\.(\d+)\.")
     named = list(model.named_parameters())
     first_block = next(i for i, (name, _) in enumerate(named) if block_of.match(name))
+    for index, group in enumerate(groups):
+        if not any(re.search(group.pattern, name) for name, _ in named):
+            some = ", ".join(name for name, _ in named[:3])
+            raise UserError(f"es.groups[{index}].pattern = {group.pattern!r}: matches no parameter; they are named {some}, …")
     head = model.get_output_embeddings()
     members: list[list[Tensor]] = [[] for _ in range(len(block_list) + 2)]
     first_of_shape: dict[tuple[int, ...], int] = {}

@@ -13,7 +13,7 @@ import numpy as np
 
 from es_lite.algorithm import kernels
 from es_lite.algorithm.record import Record
-from es_lite.errors import UserError
+from es_lite.errors import RunError, UserError
 from es_lite.weights.layout import Layer, Tensor
 from es_lite.weights.source import Source
 from es_lite.weights.tensorfile import Reader, Writer, open_tensors
@@ -105,12 +105,15 @@ def bring_level(
             working.write(tensor, start, read(tensor, start, count))
     else:
         shapes = {tensor.name: tensor.shape for tensor in layer.tensors}
-        with Writer(path, shapes, "F32", {"format": "pt", "step": str(step)}) as writer:
-            for tensor, start, count in slices(layer):
-                theta = read(tensor, start, count)
-                advance(theta, tensor, start, needed, threads)
-                writer.write(theta)
-                working.write(tensor, start, theta)
+        try:
+            with Writer(path, shapes, "F32", {"format": "pt", "step": str(step)}) as writer:
+                for tensor, start, count in slices(layer):
+                    theta = read(tensor, start, count)
+                    advance(theta, tensor, start, needed, threads)
+                    writer.write(theta)
+                    working.write(tensor, start, theta)
+        except OSError as error:
+            raise RunError(f"{path}: cannot be written ({error.strerror}); the file is as it was before this step") from None
     if held:
         held.close()
 

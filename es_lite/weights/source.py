@@ -167,15 +167,17 @@ def _entries(folder: Path) -> dict[str, Entry]:
 class Random:
     """θ₀ drawn from the run's seed: matrices N(0, initializer_range²), vectors as the architecture starts them.
 
-    A matrix's noise is ε(seed, INITIALISATION, pair 0, tensor number); any slice can be made alone.
+    A matrix is initializer_range·ε(seed, INITIALISATION, pair 0, its place among the layout's tensors), so any slice can be
+    made alone.
     """
 
     def __init__(self, model: PreTrainedModel, layout: Layout, seed: int) -> None:
         self._seed = seed
         config = model.config.get_text_config()
         self._deviation = getattr(config, "initializer_range", 0.02)
-        self._fingerprint = hashlib.sha256(f"{noise.VERSION} {seed} {self._deviation} {layout.structure()}".encode()).hexdigest()
         self._constants = {t.name: _initial_constant(model, t.name) for t in layout.tensors if len(t.shape) < 2}
+        drawn_from = f"{noise.VERSION} {seed} {self._deviation} {sorted(self._constants.items())} {layout.structure()}"
+        self._fingerprint = hashlib.sha256(drawn_from.encode()).hexdigest()
         self._numbers = {tensor.name: number for number, tensor in enumerate(layout.tensors)}
 
     def read(self, tensor: Tensor, start: int, count: int) -> np.ndarray:

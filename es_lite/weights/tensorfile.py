@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from es_lite.algorithm import kernels
-from es_lite.errors import UserError
+from es_lite.errors import RunError, UserError
 
 _NUMPY: dict[str, np.dtype] = {"F32": np.dtype("<f4"), "BF16": np.dtype("<u2"), "F16": np.dtype("<f2")}
 
@@ -65,11 +65,16 @@ class Reader:
         """Elements start … start + count - 1 as stored (bfloat16 as uint16)."""
         if entry.dtype not in _NUMPY:
             raise UserError(f"{entry.file}: tensors of type {entry.dtype} cannot be used; save the model as bf16 or fp32")
+        try:
+            return self._read(entry, start, np.empty(count, _NUMPY[entry.dtype]))
+        except OSError as error:
+            raise RunError(f"{entry.file}: cannot be read ({error.strerror})") from None
+
+    def _read(self, entry: Entry, start: int, out: np.ndarray) -> np.ndarray:
         if entry.file != self._path:
             self.close()
             self._descriptor = os.open(entry.file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
             self._path = entry.file
-        out = np.empty(count, _NUMPY[entry.dtype])
         view = memoryview(out).cast("B")
         position = entry.offset + start * out.itemsize
         done = 0

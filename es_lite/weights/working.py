@@ -12,6 +12,7 @@ import tempfile
 import numpy as np
 
 from es_lite.algorithm import kernels
+from es_lite.errors import RunError
 from es_lite.weights.layout import PAGE, Layout, Tensor
 
 ITEMSIZE = 2
@@ -47,7 +48,10 @@ class WorkingCopy:
         view = memoryview(rounded).cast("B")
         position = self._offsets[tensor.name] + ITEMSIZE * start
         while view:
-            written = os.pwrite(self._descriptor, view, position)
+            try:
+                written = os.pwrite(self._descriptor, view, position)
+            except OSError as error:
+                raise RunError(f"the working copy of the weights cannot be written ({error.strerror}): memory is short") from None
             view, position = view[written:], position + written
 
 

@@ -32,7 +32,7 @@ class _Seat:
     connection: Connection
     task: int | None = None
     since: float = 0.0
-    """When it got the task, or was ready for it."""
+    """When it was started, or got its task (time.monotonic)."""
     ready: bool = False
     """It has loaded what it needs: from then on the deadline counts."""
 
@@ -40,10 +40,17 @@ class _Seat:
 class Pool:
     """`count` spawned worker processes. A context manager: none is left when it ends, however it ends."""
 
-    def __init__(self, setup: Setup, descriptor: int, count: int, deadline_seconds: float, warn: Callable[[str], None]) -> None:
-        """descriptor: the working copy's. deadline_seconds: after which a task counts as hung; 0: what `map` is told."""
+    def __init__(
+        self, setup: Setup, descriptor: int, lock: int, count: int, deadline_seconds: float, warn: Callable[[str], None]
+    ) -> None:
+        """descriptor: the working copy's; lock: the run directory's.
+
+        deadline_seconds: after which a task counts as hung; 0: what `map` is told.
+        """
         self._setup = setup
         self._descriptor = descriptor
+        self._lock = lock
+        self._stillborn = 0
         self._deadline = deadline_seconds
         self._warn = warn
         self._context = multiprocessing.get_context("spawn")
@@ -73,25 +80,27 @@ class Pool:
         left = len(tasks)
         while left:
             for seat in self._seats:
-                if seat.task is None and waiting:
+                if seat.ready and seat.task is None and waiting:
                     self._give(seat, waiting.popleft(), tasks)
-            for seat in self._ready(self._deadline or max(SHORTEST_DEADLINE_SECONDS, patience_seconds)):
+            for seat in self._heard(self._deadline or max(SHORTEST_DEADLINE_SECONDS, patience_seconds)):
                 answer = self._answer(seat)
-                if isinstance(answer, Ready):
-                    seat.ready, seat.since = True, time.monotonic()
-                    continue
                 index, seat.task = seat.task, None
-                assert index is not None
-                if answer is None:
-                    lost[index] += 1
-                    self._replace(seat, lost[index], tasks[index])
-                    waiting.appendleft(index)
+                if isinstance(answer, Ready):
+                    seat.ready, self._stillborn = True, 0
                 elif isinstance(answer, Failed):
                     raise answer.error
-                else:
+                elif isinstance(answer, Done):
+                    assert index is not None
                     values[index] = answer.value
                     left -= 1
                     done(index)
+                elif index is not None:
+                    lost[index] += 1
+                    self._replace(seat, f"{type(tasks[index]).__name__.lower()} task", lost[index])
+                    waiting.appendleft(index)
+                else:
+                    self._stillborn += 1
+                    self._replace(seat, "start", self._stillborn)
         return values
 
     def close(self) -> None:
@@ -114,7 +123,9 @@ class Pool:
         # A thread count in the environment is read before the worker's own first line.
         os.environ["OMP_NUM_THREADS"] = str(self._setup.threads)
         process = self._context.Process(
-            target=worker.main, args=(theirs, self._setup, _Descriptor(self._descriptor), os.getpid()), daemon=True
+            target=worker.main,
+            args=(theirs, self._setup, _Descriptor(self._descriptor), _Descriptor(self._lock), os.getpid()),
+            daemon=True,
         )
         # A worker is deaf to Ctrl-C from its first moment, not only from its own first line.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -126,7 +137,7 @@ class Pool:
         # A stopped worker does not read: without a bound, sending it a large task would block for ever.
         with socket.socket(fileno=os.dup(ours.fileno())) as end:
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(SHORTEST_DEADLINE_SECONDS), 0))
-        return _Seat(cast(SpawnProcess, process), ours)
+        return _Seat(cast(SpawnProcess, process), ours, since=time.monotonic())
 
     def _give(self, seat: _Seat, index: int, tasks: Sequence[Task]) -> None:
         seat.task, seat.since = index, time.monotonic()
@@ -135,21 +146,21 @@ class Pool:
         except OSError:
             seat.process.kill()  # if it is not dead already; its sentinel says so next
 
-    def _ready(self, deadline: float) -> list[_Seat]:
-        """Seats that have a task and answered it, died, or hung."""
-        busy = [seat for seat in self._seats if seat.task is not None]
-        ends = {seat.process.pid: seat.since + (deadline if seat.ready else SHORTEST_DEADLINE_SECONDS) for seat in busy}
+    def _heard(self, deadline: float) -> list[_Seat]:
+        """Seats that said they are ready, answered their task, died, or hung."""
+        heeded = [seat for seat in self._seats if seat.task is not None or not seat.ready]
+        ends = {seat.process.pid: seat.since + (deadline if seat.ready else SHORTEST_DEADLINE_SECONDS) for seat in heeded}
         events = wait(
-            [seat.connection for seat in busy] + [seat.process.sentinel for seat in busy],
+            [seat.connection for seat in heeded] + [seat.process.sentinel for seat in heeded],
             timeout=max(0.0, min(ends.values()) - time.monotonic()),
         )
-        for seat in busy:
+        for seat in heeded:
             if time.monotonic() > ends[seat.process.pid] and seat.connection not in events:
-                self._warn(f"worker {seat.process.pid} did not answer within its deadline ({deadline:.0f} s); it is replaced")
+                self._warn(f"worker {seat.process.pid} did not answer within its deadline; it is replaced")
                 seat.process.kill()
                 seat.process.join()
                 events.append(seat.process.sentinel)
-        return [seat for seat in busy if seat.connection in events or seat.process.sentinel in events]
+        return [seat for seat in heeded if seat.connection in events or seat.process.sentinel in events]
 
     def _answer(self, seat: _Seat) -> Ready | Done | Failed | None:
         """What the worker sent; None where it died before."""
@@ -158,12 +169,11 @@ class Pool:
         except (EOFError, OSError):
             return None
 
-    def _replace(self, seat: _Seat, lost: int, task: Task) -> None:
+    def _replace(self, seat: _Seat, what: str, lost: int) -> None:
         seat.process.kill()
         seat.process.join()
         seat.connection.close()
         code = seat.process.exitcode
-        what = f"{type(task).__name__.lower()} task"
         if lost >= ATTEMPTS:
             raise RunError(
                 f"{lost} workers died in turn at the same {what} (the last with exit code {code}; -9 is often the kernel "
@@ -171,7 +181,7 @@ class Pool:
             )
         self._warn(f"worker {seat.process.pid} died (exit code {code}); a new one repeats its {what}")
         new = self._start()
-        seat.process, seat.connection, seat.ready = new.process, new.connection, False
+        seat.process, seat.connection, seat.ready, seat.since = new.process, new.connection, False, new.since
 
 
 class _Descriptor:

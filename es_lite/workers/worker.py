@@ -26,7 +26,7 @@ from es_lite.runs.origin import Origin
 from es_lite.scoring.forward import PerturbedModel
 from es_lite.scoring.perturb import Perturbation
 from es_lite.weights.layout import Layout
-from es_lite.weights.master import bring_level, file_of
+from es_lite.weights.master import bring_level
 from es_lite.weights.source import Source
 from es_lite.weights.working import WorkingCopy
 
@@ -99,11 +99,7 @@ class Worker:
             return self._scoring_model().score(task.perturbation, task.batch, task.pass_samples)
         setup = self._setup
         layer = setup.layout.layers[task.layer]
-        try:
-            bring_level(setup.master, layer, self._theta_0, task.records, task.step, self._working, self._threads)
-        except OSError as error:
-            path = file_of(setup.master, layer)
-            raise RunError(f"{path}: cannot be written ({error.strerror}); the file is as it was before this step") from None
+        bring_level(setup.master, layer, self._theta_0, task.records, task.step, self._working, self._threads)
         return None
 
     def _theta_0(self) -> Source:
@@ -122,12 +118,16 @@ class Worker:
         return self._model
 
 
-def main(connection: Connection, setup: Setup, descriptor: Any, parent: int) -> None:
-    """Entry of the process. descriptor: the working copy's, as multiprocessing's DupFd."""
-    # Ctrl-C reaches the whole group, and the coordinator decides; until here the pool had it blocked.
+def main(connection: Connection, setup: Setup, descriptor: Any, lock: Any, parent: int) -> None:
+    """Entry of the process. descriptor, lock: the working copy's and the run directory's, as multiprocessing's DupFd.
+
+    The lock stays held until this process, too, is gone: no other run may begin while it might still write.
+    """
+    # Ctrl-C and SIGTERM may reach the whole group, and the coordinator decides; until here the pool had it blocked.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _die_with(parent)
+    lock.detach()
     worker = Worker(setup, descriptor.detach())
     connection.send(Ready())
     while True:

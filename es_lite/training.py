@@ -162,7 +162,7 @@ class Training:
         """What the journal knows of a step's metrics."""
         scores = np.array([score for score in self.journal.scores[t] if score is not None])
         score = {"score_mean": float(scores.mean()), "score_std": float(scores.std()), "score_best": float(scores.max())}
-        return {"step": t + 1} | score | {"sigma": self._sigma(t), "alpha": self._alpha(t)}
+        return {"step": t + 1} | score | {"eval_score": None, "sigma": self._sigma(t), "alpha": self._alpha(t)}
 
     def _sigma(self, t: int) -> float:
         es = self.recipe.es

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from multiprocessing.reduction import DupFd
@@ -128,6 +129,7 @@ class Pool:
             daemon=True,
         )
         # A worker is deaf to Ctrl-C from its first moment, not only from its own first line.
+        resource_tracker.ensure_running()  # or `start` would run it, which unblocks the signal
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             process.start()

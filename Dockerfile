@@ -5,6 +5,8 @@
 #   docker run --rm -it es_lite make test
 FROM python:3.11-slim
 RUN apt-get update && apt-get install -y --no-install-recommends make && rm -rf /var/lib/apt/lists/*
+# An index of CPU builds of torch, where pip's own gives the one with CUDA: --build-arg PIP_EXTRA_INDEX_URL=...
+ARG PIP_EXTRA_INDEX_URL
 WORKDIR /es_lite
 COPY pyproject.toml constraints.txt Makefile README.md LICENSE ./
 COPY es_lite es_lite

@@ -20,7 +20,8 @@ lint: setup
 
 setup: $(VENV)/ready
 
-# The constraints pin torch: a newer one, or one with CUDA, would be gigabytes more.
+# The constraints pin torch. Where pip's index gives torch with CUDA and you have no GPU, set PIP_EXTRA_INDEX_URL to an index of
+# CPU builds: gigabytes less.
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "es_lite needs Python 3.11 or newer; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)

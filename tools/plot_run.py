@@ -100,12 +100,16 @@ def draw_evaluation(axes: Axes, records: list[Record], colour: str) -> None:
 def draw_references(axes: Axes, runs: list[list[Record]]) -> None:
     """What knowing only the words' frequencies would score, and what knowing nothing would."""
     records = [record for run in runs for record in run]
-    for score in sorted(set(columns(records, "unigram_score")[1])):
-        label = f"unigram model of the training text: {score:.3f}"
-        axes.axhline(score, color=GREY, linestyle="--", linewidth=1.2, label=label)
-    for size in sorted(set(columns(records, "vocab_size")[1])):
-        label = f"uniform over {size:,.0f} tokens: {-math.log(size):.3f}"
-        axes.axhline(-math.log(size), color=GREY, linestyle=":", linewidth=1.4, label=label)
+    _, scores = columns(records, "eval_score")
+    # A model that begins far above them would be a flat line at the top: then they are only named.
+    lowest = min(scores) - max(0.5, max(scores) - min(scores)) if len(scores) else -math.inf
+    lines = [(score, "unigram model of the training text", "--") for score in set(columns(records, "unigram_score")[1])]
+    lines += [(-math.log(size), f"uniform over {size:,.0f} tokens", ":") for size in set(columns(records, "vocab_size")[1])]
+    for score, what, style in sorted(lines, reverse=True):
+        if score >= lowest:
+            axes.axhline(score, color=GREY, linestyle=style, linewidth=1.3, label=f"{what}: {score:.3f}")
+        else:
+            axes.plot([], [], color=GREY, linestyle=style, label=f"{what}: {score:.3f}, far below")
 
 
 def draw_tokens(axes: Axes, records: list[Record], colour: str) -> None:

@@ -664,3 +664,39 @@ def fill(disk: Path, leaving: int) -> None:
     """Takes all the disk's space but `leaving` KiB."""
     state = os.statvfs(disk)
     (disk / "filler").write_bytes(b"0" * (state.f_bavail * state.f_frsize - leaving * 1024))
+
+
+# What would quietly make a run something else
+
+
+def test_a_group_that_matches_no_parameter_is_refused(recipe: Path, tmp_path: Path, capsys: Capture) -> None:
+    message = refused(capsys, recipe, tmp_path / "run", 'es.groups=[{pattern = "norms", sigma = 0, alpha = 0}]')
+    assert "es.groups[0].pattern = 'norms': matches no parameter" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_samples_longer_than_the_model_reaches_are_refused(recipe: Path, tmp_path: Path, capsys: Capture) -> None:
+    overrides = ("model.config.max_position_embeddings=16",)
+    assert "fitness.max_length = 32" in refused(capsys, recipe, tmp_path / "run", *overrides)
+
+
+def test_an_override_inside_what_is_no_table_is_refused(recipe: Path, tmp_path: Path, capsys: Capture) -> None:
+    overrides = ("model.config=qwen3-0.5b", "model.config.hidden_size=32")
+    assert "config is not a table" in refused(capsys, recipe, tmp_path / "run", *overrides)
+
+
+@pytest.mark.slow
+def test_a_text_that_changed_since_the_run_began_is_refused(recipe: Path, run: Path, capsys: Capture) -> None:
+    text = recipe.parent / "text.txt"
+    before = text.read_text()
+    text.write_text(before + "One line more.\n")
+    try:
+        assert f"{text}: the text or its tokenizer has changed" in refused_untouched(capsys, recipe, run)
+    finally:
+        text.write_text(before)
+
+
+@pytest.mark.slow
+def test_layers_without_their_journal_are_refused(recipe: Path, run: Path, capsys: Capture) -> None:
+    (run / "journal.jsonl").unlink()
+    assert f"there is no {run / 'journal.jsonl'}" in refused_untouched(capsys, recipe, run)

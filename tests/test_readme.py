@@ -66,3 +66,13 @@ def test_floors_are_kept():
 def imported_outside(path: Path) -> list[str]:
     names = re.findall(r"^\s*from es_lite(?:\.(\w+))?", path.read_text(encoding="utf-8"), re.MULTILINE)
     return [name for name in names if name != "algorithm"]
+
+
+def test_pages_have_no_gaps_and_their_links_lead_somewhere():
+    wrong = []
+    for page in [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")]:
+        text = page.read_text(encoding="utf-8")
+        wrong += [f"{page.name}: {gap}" for gap in re.findall(r"@[A-Z]+@|TODO", text)]
+        links = re.findall(r"\]\(([^)#]+)\)", text)
+        wrong += [f"{page.name}: {link}" for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert wrong == []

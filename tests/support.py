@@ -194,3 +194,10 @@ def _is_worker(process: psutil.Process) -> bool:
         return any("spawn_main" in word for word in process.cmdline())
     except psutil.NoSuchProcess:
         return False
+
+
+def finished_run(recipe: Path, run: Path, *overrides: str) -> Path:
+    """`run`, after the command went through to its end."""
+    finished = train(recipe, run, *overrides)
+    assert finished.code == 0, finished.err
+    return run

@@ -25,6 +25,7 @@ from support import (
     contents,
     digest,
     export_digest,
+    finished_run,
     left,
     leftovers,
     start,
@@ -58,10 +59,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reference(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run."""
-    run = tmp_path_factory.mktemp("reference") / "run"
-    finished = train(recipe, run)
-    assert finished.code == 0, finished.err
-    return run
+    return finished_run(recipe, tmp_path_factory.mktemp("reference") / "run")
 
 
 @pytest.fixture

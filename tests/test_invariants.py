@@ -23,6 +23,7 @@ from support import (
     Live,
     digest,
     export_digest,
+    finished_run,
     left,
     leftovers,
     records,
@@ -62,19 +63,14 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reference(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run that nothing disturbed."""
-    run = tmp_path_factory.mktemp("reference") / "run"
-    finished = train(recipe, run)
-    assert finished.code == 0, finished.err
-    return run
+    return finished_run(recipe, tmp_path_factory.mktemp("reference") / "run")
 
 
 @pytest.fixture(scope="module")
 def three_steps(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of three steps, evaluated and kept at the second and at the end."""
-    run = tmp_path_factory.mktemp("three-steps") / "run"
-    finished = train(recipe, run, "run.iterations=3", "eval.every=2", "run.checkpoint_every=2")
-    assert finished.code == 0, finished.err
-    return run
+    overrides = ("run.iterations=3", "eval.every=2", "run.checkpoint_every=2")
+    return finished_run(recipe, tmp_path_factory.mktemp("three-steps") / "run", *overrides)
 
 
 @pytest.fixture(scope="module")

@@ -229,6 +229,11 @@ def to_bf16(out: np.ndarray, values: np.ndarray) -> None:
     _to_bf16(out, values)
 
 
+def as_float32(bits: np.ndarray) -> np.ndarray:
+    """bfloat16 bits, uint16, as the float32 values they stand for, exactly."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
 class Threads:
     """Cuts the elements of a kernel call among a worker's threads; the bits do not depend on how many."""
 

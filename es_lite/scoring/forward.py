@@ -96,7 +96,6 @@ class EmbeddingDoor(Door):
 
     def forward(self, ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         module, tensors, way = self._inside
-        module.padding_idx = None  # a number of a row that need not be made; only gradients know it
         used, places = torch.unique(ids[: way.samples], return_inverse=True)
         values = way.scratch.rows(tensors["weight"], used.numpy())
         return torch.cat([functional_call(module, {"weight": rows}, (places,)) for rows in values])
@@ -205,6 +204,8 @@ def _hang_doors(model: PreTrainedModel, layout: Layout, way: Doorway) -> None:
         if module is head:
             doors[name] = HeadDoor(module, tensors(module, False), way, scale, cap)
         else:
+            if module is embedding:
+                module.padding_idx = None  # a number of a row that need not be made; only gradients know it
             kind = EmbeddingDoor if module is embedding else Door
             doors[name] = kind(module, tensors(module, False), way)
     for index, block in enumerate(block_list):

@@ -84,7 +84,7 @@ class Scratch:
         sigma = self.perturbation.sigma * tensor.sigma * self.perturbation.signs[0]
         if sigma == 0:
             for part in parts:
-                part[:] = weights if part.dtype == np.uint16 else _as_float32(weights)
+                part[:] = weights if part.dtype == np.uint16 else kernels.as_float32(weights)
             return
         place = self._place(tensor)
 
@@ -108,7 +108,3 @@ class Scratch:
     def _torch(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(array)
         return tensor.view(torch.bfloat16) if array.dtype == np.uint16 else tensor
-
-
-def _as_float32(bits: np.ndarray) -> np.ndarray:
-    return (bits.astype(np.uint32) << 16).view(np.float32)

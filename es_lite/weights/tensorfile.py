@@ -92,7 +92,7 @@ class Reader:
             return stored
         if entry.dtype == "F16":
             return stored.astype(np.float32)
-        return (stored.astype(np.uint32) << 16).view(np.float32)
+        return kernels.as_float32(stored)
 
     def close(self) -> None:
         if self._path is not None:

@@ -18,10 +18,12 @@ from es_lite import system
 from es_lite.errors import UserError
 from es_lite.recipe import Recipe
 from es_lite.runs.origin import Origin
-from es_lite.scoring.forward import VOCABULARY_BLOCK
+from es_lite.scoring.doors import VOCABULARY_BLOCK
+from es_lite.weights import working
+from es_lite.weights.layerfile import LayerFile
 from es_lite.weights.layout import Layout
-from es_lite.weights.master import CHUNK
-from es_lite.weights.working import size_bytes
+from es_lite.weights.stored import SLICE, Storage, dtype_of
+from es_lite.weights.stream import BUFFERS, buffer_bytes, cut
 
 GIB = 2**30
 
@@ -29,18 +31,26 @@ PROCESS_BYTES = 420 * 2**20
 """Private memory of a process that has loaded python, torch, transformers and numba, and run a model (measured)."""
 
 HIDDEN_BYTES = 256 * 2**20
-"""Hidden states that a worker holds at once where the choice is free: beyond this, passes only cost memory."""
+"""Hidden states that a resident worker holds at once where the choice is free: beyond this, passes only cost memory."""
 
 
 @dataclass(frozen=True)
 class Plan:
+    streamed: bool
     workers: int
+    """Members are scored in so many places at once: processes over a resident copy, lanes of one process in a stream."""
     threads: int
+    """Of each."""
     compute: str
     """"bf16" or "fp32"."""
+    members: int
+    """Whose hidden states are in memory together."""
     pass_samples: int
-    """Samples whose hidden states a worker holds at once, a multiple of fitness.micro_batch."""
+    """Samples whose hidden states are held at once, a multiple of fitness.micro_batch."""
     passes: int
+    """How often a step goes through the layers."""
+    direct: bool
+    """Streamed past the page cache, which has no room for the layers."""
     memory: dict[str, int]
     """Bytes by part, of the whole process group."""
     limit: system.MemoryLimit
@@ -48,7 +58,7 @@ class Plan:
     """Bytes by part, of the run directory at its fullest."""
     free_disk: int
     read_bytes: int
-    """Read from the master by a step (from the disk, or from its cache where memory has room)."""
+    """Read from the layers' files by a step (from the disk, or from its cache where memory has room)."""
     written_bytes: int
     tokens: int
     """Scored by a step at most: N members, M samples of full length."""
@@ -57,9 +67,19 @@ class Plan:
     noise_elements: int
     """Drawn by a step, scoring and update."""
 
+    @property
+    def processes(self) -> int:
+        return 1 if self.streamed else self.workers
+
+    @property
+    def lanes(self) -> int:
+        """Of each process."""
+        return self.workers if self.streamed else 1
+
     def text(self) -> str:
+        place = f"streamed{' past the page cache' * self.direct}, lanes" if self.streamed else "resident, workers"
         lines = [
-            f"workers {self.workers}, {self.threads} thread{'s' * (self.threads > 1)} each, compute {self.compute}, "
+            f"{place} {self.workers}, {self.threads} thread{'s' * (self.threads > 1)} each, compute {self.compute}, "
             f"{self.passes} pass{'es' * (self.passes > 1)} of {self.pass_samples} samples",
             "",
             "memory, all processes      GiB",
@@ -78,82 +98,154 @@ class Plan:
 def make(recipe: Recipe, config: PretrainedConfig, layout: Layout) -> Plan:
     """The plan of a recipe, whether it fits or not (`shortfall` tells).
 
-    config is the model's. Workers on "auto": one a core, or as many as fit. Raises UserError where the model cannot take
-    fitness.max_length tokens.
+    config is the model's. "auto": as many workers as there are cores, or as fit; resident where that fits, else streamed.
+    Raises UserError where the model cannot take fitness.max_length tokens.
     """
-    run_dir = Path(recipe.run.dir).expanduser()
-    limit = system.memory_limit(recipes.parse_size(recipe.memory.limit))
-    compute = system.compute_dtype(recipe.workers.compute)
-    cores = system.cores()
-    threads = 1 if recipe.workers.threads == "auto" else int(recipe.workers.threads)
-    members = 2 if recipe.es.antithetic else 1
-    tasks = recipe.es.population // members
-    text = config.get_text_config()
-    itemsize = 2 if compute == "bf16" else 4
-    micro, length, width = recipe.fitness.micro_batch, recipe.fitness.max_length, text.hidden_size
-
-    sample_bytes = 3 * members * length * width * itemsize  # a layer's input and output, and the head's choice of them
-    samples = max(recipe.fitness.samples, recipe.eval.samples if recipe.eval.every else 0)
-    longest = getattr(text, "max_position_embeddings", None) or length
+    length = recipe.fitness.max_length
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or length
     if length > longest:
         raise UserError(f"fitness.max_length = {length}: the model has max_position_embeddings = {longest}; take that or less")
-    pass_samples = min(max(1, HIDDEN_BYTES // sample_bytes // micro), -(-samples // micro)) * micro
-    vocabulary = text.vocab_size
-    scratch = (
-        members
-        * itemsize
-        * max(
-            max(layer.size for layer in layout.layers[1:-1]),
-            VOCABULARY_BLOCK * width,
-            min(vocabulary, pass_samples * length) * width,
-        )
-    )
-    intermediate = getattr(text, "intermediate_size", None) or 4 * width
-    activations = micro * length * (3 * intermediate * itemsize + 8 * width * 4 + 2 * VOCABULARY_BLOCK * itemsize)
-    worker = {
-        "processes": PROCESS_BYTES,
-        "perturbed layer": scratch,
-        "hidden states": pass_samples * sample_bytes,
-        "activations": activations,
-        "update buffers": 4 * CHUNK * 4,
-    }
-    fixed = {"working copy": size_bytes(layout), "coordinator": PROCESS_BYTES}
+    needs = _Needs(recipe, config.get_text_config(), layout)
+    limit = system.memory_limit(recipes.parse_size(recipe.memory.limit))
+    streamed = recipe.memory.residency == "streamed"
+    parts = needs.streamed(limit.bytes) if streamed else needs.resident(limit.bytes)
+    if recipe.memory.residency == "auto" and sum(parts.memory.values()) > limit.bytes:
+        streamed, parts = True, needs.streamed(limit.bytes)
 
-    def total(workers: int) -> int:
-        return sum(fixed.values()) + workers * sum(worker.values())
-
-    if recipe.workers.count == "auto":
-        wanted = max(1, min(cores // threads, tasks))
-        workers = next((n for n in range(wanted, 0, -1) if total(n) <= limit.bytes), 1)
-    else:
-        workers = int(recipe.workers.count)
+    run_dir = Path(recipe.run.dir).expanduser()
+    files = needs.files
+    stored, largest = sum(file.size for file in files), max(file.size for file in files)
     export = layout.size * (2 if recipe.run.checkpoint_dtype == "bf16" else 4)
-    disk = {"master": 4 * (layout.size + workers * max(layer.size for layer in layout.layers))}
+    disk = {files[0].path.parent.name: stored + (1 if streamed else parts.workers) * largest}
     if recipe.run.checkpoint_every:
         disk["checkpoint"] = 2 * export
     if recipe.eval.every:
         disk["best"] = 2 * export
     used = system.folder_bytes(run_dir)
-    tied = config.tie_word_embeddings
-    multiplied = layout.size - (0 if tied else vocabulary * width)
+    passes = -(-recipe.fitness.samples // parts.pass_samples)
     tokens = recipe.es.population * recipe.fitness.samples * (length - 1)
-    passes = -(-recipe.fitness.samples // pass_samples)
+    multiplied = layout.size - sum(t.size for t in layout.layers[0].tensors if t.vocabulary and not layout.tied)
+    draws = needs.tasks + needs.tasks + (recipe.memory.master == "none")
     return Plan(
-        workers=workers,
-        threads=threads,
-        compute=compute,
-        pass_samples=pass_samples,
+        streamed=streamed,
+        workers=parts.workers,
+        threads=needs.threads,
+        compute=needs.compute,
+        members=parts.members,
+        pass_samples=parts.pass_samples,
         passes=passes,
-        memory=fixed | {f"{name} ({workers}x)": workers * size for name, size in worker.items()},
+        direct=streamed and stored > limit.bytes - sum(parts.memory.values()),
+        memory=parts.memory,
         limit=limit,
         disk=disk,
         free_disk=system.free_disk_bytes(run_dir) + used,
-        read_bytes=4 * layout.size,
-        written_bytes=4 * layout.size,
+        read_bytes=stored * (passes if streamed else 1),
+        written_bytes=stored,
         tokens=tokens,
         flops=2.0 * multiplied * tokens,
-        noise_elements=tasks * layout.size * (passes + 1),
+        noise_elements=layout.size * (draws + needs.tasks * (passes - 1)),
     )
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a residency takes: memory by part, and how much is scored at once."""
+
+    memory: dict[str, int]
+    workers: int
+    members: int
+    pass_samples: int
+
+
+class _Needs:
+    """Sizes that both residencies are made of."""
+
+    def __init__(self, recipe: Recipe, text: PretrainedConfig, layout: Layout) -> None:
+        self.recipe = recipe
+        self.layout = layout
+        self.storage: Storage = "fp32" if recipe.memory.master == "fp32" else recipe.memory.weights
+        directory = Path(recipe.run.dir).expanduser() / ("master" if self.storage == "fp32" else "weights")
+        self.files = [LayerFile(directory, layer, self.storage) for layer in layout.layers]
+        self.compute = system.compute_dtype(recipe.workers.compute)
+        self.threads = 1 if recipe.workers.threads == "auto" else int(recipe.workers.threads)
+        self.pair = 2 if recipe.es.antithetic else 1
+        self.tasks = recipe.es.population // self.pair
+        self.itemsize = 2 if self.compute == "bf16" else 4
+        self.width, self.vocabulary = text.hidden_size, text.vocab_size
+        self.intermediate = getattr(text, "intermediate_size", None) or 4 * self.width
+        self.samples = max(recipe.fitness.samples, recipe.eval.samples if recipe.eval.every else 0)
+        micro, length = recipe.fitness.micro_batch, recipe.fitness.max_length
+        self.activations = micro * length * (3 * self.intermediate * self.itemsize + 8 * self.width * 4)
+        self.activations += micro * length * 2 * VOCABULARY_BLOCK * self.itemsize
+
+    def hidden(self, members: int) -> int:
+        """Bytes of a sample's hidden states: a layer's input and output, and the head's choice of them."""
+        return 3 * members * self.recipe.fitness.max_length * self.width * self.itemsize
+
+    def perturbed(self, pass_samples: int) -> int:
+        """Bytes of scratch for what is perturbed at a time: a block, a part of the head, rows of the embedding."""
+        rows = min(self.vocabulary, pass_samples * self.recipe.fitness.max_length)
+        largest = max(block.size for block in self.layout.blocks)
+        return self.pair * self.itemsize * max(largest, VOCABULARY_BLOCK * self.width, rows * self.width)
+
+    def resident(self, limit: int) -> _Parts:
+        """A copy of the weights for all, and for each worker what it scores with."""
+        micro = self.recipe.fitness.micro_batch
+        hidden = self.hidden(self.pair)
+        pass_samples = min(max(1, HIDDEN_BYTES // hidden // micro), -(-self.samples // micro)) * micro
+        worker = {
+            "processes": PROCESS_BYTES,
+            "perturbed layer": self.perturbed(pass_samples),
+            "hidden states": pass_samples * hidden,
+            "activations": self.activations,
+            "update buffers": 4 * SLICE * 4,
+        }
+        fixed = {"working copy": working.size_bytes(self.layout, self.recipe.memory.weights), "coordinator": PROCESS_BYTES}
+
+        def total(workers: int) -> int:
+            return sum(fixed.values()) + workers * sum(worker.values())
+
+        workers = self._places(self.tasks)
+        if self.recipe.workers.count == "auto":
+            workers = next((n for n in range(workers, 0, -1) if total(n) <= limit), 1)
+        memory = fixed | {f"{name} ({workers}x)": workers * size for name, size in worker.items()}
+        return _Parts(memory, workers, self.pair, pass_samples)
+
+    def streamed(self, limit: int) -> _Parts:
+        """Buffers that layers pass through, and one process that scores all members; as few passes as fit."""
+        micro = self.recipe.fitness.micro_batch
+        members = self.recipe.es.population + 1  # and θ itself, where σ is new
+        lanes = self._places(self.pair * -(-self.recipe.fitness.samples // micro))
+        weights: Storage = self.recipe.memory.weights
+        passing = {"window": BUFFERS * buffer_bytes(self.files, self.layout)}
+        if weights != self.storage:
+            parts = [section.parts for file in self.files for section in cut(file, self.layout)]
+            sizes = [sum(dtype_of(t, weights).itemsize * count for t, _, count in part) for part in parts]
+            passing["converted layer"] = max(sizes)
+
+        def memory(pass_samples: int) -> dict[str, int]:
+            return {
+                "coordinator": PROCESS_BYTES,
+                "process": PROCESS_BYTES,
+                **passing,
+                "perturbed layer": self.perturbed(pass_samples),
+                "hidden states": pass_samples * self.hidden(members),
+                f"activations ({lanes}x)": lanes * self.activations,
+                "update buffers": 4 * SLICE * 4,
+            }
+
+        micro_batches = -(-self.samples // micro)
+        for passes in range(1, micro_batches + 1):
+            pass_samples = -(-micro_batches // passes) * micro
+            if sum(memory(pass_samples).values()) <= limit:
+                break
+        return _Parts(memory(pass_samples), lanes, members, pass_samples)
+
+    def _places(self, useful: int) -> int:
+        """Workers or lanes: as the recipe says, or as many as there are cores for and work is."""
+        if self.recipe.workers.count != "auto":
+            return int(self.recipe.workers.count)
+        return max(1, min(system.cores() // self.threads, useful))
 
 
 def shortfall(plan: Plan) -> str | None:

@@ -136,11 +136,12 @@ class WorkersTable:
 class MemoryTable:
     limit: Annotated[str, SIZE] = ""
     """What the whole process group may use; "" is what the machine and its cgroups leave."""
-    weights: Literal["bf16"] = "bf16"
-    """Type of the working copy."""
-    master: Literal["fp32"] = "fp32"
-    """The full-precision parameters, on disk."""
-    residency: Literal["auto", "resident"] = "auto"
+    weights: Literal["bf16", "int8"] = "bf16"
+    """Type of the weights that are scored from; "int8" is row-wise absmax."""
+    master: Literal["fp32", "none"] = "fp32"
+    """The parameters in full precision, on disk; "none": the weights themselves are updated, by stochastic rounding."""
+    residency: Literal["auto", "resident", "streamed"] = "auto"
+    """The weights stay in memory, or pass through it layer by layer; "auto" streams what does not fit."""
 
 
 @dataclass(frozen=True)

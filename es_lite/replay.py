@@ -13,34 +13,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from es_lite.algorithm.kernels import Threads
+from es_lite.algorithm.jit import Threads
 from es_lite.errors import RunError, UserError
 from es_lite.runs import origin as origins
 from es_lite.runs.export import export, model_card
 from es_lite.runs.journal import Journal
 from es_lite.runs.origin import Origin
 from es_lite.system import cores
-from es_lite.weights import master
-from es_lite.weights.layout import Tensor
-from es_lite.weights.source import Source, locate
-
-
-class Replayed:
-    """The weights after the journal's records, computed slice by slice from θ₀."""
-
-    def __init__(self, theta_0: Source, journal: Journal, steps: int, threads: Threads) -> None:
-        self._theta_0 = theta_0
-        self._records = journal.records[:steps]
-        self._threads = threads
-
-    def read(self, tensor: Tensor, start: int, count: int) -> np.ndarray:
-        theta = self._theta_0.read(tensor, start, count)
-        master.advance(theta, tensor, start, self._records, self._threads)
-        return theta
+from es_lite.weights.source import locate
+from es_lite.weights.store import Replayed
 
 
 def replay(run: Path, out: Path, model_path: str = "", steps: int | None = None, dtype: str = "bf16") -> None:
@@ -59,9 +43,10 @@ def replay(run: Path, out: Path, model_path: str = "", steps: int | None = None,
         raise UserError(f"--model {model_path}: this run started from random weights, which its journal's seed gives")
     origin = replace(origin, path=model_path or origin.path)
     model, layout = origin.skeleton()
-    theta_0 = origin.source(model, layout)
+    threads = Threads(cores())
+    theta_0 = origin.source(model, layout, threads)
     origins.check(journal, origin, layout, theta_0)
-    replayed = Replayed(theta_0, journal, steps, Threads(cores()))
+    replayed = Replayed(theta_0, origin.storage, journal.records[:steps], threads)
     tokenizer = _tokenizer(run, origin)
     if tokenizer is None:
         print("es_lite: no tokenizer beside the journal; add the run's to the folder", file=sys.stderr)

@@ -1,6 +1,6 @@
 """The command: trains a language model by evolution strategies, as a recipe says.
 
-    python -m es_lite.train RECIPE [--set table.key=value ...] [--resume]
+    python -m es_lite.train RECIPE [--set table.key=value ...] [--resume [--rebuild]]
 
 `train` is a run from top to bottom, `Training.step` (training.py) the papers' algorithm. The journal gets a step's record
 before any weight changes; the weights catch up with the journal, wherever they were left.
@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from es_lite import data, plan, system
 from es_lite import recipe as recipes
+from es_lite.algorithm.jit import Threads
 from es_lite.data import Corpus
 from es_lite.errors import RunError, UserError
 from es_lite.recipe import Recipe
@@ -28,13 +29,16 @@ from es_lite.runs.metrics import Metrics
 from es_lite.runs.origin import Origin
 from es_lite.tokenizer import load_tokenizer
 from es_lite.training import Training
-from es_lite.weights import master, working
+from es_lite.weights import store, working
+from es_lite.weights.layerfile import LayerFile
 from es_lite.workers.pool import Pool
 from es_lite.workers.worker import Setup
 
 
-def train(recipe: Recipe, resume: bool = False) -> None:
+def train(recipe: Recipe, resume: bool = False, rebuild: bool = False) -> None:
     """Runs `recipe` to its last step, or on from where its run directory stands.
+
+    rebuild: layer files that are damaged are made again from θ₀ and the journal, instead of ending the run.
 
     Raises UserError for what the user must change, RunError where the run cannot go on; after either, the run
     directory resumes.
@@ -53,9 +57,11 @@ def train(recipe: Recipe, resume: bool = False) -> None:
         data.draw(len(train_set), recipe.fitness.samples, recipe.run.seed, 0)  # says at once if M is too large
 
         # θ₀, the journal, and where each layer stands.
-        theta_0 = origin.source(model, layout)
+        theta_0 = origin.source(model, layout, Threads(1))
+        files = origin.files(run.store, layout)
         drawn_from = data.fingerprint(train_set, held_out)
-        if run.journal.exists():
+        fresh = not run.journal.exists()
+        if not fresh:
             journal = Journal.open(run.journal)
             origins.check(journal, origin, layout, theta_0)
             if journal.header["data"] != drawn_from:
@@ -70,19 +76,31 @@ def train(recipe: Recipe, resume: bool = False) -> None:
                 print(f"nothing to resume in {run.path}: starting at step 0", flush=True)
             header = {"data": drawn_from, "compute": planned.compute, "versions": system.versions()}
             journal = Journal.create(run.journal, origin.header(layout, theta_0) | header)
-        standing = [master.standing(run.master, layer) for layer in layout.layers]
+        if rebuild:
+            remove_damaged(files)
+        standing = [store.standing(file) for file in files]
         if max(standing) > len(journal.records):
             raise UserError(
-                f"{run.master}: a layer stands at step {max(standing)}, but {run.journal} ends at step "
-                f"{len(journal.records)}; restore the journal, or remove {run.master} to make it again from the journal"
+                f"{run.store}: a layer stands at step {max(standing)}, but {run.journal} ends at step "
+                f"{len(journal.records)}; restore the journal, or remove {run.store} to make it again from the journal"
             )
         run.keep(recipe)
 
-        descriptor = working.allocate(layout)
-        setup = Setup(origin, layout, run.master, planned.compute, planned.threads, recipe.fitness.micro_batch)
+        descriptor = None if planned.streamed else working.allocate(layout, recipe.memory.weights)
+        setup = Setup(
+            origin=origin,
+            layout=layout,
+            store=run.store,
+            weights=recipe.memory.weights,
+            direct=planned.direct,
+            compute=planned.compute,
+            lanes=planned.lanes,
+            threads=planned.threads,
+            micro_batch=recipe.fitness.micro_batch,
+        )
         with (
             Console(recipe.run.iterations, len(journal.records)) as console,
-            Pool(setup, descriptor, run.lock, planned.workers, recipe.workers.deadline, console.warn) as pool,
+            Pool(setup, descriptor, run.lock, planned.processes, recipe.workers.deadline, console.warn) as pool,
             system.PeakPss(lambda: [os.getpid(), *pool.pids]) as pss,
         ):
             training = Training(
@@ -90,7 +108,8 @@ def train(recipe: Recipe, resume: bool = False) -> None:
                 planned=planned,
                 model=model,
                 layout=layout,
-                working_copy=working.WorkingCopy(layout, descriptor),
+                files=files,
+                standing=min(standing),
                 tokenizer=tokenizer,
                 train_set=train_set,
                 held_out=held_out,
@@ -101,14 +120,24 @@ def train(recipe: Recipe, resume: bool = False) -> None:
                 pool=pool,
                 pss=pss,
             )
-            console.say("bringing the weights level with the journal")
-            training.update(journal.records[min(standing) :])
+            training.prepare(fresh)
             training.catch_up()
             while training.done < recipe.run.iterations and not console.stopping:
                 training.step()
             training.checkpoint_if_due(last=True)
             resumable = f"; add --resume to go on from step {training.done}" if training.done < recipe.run.iterations else ""
             console.say(f"{training.done} of {recipe.run.iterations} steps done{resumable}")
+
+
+def remove_damaged(files: Sequence[LayerFile]) -> None:
+    """Removes the layers' files that are not what was written; they are then made again. Says which."""
+    for file in files:
+        if file.path.exists():
+            try:
+                store.check(file)
+            except UserError as error:
+                file.path.unlink()
+                print(f"removed, to be made again from θ₀ and the journal: {error}", flush=True)
 
 
 def read_data(recipe: Recipe, model: PreTrainedModel, run_dir: Path) -> tuple[PreTrainedTokenizerBase, Corpus, Corpus | None]:
@@ -134,10 +163,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("recipe", type=Path, help="a TOML file; the ones that come with es_lite are in recipes/")
     parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE", dest="overrides", help="override a key")
     parser.add_argument("--resume", action="store_true", help="go on from where the run directory stands")
+    parser.add_argument(
+        "--rebuild", action="store_true", help="with --resume: make damaged layer files again from θ₀ and the journal"
+    )
     arguments = parser.parse_args(argv)
+    if arguments.rebuild and not arguments.resume:
+        parser.error("--rebuild goes with --resume")
     transformers_logging.set_verbosity_error()
     try:
-        train(recipes.load(arguments.recipe, arguments.overrides), arguments.resume)
+        train(recipes.load(arguments.recipe, arguments.overrides), arguments.resume, arguments.rebuild)
     except (UserError, RunError) as error:
         print(f"es_lite: {error}", file=sys.stderr)
         return error.exit_code

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from es_lite import data, plan, system
 from es_lite import recipe as recipes
 from es_lite.algorithm import record as records
+from es_lite.algorithm.jit import Threads
 from es_lite.algorithm.record import Record
 from es_lite.algorithm.schedule import decayed
 from es_lite.data import Corpus
@@ -26,10 +27,11 @@ from es_lite.runs.journal import Journal
 from es_lite.runs.metrics import Metrics
 from es_lite.scoring import diagnosis
 from es_lite.scoring.perturb import UNPERTURBED, Perturbation
-from es_lite.weights import master, working
-from es_lite.weights.layout import Layer, Layout
+from es_lite.weights.layerfile import FileReader, LayerFile
+from es_lite.weights.layout import Layer, Layout, Tensor
+from es_lite.weights.store import Finished
 from es_lite.workers.pool import Pool
-from es_lite.workers.worker import Advance, Score
+from es_lite.workers.worker import Advance, Check, Score, Task
 
 SLOWEST_FLOPS, SLOWEST_NOISE = 5e9, 2e7
 """A second of a worker on the slowest machine, in FLOP and noise elements: beyond that, it counts as hung."""
@@ -43,7 +45,10 @@ class Training:
     planned: plan.Plan
     model: PreTrainedModel
     layout: Layout
-    working_copy: working.WorkingCopy
+    files: Sequence[LayerFile]
+    """Of the layers, in order."""
+    standing: int
+    """The step that the layers' files stand at, all of them, or later."""
     tokenizer: PreTrainedTokenizerBase
     train_set: Corpus
     held_out: Corpus | None
@@ -72,12 +77,11 @@ class Training:
         batch = data.pack(self.train_set, data.draw(len(self.train_set), self.recipe.fitness.samples, seed, t))
         signs = (1, -1) if es.antithetic else (1,)
         pairs = range(es.population // len(signs))
-        tasks = [Score(Perturbation(seed, t, pair, sigma, signs), batch, self.planned.pass_samples) for pair in pairs]
+        perturbations = [Perturbation(seed, t, pair, sigma, signs) for pair in pairs]
         new_sigma = sigma != self.examined_sigma
         if new_sigma:
-            tasks.append(Score(UNPERTURBED, batch, self.planned.pass_samples))
-        values = self._scores(tasks, f"step {t + 1}: scores")
-        means = [value.mean(axis=1) for value in values]
+            perturbations.append(UNPERTURBED)
+        means = [value.mean(axis=1) for value in self._scores(perturbations, batch, f"step {t + 1}: scores")]
         scores = np.concatenate(means[: len(pairs)])
         scored = time.perf_counter()
 
@@ -105,8 +109,9 @@ class Training:
             raise RunError(f"step {t + 1}: {error}; nothing has changed. es.sigma or es.alpha may be too large") from None
         self.journal.append(record, [score if np.isfinite(score) else None for score in scores.tolist()])
 
-        # Move.
-        self.update([record])
+        # Move; streamed layers do as they pass in the next step.
+        if not self.planned.streamed:
+            self.update([record])
         updated = time.perf_counter()
 
         tokens = es.population * batch.targets
@@ -130,23 +135,38 @@ class Training:
         self.console.step(line, self.recipe.run.iterations)
         self.checkpoint_if_due()
 
+    def prepare(self, fresh: bool) -> None:
+        """Makes the layers' files that are missing, checks those that are there, and fills the working copy.
+
+        fresh: the run has only begun, and what files there are it has just written.
+        """
+        self.console.say("bringing the weights level with the journal")
+        if not self.planned.streamed:
+            self.update(self.journal.records[self.standing :])
+            return
+        missing = [file for file in self.files if not file.path.exists()]
+        tasks: list[Task] = [Advance(file.layer.index, self.journal.records, self.done) for file in missing]
+        if not fresh:
+            tasks += [Check(file.layer.index) for file in self.files if file not in missing]
+        self._each(tasks, self.done, "layers")
+
     def update(self, history: Sequence[Record]) -> None:
-        """Brings all layers, the master's files and the working copy, to the journal's end; the largest ones first."""
+        """Brings all layers, their files and the working copy, to the journal's end; the largest ones first."""
         layers = sorted(self.layout.layers, key=lambda layer: -layer.size)
-        tasks = [Advance(layer.index, history, self.done) for layer in layers]
-        drawn = sum(len(record.coefficients) for record in history) * layers[0].size
-        self.pool.map(tasks, drawn / SLOWEST_NOISE, self.console.tasks("update", len(tasks)))
+        self._each([Advance(layer.index, history, self.done) for layer in layers], len(history), "update")
+        self.standing = self.done
+
+    def _each(self, tasks: Sequence[Task], steps: int, what: str) -> None:
+        """Does tasks of a layer each, in `steps` steps of the update."""
+        drawn = (1 + steps * self.recipe.es.population) * max(layer.size for layer in self.layout.layers)
+        self.pool.map(tasks, drawn / SLOWEST_NOISE, self.console.tasks(what, len(tasks)))
 
     def evaluate(self) -> float:
         """Mean log-probability of θ on the held-out samples; the same number on any number of workers."""
         assert self.held_out is not None
         batch = data.pack(self.held_out, data.spread(self.held_out, self.recipe.eval.samples))
-        micro = self.recipe.fitness.micro_batch
-        share = -(-len(batch.lengths) // (micro * len(self.pool.pids))) * micro
-        lows = range(0, len(batch.lengths), share)
-        parts = [data.Batch(batch.tokens[low : low + share], batch.lengths[low : low + share]) for low in lows]
-        tasks = [Score(UNPERTURBED, part, self.planned.pass_samples) for part in parts]
-        return float(np.concatenate(self._scores(tasks, "evaluation"), axis=1).mean())
+        (scores,) = self._scores([UNPERTURBED], batch, "evaluation")
+        return float(scores.mean())
 
     def catch_up(self) -> None:
         """What a crash cut off after the journal had the step: its metrics, an evaluation, a checkpoint; at step 0 the first."""
@@ -197,16 +217,40 @@ class Training:
             self._export(self.run.best, evaluation)
 
     def _export(self, folder: Path, evaluation: float | None) -> None:
-        def read(layer: Layer) -> master.MasterLayer:
-            return master.MasterLayer(master.file_of(self.run.master, layer), layer)
+        threads = Threads(self.planned.workers * self.planned.threads)
+
+        def read(layer: Layer) -> Finished:
+            return Finished(self.files[layer.index], self.journal.records[self.standing :], self.done, threads)
 
         card = model_card(self.done, recipes.dumps(self.recipe), self.recipe.model.path, evaluation)
         state = {"step": self.done, "eval_score": evaluation}
         export(folder, self.model, self.layout, read, self.tokenizer, self.recipe.run.checkpoint_dtype, card, state)
 
-    def _scores(self, tasks: Sequence[Score], what: str) -> list[np.ndarray]:
-        tokens = max(task.perturbation.members * task.batch.targets for task in tasks)
-        return self.pool.map(tasks, 2 * tokens * self.layout.size / SLOWEST_FLOPS, self.console.tasks(what, len(tasks)))
+    def _scores(self, perturbations: Sequence[Perturbation], batch: data.Batch, what: str) -> list[np.ndarray]:
+        """Under each perturbation, each sample's score: float64 [members, B]."""
+        pass_samples, micro = self.planned.pass_samples, self.recipe.fitness.micro_batch
+        members = sum(perturbation.members for perturbation in perturbations)
+        work = 2 * members * batch.targets * self.layout.size / SLOWEST_FLOPS
+        if self.planned.streamed:  # the whole population at once
+            records = self.journal.records[self.standing :]
+            samples = max(1, pass_samples * self.planned.members // members // micro) * micro
+            task = Score(perturbations, batch, samples, records, self.done)
+            passes = -(-len(batch.lengths) // samples)
+            moved = self.layout.size * (passes * (members + 1) + (len(records) + 1) * self.recipe.es.population)
+            progress = self.console.parameters(what, passes * self.layout.size)
+            (values,) = self.pool.map([task], work + moved / SLOWEST_NOISE, lambda index: None, progress)
+            self.standing = self.done
+            return values
+        # A perturbation at a time; where there is only one, its samples are cut for all workers.
+        share = len(batch.lengths)
+        if len(perturbations) == 1:
+            share = -(-share // (micro * len(self.pool.pids))) * micro
+        lows = range(0, len(batch.lengths), share)
+        parts = [data.Batch(batch.tokens[low : low + share], batch.lengths[low : low + share]) for low in lows]
+        tasks = [Score([perturbation], part, pass_samples) for perturbation in perturbations for part in parts]
+        values = [value for (value,) in self.pool.map(tasks, work, self.console.tasks(what, len(tasks)))]
+        count = len(parts)
+        return [np.concatenate(values[i * count : (i + 1) * count], axis=1) for i in range(len(perturbations))]
 
     def _due(self, every: int) -> bool:
         return bool(every) and (self.done % every == 0 or self.done == self.recipe.run.iterations)
@@ -216,10 +260,16 @@ class Training:
         self.examined_sigma = sigma
         advice = [diagnosis.collapse_advice(centre, scores, sigma)]
         if self.planned.compute == "bf16":
-            moved = diagnosis.share_moved(self.layout, self.working_copy, sigma, self.recipe.run.seed)
+            moved = diagnosis.share_moved(self.layout, self._first_elements, sigma, self.recipe.run.seed)
             advice.append(diagnosis.rounding_advice(moved, sigma))
         for text in filter(None, advice):
             self.console.warn(text)
+
+    def _first_elements(self, tensor: Tensor, count: int) -> np.ndarray:
+        """float32 [count], as its layer's file stands."""
+        file = next(file for file in self.files if tensor in file.layer.tensors)
+        with FileReader(file) as reader:
+            return reader.part(tensor, 0, count).float32()
 
     @property
     def _pids(self) -> list[int]:

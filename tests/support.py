@@ -154,8 +154,9 @@ def records(run: Path) -> int:
 
 
 def digest(run: Path) -> dict[str, str]:
-    """SHA-256 of the journal and of each of the master's files."""
-    return {str(path.relative_to(run)): _sha256(path.read_bytes()) for path in (run / "journal.jsonl", *_files(run / "master"))}
+    """SHA-256 of the journal and of each of the layers' files."""
+    layers = [path for folder in ("master", "weights") for path in _files(run / folder)]
+    return {str(path.relative_to(run)): _sha256(path.read_bytes()) for path in (run / "journal.jsonl", *layers)}
 
 
 def export_digest(run: Path) -> dict[str, str]:

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from es_lite.algorithm.kernels import Threads
+from es_lite.algorithm.jit import Threads
 from es_lite.errors import RunError
 from es_lite.runs import directory
 from es_lite.runs import export as exporting

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from es_lite.algorithm import noise
-from es_lite.algorithm.kernels import Threads
+from es_lite.algorithm.jit import Threads
 from es_lite.data import Batch
 from es_lite.errors import UserError
 from es_lite.scoring import forward

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from es_lite.algorithm import kernels, noise
-from es_lite.algorithm.kernels import Threads
+from es_lite.algorithm.jit import Threads
 
 PLACE = {"seed": 0xFEDCBA9876543210, "step": 11, "pair": 4, "tensor": 290}
 SIGMA = 1.2345678e-3

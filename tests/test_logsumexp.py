@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from es_lite.algorithm.kernels import Threads
+from es_lite.algorithm.jit import Threads
 from es_lite.scoring.logsumexp import RunningLogSumExp
 
 TYPES = pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])

@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from es_lite.algorithm import noise
 from es_lite.algorithm import record as records
-from es_lite.algorithm.kernels import Threads
+from es_lite.algorithm.jit import Threads
 from es_lite.weights import master
 from es_lite.weights.layout import Layout, Multipliers, layout, skeleton
 

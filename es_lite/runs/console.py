@@ -53,6 +53,19 @@ class Console:
 
         return done
 
+    def parameters(self, what: str, count: int) -> Callable[[int], None]:
+        """A bar below the main one for `count` parameters that pass; call the result with how many more have."""
+        if not self._live:
+            return lambda passed: None
+        bar = tqdm(total=count, desc=what, leave=False, position=1, dynamic_ncols=True, unit="", unit_scale=True)
+
+        def progress(passed: int) -> None:
+            bar.update(passed)
+            if bar.n >= count:
+                bar.close()
+
+        return progress
+
     def step(self, metrics: dict[str, Any], steps: int) -> None:
         """A finished step (or the evaluation before the first)."""
         evaluation = metrics.get("eval_score")

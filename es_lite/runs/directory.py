@@ -11,17 +11,17 @@ from typing import IO
 from es_lite import recipe as recipes
 from es_lite.errors import UserError
 from es_lite.recipe import Recipe
-from es_lite.weights.master import remove_partial
+from es_lite.weights.store import remove_partial
 
 CHANGEABLE = (
     *("run.iterations", "run.checkpoint_every", "run.checkpoint_dtype", "workers.count", "workers.threads", "workers.deadline"),
-    *("memory.limit", "eval.samples", "log."),
+    *("memory.limit", "memory.residency", "eval.samples", "log."),
 )
 """Keys that may differ when a run is resumed: none changes what a step means (threads may change a score's last bits)."""
 
 LOCK_SECONDS = 5.0
 
-BEFORE_THE_RECIPE = {"master", "lock", "recipe.toml.next"}
+BEFORE_THE_RECIPE = {"master", "weights", "lock", "recipe.toml.next"}
 """What a run that was killed at its very start leaves."""
 
 
@@ -35,7 +35,7 @@ class RunDirectory:
         not set, or holds a run of another recipe. Nothing that was there is changed then.
         """
         self.path = Path(recipe.run.dir).expanduser()
-        self.master = self.path / "master"
+        self.store = self.path / ("master" if recipe.memory.master == "fp32" else "weights")
         self.journal = self.path / "journal.jsonl"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoint = self.path / "checkpoint"
@@ -45,7 +45,7 @@ class RunDirectory:
             foreign = "recipe.toml" not in present and not present <= BEFORE_THE_RECIPE
             if foreign or (self.path.exists() and not self.path.is_dir()):
                 raise UserError(f"{self.path}: is there already and is not a run directory; choose another run.dir")
-            self.master.mkdir(parents=True, exist_ok=True)
+            self.store.mkdir(parents=True, exist_ok=True)
             self._lock: IO[str] = (self.path / "lock").open("w")
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror}); choose another run.dir") from None
@@ -58,7 +58,7 @@ class RunDirectory:
         except BaseException:
             self._lock.close()
             raise
-        remove_partial(self.master)
+        remove_partial(self.store)
         for folder in (self.checkpoint, self.best):
             settle(folder)
 
@@ -88,9 +88,9 @@ class RunDirectory:
 
     def _check(self, recipe: Recipe, resume: bool) -> None:
         if not self.journal.exists():
-            if any(self.master.glob("*.safetensors")):
+            if any(self.store.glob("*.safetensors")):
                 raise UserError(
-                    f"{self.master}: has layers, but there is no {self.journal}; restore it, or choose another run.dir"
+                    f"{self.store}: has layers, but there is no {self.journal}; restore it, or choose another run.dir"
                 )
             return
         if not resume:

@@ -13,7 +13,7 @@ from es_lite.errors import RunError
 from es_lite.runs.directory import replace_folder
 from es_lite.tokenizer import save_tokenizer
 from es_lite.weights.layout import Layer, Layout, Tensor
-from es_lite.weights.master import slices
+from es_lite.weights.stored import slices
 from es_lite.weights.tensorfile import Writer
 
 SHARD_BYTES = 5 * 10**9
@@ -25,7 +25,7 @@ class Readable(Protocol):
     """A layer's parameters at the step to export."""
 
     def read(self, tensor: Tensor, start: int, count: int) -> np.ndarray:
-        """float32 [count]."""
+        """float32 [count]; whole rows."""
         ...
 
 
@@ -64,7 +64,7 @@ def export(
         replace_folder(folder, partial)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise RunError(f"{folder}: cannot be written ({error.strerror}); the journal and the master are whole") from None
+        raise RunError(f"{folder}: cannot be written ({error.strerror}); the journal and the layers are whole") from None
 
 
 def step_of(folder: Path) -> int | None:
@@ -88,8 +88,9 @@ def _weights(folder: Path, layout: Layout, open_layer: Callable[[Layer], Readabl
         with Writer(folder / name, shapes, dtype, {"format": "pt"}) as writer:
             for layer in shard:
                 opened = open_layer(layer)
-                for tensor, start, count in slices(layer):
-                    writer.write(opened.read(tensor, start, count))
+                for tensor in layer.tensors:
+                    for start, count in slices(tensor):
+                        writer.write(opened.read(tensor, start, count))
 
 
 def _shards(layers: Sequence[Layer], itemsize: int) -> list[list[Layer]]:

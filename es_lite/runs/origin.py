@@ -2,15 +2,19 @@
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
 
+from es_lite.algorithm.jit import Threads
 from es_lite.errors import UserError
 from es_lite.recipe import Recipe
 from es_lite.runs.journal import Journal
+from es_lite.weights.layerfile import LayerFile
 from es_lite.weights.layout import Layout, Multipliers, layout, skeleton
 from es_lite.weights.source import Source, configuration, locate, open_source
+from es_lite.weights.stored import Storage
 
 
 @dataclass(frozen=True)
@@ -24,11 +28,15 @@ class Origin:
     nes: bool
     """es.scale = "nes": a group's coefficients are multiplied by its alpha/sigma."""
     shared_noise: bool
+    storage: Storage = "fp32"
+    """What the updates are applied to: the fp32 master, or the bf16 or int8 weights themselves."""
 
     @classmethod
     def of_recipe(cls, recipe: Recipe) -> "Origin":
         groups = tuple(Multipliers(group.pattern, group.sigma, group.alpha) for group in recipe.es.groups)
-        return cls(recipe.model.path, recipe.model.config, recipe.run.seed, groups, recipe.es.scale == "nes", recipe.noise.shared)
+        storage: Storage = "fp32" if recipe.memory.master == "fp32" else recipe.memory.weights
+        nes, shared = recipe.es.scale == "nes", recipe.noise.shared
+        return cls(recipe.model.path, recipe.model.config, recipe.run.seed, groups, nes, shared, storage)
 
     @classmethod
     def of_journal(cls, journal: Journal) -> "Origin":
@@ -42,8 +50,12 @@ class Origin:
             model.generation_config = GenerationConfig.from_pretrained(locate(self.path))
         return model, layout(model, self.groups, self.nes, self.shared_noise)
 
-    def source(self, model: PreTrainedModel, layout: Layout) -> Source:
-        return open_source(self.path, model, layout, self.seed)
+    def source(self, model: PreTrainedModel, layout: Layout, threads: Threads) -> Source:
+        return open_source(self.path, model, layout, self.seed, threads)
+
+    def files(self, directory: Path, layout: Layout) -> list[LayerFile]:
+        """The layers' files in `directory`, in the layout's order."""
+        return [LayerFile(directory, layer, self.storage) for layer in layout.layers]
 
     def header(self, layout: Layout, theta_0: Source) -> dict[str, Any]:
         """What identifies the run in its journal."""
@@ -61,5 +73,9 @@ def check(journal: Journal, origin: Origin, layout: Layout, theta_0: Source) -> 
                 f"{journal.path}: is the journal of another model ({words}); give the model that the run started from"
             )
     then = Origin.of_journal(journal)
-    if (then.groups, then.nes, then.shared_noise) != (origin.groups, origin.nes, origin.shared_noise):
-        raise UserError(f"{journal.path}: was written with other es.groups, es.scale or noise.shared; restore the recipe's")
+    meanings = [(o.groups, o.nes, o.shared_noise, o.storage) for o in (then, origin)]
+    if meanings[0] != meanings[1]:
+        raise UserError(
+            f"{journal.path}: was written with other es.groups, es.scale, noise.shared, memory.master or memory.weights; "
+            "restore the recipe's"
+        )

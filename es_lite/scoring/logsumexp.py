@@ -6,7 +6,7 @@ LLVM vectorises (numba's `math.exp` is a call an element); sums run by halves, a
 
 import numpy as np
 
-from es_lite.algorithm.kernels import Threads, jit
+from es_lite.algorithm.jit import Threads, jit
 
 _f32, _u32 = np.float32, np.uint32
 

@@ -1,14 +1,17 @@
 """A layer's tensors as the members of one noise pair see them, made in scratch and let go."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from es_lite.algorithm import kernels
-from es_lite.weights.layout import Tensor
-from es_lite.weights.working import WorkingCopy
+from es_lite.algorithm import formats, kernels
+from es_lite.algorithm.jit import Threads
+from es_lite.weights.layout import Layer, Tensor
+from es_lite.weights.stored import Part
 
 
 @dataclass(frozen=True)
@@ -30,81 +33,118 @@ class Perturbation:
 UNPERTURBED = Perturbation()
 
 
+class Weights(Protocol):
+    """What scoring takes weights from: the working copy, or a stream of layers.
+
+    Within a pass, a stream wants to be asked in the model's own order.
+    """
+
+    def passing(self) -> contextlib.AbstractContextManager[None]:
+        """One pass of a batch through the model."""
+        ...
+
+    def opened(self, layer: Layer) -> contextlib.AbstractContextManager[None]:
+        """While the tensors of a layer are used."""
+        ...
+
+    def part(self, tensor: Tensor) -> Part:
+        """The whole tensor as it is stored."""
+        ...
+
+    def rows(self, tensor: Tensor, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rows, int64 [R], of the embedding: [R, W] as stored, and their scales, [R] or empty."""
+        ...
+
+    def blocks(self, tensor: Tensor, rows: int) -> Iterator[Part]:
+        """The head's matrix in blocks of `rows` rows, in order."""
+        ...
+
+
 class Scratch:
     """Makes perturbed tensors in buffers that it reuses: what it gives is valid until its next call."""
 
-    def __init__(self, working: WorkingCopy, compute: torch.dtype, threads: kernels.Threads) -> None:
-        self._working = working
+    def __init__(self, compute: torch.dtype, threads: Threads) -> None:
         self._compute = compute
         self._threads = threads
         self._buffers: list[np.ndarray] = [np.empty(0, self._numpy_type) for _ in range(2)]
-        self.perturbation = UNPERTURBED
 
     @property
     def _numpy_type(self) -> type:
         return np.uint16 if self._compute == torch.bfloat16 else np.float32
 
-    def tensors(self, named: dict[str, Tensor]) -> list[dict[str, torch.Tensor]]:
+    def tensors(self, perturbation: Perturbation, parts: dict[str, Part]) -> list[dict[str, torch.Tensor]]:
         """For each member: name → tensor of the compute type. The noise of a pair is made once for both."""
-        buffers = self._reserve(sum(tensor.size for tensor in named.values()))
-        members: list[dict[str, torch.Tensor]] = [{} for _ in self.perturbation.signs]
+        buffers = self._reserve(perturbation.members, sum(part.data.size for part in parts.values()))
+        members: list[dict[str, torch.Tensor]] = [{} for _ in perturbation.signs]
         offset = 0
-        for name, tensor in named.items():
-            parts = [buffer[offset : offset + tensor.size] for buffer in buffers]
-            self._perturb(parts, tensor, 0)
-            for member, part in zip(members, parts, strict=True):
-                member[name] = self._torch(part).view(tensor.shape)
-            offset += tensor.size
+        for name, part in parts.items():
+            outs = [buffer[offset : offset + part.data.size] for buffer in buffers]
+            self._perturb(perturbation, outs, part)
+            for member, out in zip(members, outs, strict=True):
+                member[name] = self._torch(out).view(part.tensor.shape)
+            offset += part.data.size
         return members
 
-    def block(self, tensor: Tensor, first: int, count: int) -> list[torch.Tensor]:
-        """For each member: rows first … first + count - 1 of a tensor, [count, ...]."""
-        width = tensor.size // tensor.shape[0]
-        parts = self._reserve(count * width)
-        self._perturb(parts, tensor, first * width)
-        return [self._torch(part).view(count, *tensor.shape[1:]) for part in parts]
+    def block(self, perturbation: Perturbation, part: Part) -> list[torch.Tensor]:
+        """For each member: some rows of a tensor, [rows, ...]."""
+        outs = self._reserve(perturbation.members, part.data.size)
+        self._perturb(perturbation, outs, part)
+        return [self._torch(out).view(-1, *part.tensor.shape[1:]) for out in outs]
 
-    def rows(self, tensor: Tensor, rows: np.ndarray) -> list[torch.Tensor]:
-        """For each member: the given rows, int64 [R], of a matrix alone, [R, W]."""
-        width = tensor.shape[1]
-        weights = self._working.bits(tensor).reshape(tensor.shape)
-        parts = [part.reshape(rows.size, width) for part in self._reserve(rows.size * width)]
-        sigma = self.perturbation.sigma * tensor.sigma * self.perturbation.signs[0]
-        place = self._place(tensor)
+    def rows(
+        self, perturbation: Perturbation, tensor: Tensor, rows: np.ndarray, weights: np.ndarray, scales: np.ndarray
+    ) -> list[torch.Tensor]:
+        """For each member: the rows `rows`, int64 [R], of a matrix, [R, W], from those rows and their scales as stored."""
+        outs = [out.reshape(weights.shape) for out in self._reserve(perturbation.members, weights.size)]
+        sigma = _sigma(perturbation, tensor)
+        place = _place(perturbation, tensor)
 
         def cut(low: int, high: int) -> None:
-            minus = parts[1][low:high] if len(parts) == 2 else None
-            kernels.perturb_rows(parts[0][low:high], minus, weights, rows[low:high], sigma=sigma, **place)
+            some, minus = slice(low, high), outs[1][low:high] if len(outs) == 2 else None
+            kernels.perturb_rows(outs[0][some], minus, weights[some], rows[some], sigma=sigma, scales=scales[some], **place)
 
         self._threads.each(rows.size, cut, least=64)
-        return [self._torch(part) for part in parts]
+        return [self._torch(out) for out in outs]
 
-    def _perturb(self, parts: Sequence[np.ndarray], tensor: Tensor, start: int) -> None:
-        weights = self._working.bits(tensor)[start : start + parts[0].size]
-        sigma = self.perturbation.sigma * tensor.sigma * self.perturbation.signs[0]
-        if sigma == 0:
-            for part in parts:
-                part[:] = weights if part.dtype == np.uint16 else kernels.as_float32(weights)
+    def _perturb(self, perturbation: Perturbation, outs: list[np.ndarray], part: Part) -> None:
+        sigma = _sigma(perturbation, part.tensor)
+        if sigma == 0 and part.data.dtype == outs[0].dtype:
+            for out in outs:
+                out[:] = part.data
             return
-        place = self._place(tensor)
+        place, width = _place(perturbation, part.tensor), part.tensor.width
 
         def cut(low: int, high: int) -> None:
-            minus = parts[1][low:high] if len(parts) == 2 else None
-            kernels.perturb(parts[0][low:high], minus, weights[low:high], sigma=sigma, start=start + low, **place)
+            start, minus = part.start + low, outs[1][low:high] if len(outs) == 2 else None
+            stored = part.data[low:high]
+            if sigma == 0:
+                values = formats.as_float32(stored, part.scales, width, start)
+                for out in outs:
+                    if out.dtype == np.uint16:
+                        formats.to_bf16(out[low:high], values)
+                    else:
+                        out[low:high] = values
+                return
+            kernels.perturb(outs[0][low:high], minus, stored, sigma=sigma, start=start, scales=part.scales, width=width, **place)
 
-        self._threads.each(weights.size, cut)
+        self._threads.each(part.data.size, cut)
 
-    def _place(self, tensor: Tensor) -> dict[str, int]:
-        p = self.perturbation
-        return {"seed": p.seed, "step": p.step, "pair": p.pair, "tensor": tensor.number}
-
-    def _reserve(self, size: int) -> list[np.ndarray]:
+    def _reserve(self, members: int, size: int) -> list[np.ndarray]:
         """A buffer of `size` elements for each member."""
-        for index in range(self.perturbation.members):
+        for index in range(members):
             if self._buffers[index].size < size:
+                self._buffers[index] = np.empty(0, self._numpy_type)  # let go of the old one before
                 self._buffers[index] = np.empty(size, self._numpy_type)
-        return [buffer[:size] for buffer in self._buffers[: self.perturbation.members]]
+        return [buffer[:size] for buffer in self._buffers[:members]]
 
     def _torch(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(array)
         return tensor.view(torch.bfloat16) if array.dtype == np.uint16 else tensor
+
+
+def _sigma(perturbation: Perturbation, tensor: Tensor) -> float:
+    return perturbation.sigma * tensor.sigma * perturbation.signs[0]
+
+
+def _place(perturbation: Perturbation, tensor: Tensor) -> dict[str, int]:
+    return {"seed": perturbation.seed, "step": perturbation.step, "pair": perturbation.pair, "tensor": tensor.number}

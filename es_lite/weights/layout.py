@@ -13,9 +13,6 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from es_lite.errors import UserError
 
-PAGE = 65536
-"""Layers begin at multiples of this many bytes in the working copy: a page on every machine."""
-
 
 @dataclass(frozen=True)
 class Tensor:
@@ -31,10 +28,22 @@ class Tensor:
     """Multiplier of the records' coefficients."""
     alpha: float
     """Multiplier of the weight decay."""
+    vocabulary: bool = False
+    """It is the token embedding's or the head's matrix: one row a token, used by rows."""
 
     @property
     def size(self) -> int:
+        """Elements."""
         return math.prod(self.shape)
+
+    @property
+    def width(self) -> int:
+        """Elements of a row: of the last dimension."""
+        return self.shape[-1] if self.shape else 1
+
+    @property
+    def rows(self) -> int:
+        return self.size // max(1, self.width)
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,9 @@ class Layer:
     name: str
     tensors: tuple[Tensor, ...]
 
+    block: bool = True
+    """A decoder block, all of which is needed at once."""
+
     @property
     def size(self) -> int:
         """Elements."""
@@ -54,6 +66,15 @@ class Layer:
 @dataclass(frozen=True)
 class Layout:
     layers: tuple[Layer, ...]
+
+    @property
+    def blocks(self) -> tuple[Layer, ...]:
+        return self.layers[1:-1]
+
+    @property
+    def tied(self) -> bool:
+        """The head is the embedding's matrix."""
+        return not any(tensor.vocabulary for tensor in self.layers[-1].tensors)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -119,7 +140,7 @@ def layout(model: PreTrainedModel, groups: Sequence[Multipliers] = (), nes: bool
         if not any(re.search(group.pattern, name) for name, _ in named):
             some = ", ".join(name for name, _ in named[:3])
             raise UserError(f"es.groups[{index}].pattern = {group.pattern!r}: matches no parameter; they are named {some}, …")
-    head = model.get_output_embeddings()
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     members: list[list[Tensor]] = [[] for _ in range(len(block_list) + 2)]
     first_of_shape: dict[tuple[int, ...], int] = {}
     for number, (name, parameter) in enumerate(named):
@@ -127,13 +148,16 @@ def layout(model: PreTrainedModel, groups: Sequence[Multipliers] = (), nes: bool
         first = first_of_shape.setdefault(shape, number)
         group = next((g for g in groups if re.search(g.pattern, name)), Multipliers("", 1.0, 1.0))
         coefficient = group.alpha / group.sigma if nes and group.sigma else group.alpha
-        tensor = Tensor(name, shape, first if shared else number, group.sigma, coefficient, group.alpha)
-        match = block_of.match(name)
         is_head = head is not None and parameter is getattr(head, "weight", None) and not _tied(model)
+        rows_of_tokens = is_head or parameter is getattr(embedding, "weight", None)
+        number_of_noise = first if shared else number
+        tensor = Tensor(name, shape, number_of_noise, group.sigma, coefficient, group.alpha, rows_of_tokens)
+        match = block_of.match(name)
         index = 1 + int(match[1]) if match else 0 if number < first_block and not is_head else -1
         members[index].append(tensor)
     names = ["embedding", *(f"block-{i:03d}" for i in range(len(block_list))), "final"]
-    return Layout(tuple(Layer(i, n, tuple(m)) for i, (n, m) in enumerate(zip(names, members, strict=True))))
+    last = len(names) - 1
+    return Layout(tuple(Layer(i, names[i], tuple(members[i]), block=0 < i < last) for i in range(len(names))))
 
 
 def _tied(model: PreTrainedModel) -> bool:

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from es_lite.algorithm import kernels, noise
+from es_lite.algorithm.jit import Threads
 from es_lite.errors import UserError
 from es_lite.weights.layout import Layout, Tensor
 from es_lite.weights.tensorfile import Entry, Reader, open_tensors
@@ -171,8 +172,9 @@ class Random:
     made alone.
     """
 
-    def __init__(self, model: PreTrainedModel, layout: Layout, seed: int) -> None:
+    def __init__(self, model: PreTrainedModel, layout: Layout, seed: int, threads: Threads) -> None:
         self._seed = seed
+        self._threads = threads
         config = model.config.get_text_config()
         self._deviation = getattr(config, "initializer_range", 0.02)
         self._constants = {t.name: _initial_constant(model, t.name) for t in layout.tensors if len(t.shape) < 2}
@@ -185,7 +187,11 @@ class Random:
             return np.full(count, self._constants[tensor.name], np.float32)
         out = np.empty(count, np.float32)
         place = {"seed": self._seed, "step": noise.INITIALISATION, "pair": 0, "tensor": self._numbers[tensor.name]}
-        kernels.fill(out, **place, scale=self._deviation, start=start)
+
+        def part(low: int, high: int) -> None:
+            kernels.fill(out[low:high], **place, scale=self._deviation, start=start + low)
+
+        self._threads.each(count, part)
         return out
 
     def fingerprint(self) -> str:
@@ -211,6 +217,6 @@ def _initial_constant(model: PreTrainedModel, name: str) -> float:
     return value
 
 
-def open_source(path: str, model: PreTrainedModel, layout: Layout, seed: int) -> Source:
+def open_source(path: str, model: PreTrainedModel, layout: Layout, seed: int, threads: Threads) -> Source:
     """θ₀ of the recipe's model: `path` where given, else random from `seed`."""
-    return Pretrained(locate(path), model, layout) if path else Random(model, layout, seed)
+    return Pretrained(locate(path), model, layout) if path else Random(model, layout, seed, threads)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from es_lite.algorithm import kernels
+from es_lite.algorithm import formats
 from es_lite.errors import RunError, UserError
 
 _NUMPY: dict[str, np.dtype] = {"F32": np.dtype("<f4"), "BF16": np.dtype("<u2"), "F16": np.dtype("<f2")}
@@ -92,7 +92,7 @@ class Reader:
             return stored
         if entry.dtype == "F16":
             return stored.astype(np.float32)
-        return kernels.as_float32(stored)
+        return formats.as_float32(stored)
 
     def close(self) -> None:
         if self._path is not None:
@@ -139,7 +139,7 @@ class Writer:
         """Appends float32 values, rounded to nearest even where the file is bfloat16."""
         if self.dtype == "BF16":
             rounded = np.empty(values.size, np.uint16)
-            kernels.to_bf16(rounded, values)
+            formats.to_bf16(rounded, values)
             values = rounded
         self._write(memoryview(np.ascontiguousarray(values)).cast("B"))
 

@@ -1,71 +1,106 @@
-"""The working copy: one physical copy of the weights in bfloat16, which every worker reads and none can write through.
+"""The working copy: one physical copy of the weights, which every worker reads and none can write through.
 
 Workers map it read-only; the update writes with positioned writes on the descriptor, so there is no
 writable mapping in any process, ever. On Linux it lives in a memfd, which Docker's 64 MB of /dev/shm do not
 bound; elsewhere in an unlinked file.
 """
 
+import contextlib
 import mmap
 import os
 import tempfile
+from collections.abc import Iterator
 
 import numpy as np
 
-from es_lite.algorithm import kernels
+from es_lite.algorithm.formats import NO_SCALES
+from es_lite.algorithm.jit import Threads
 from es_lite.errors import RunError
-from es_lite.weights.layout import PAGE, Layout, Tensor
+from es_lite.weights.layerfile import write_fully
+from es_lite.weights.layout import Layer, Layout, Tensor
+from es_lite.weights.stored import Part, Storage, dtype_of, scales_of
 
-ITEMSIZE = 2
+PAGE = 65536
+"""Layers begin at multiples of this many bytes: a page on every machine."""
 
 
-def allocate(layout: Layout) -> int:
-    """Descriptor of a new, zeroed working copy for `layout`."""
+def allocate(layout: Layout, storage: Storage) -> int:
+    """Descriptor of a new, zeroed working copy for `layout`; storage: "bf16" or "int8"."""
     if hasattr(os, "memfd_create"):
         descriptor = os.memfd_create("es_lite-working-copy", os.MFD_CLOEXEC)
     else:
         with tempfile.NamedTemporaryFile(prefix="es_lite-") as file:
             descriptor = os.dup(file.fileno())
-    os.ftruncate(descriptor, _offsets(layout)[1])
+    os.ftruncate(descriptor, size_bytes(layout, storage))
     return descriptor
 
 
 class WorkingCopy:
     """A process's view of the working copy behind `descriptor`."""
 
-    def __init__(self, layout: Layout, descriptor: int) -> None:
-        self._offsets, size = _offsets(layout)
+    def __init__(self, layout: Layout, storage: Storage, descriptor: int) -> None:
+        self._storage: Storage = storage
+        self._offsets, size = _offsets(layout, storage)
         self._descriptor = descriptor
         self._map = mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
 
-    def bits(self, tensor: Tensor) -> np.ndarray:
-        """The tensor's bfloat16 bits, uint16 [size], read-only, seen as they are at any moment."""
-        return np.frombuffer(self._map, np.uint16, tensor.size, self._offsets[tensor.name])
+    def part(self, tensor: Tensor) -> Part:
+        """The whole tensor as it is stored, read-only, seen as it is at any moment."""
+        at, scales_at = self._offsets[tensor.name]
+        data = np.frombuffer(self._map, dtype_of(tensor, self._storage), tensor.size, at)
+        count = scales_of(tensor, self._storage)
+        return Part(tensor, 0, data, np.frombuffer(self._map, np.float32, count, scales_at) if count else NO_SCALES)
 
-    def write(self, tensor: Tensor, start: int, values: np.ndarray) -> None:
-        """Rounds float32 values to bfloat16 (nearest, ties to even) into elements start … of the tensor."""
-        rounded = np.empty(values.size, np.uint16)
-        kernels.to_bf16(rounded, values)
-        view = memoryview(rounded).cast("B")
-        position = self._offsets[tensor.name] + ITEMSIZE * start
-        while view:
-            try:
-                written = os.pwrite(self._descriptor, view, position)
-            except OSError as error:
-                raise RunError(f"the working copy of the weights cannot be written ({error.strerror}): memory is short") from None
-            view, position = view[written:], position + written
+    def rows(self, tensor: Tensor, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The rows `rows`, int64 [R], of a matrix: [R, W] as stored, and their scales, [R] or empty."""
+        part = self.part(tensor)
+        return part.data.reshape(tensor.shape)[rows], part.scales[rows] if part.scales.size else part.scales
+
+    def blocks(self, tensor: Tensor, rows: int) -> Iterator[Part]:
+        """The matrix in blocks of `rows` rows, in order."""
+        part = self.part(tensor)
+        step = rows * tensor.width
+        for start in range(0, tensor.size, step):
+            yield Part(tensor, start, part.data[start : start + step], part.scales)
+
+    def passing(self) -> contextlib.AbstractContextManager[None]:
+        """A pass over all layers: here they are always at hand."""
+        return contextlib.nullcontext()
+
+    def opened(self, layer: Layer) -> contextlib.AbstractContextManager[None]:
+        """While a layer is used: here it always can be."""
+        return contextlib.nullcontext()
+
+    def write(self, part: Part, threads: Threads) -> None:
+        """Takes in a part of the store: as it is where both are stored alike, else rounded to nearest."""
+        dtype, tensor = dtype_of(part.tensor, self._storage), part.tensor
+        if part.data.dtype != dtype:
+            values = part.float32()
+            part = Part.empty(tensor, part.start, part.data.size, self._storage)
+            part.put(values, threads)
+        at, scales_at = self._offsets[tensor.name]
+        first, count = part.start // max(1, tensor.width), part.data.size // max(1, tensor.width)
+        try:
+            write_fully(self._descriptor, memoryview(part.data).cast("B"), at + dtype.itemsize * part.start)
+            if part.scales.size:
+                scales = memoryview(part.scales[first : first + count]).cast("B")
+                write_fully(self._descriptor, scales, scales_at + 4 * first)
+        except OSError as error:
+            raise RunError(f"the working copy of the weights cannot be written ({error.strerror}): memory is short") from None
 
 
-def size_bytes(layout: Layout) -> int:
-    return _offsets(layout)[1]
+def size_bytes(layout: Layout, storage: Storage) -> int:
+    return _offsets(layout, storage)[1]
 
 
-def _offsets(layout: Layout) -> tuple[dict[str, int], int]:
-    """Byte offset of each tensor (layers on pages, tensors on cache lines), and the size of all."""
+def _offsets(layout: Layout, storage: Storage) -> tuple[dict[str, tuple[int, int]], int]:
+    """Byte offsets of each tensor and its scales (layers on pages, tensors on cache lines), and the size of all."""
     offsets, position = {}, 0
     for layer in layout.layers:
         position = -(-position // PAGE) * PAGE
         for tensor in layer.tensors:
-            position = -(-position // 64) * 64
-            offsets[tensor.name] = position
-            position += ITEMSIZE * tensor.size
+            at = -(-position // 64) * 64
+            scales_at = -(-(at + dtype_of(tensor, storage).itemsize * tensor.size) // 64) * 64
+            offsets[tensor.name] = at, scales_at
+            position = scales_at + 4 * scales_of(tensor, storage)
     return offsets, -(-position // PAGE) * PAGE

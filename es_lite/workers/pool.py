@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from es_lite.errors import RunError
 from es_lite.workers import worker
-from es_lite.workers.worker import Done, Failed, Ready, Setup, Task
+from es_lite.workers.worker import Done, Failed, Progress, Ready, Setup, Task
 
 ATTEMPTS = 3
 """Workers that one task may cost before the run is stopped."""
@@ -42,9 +42,15 @@ class Pool:
     """`count` spawned worker processes. A context manager: none is left when it ends, however it ends."""
 
     def __init__(
-        self, setup: Setup, descriptor: int, lock: int, count: int, deadline_seconds: float, warn: Callable[[str], None]
+        self,
+        setup: Setup,
+        descriptor: int | None,
+        lock: int,
+        count: int,
+        deadline_seconds: float,
+        warn: Callable[[str], None],
     ) -> None:
-        """descriptor: the working copy's; lock: the run directory's.
+        """descriptor: the working copy's, None where there is none; lock: the run directory's.
 
         deadline_seconds: after which a task counts as hung; 0: what `map` is told.
         """
@@ -67,11 +73,18 @@ class Pool:
         """Process numbers of the workers."""
         return [pid for seat in self._seats if (pid := seat.process.pid) is not None]
 
-    def map(self, tasks: Sequence[Task], patience_seconds: float, done: Callable[[int], None]) -> list[Any]:
+    def map(
+        self,
+        tasks: Sequence[Task],
+        patience_seconds: float,
+        done: Callable[[int], None],
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Any]:
         """The tasks' values, in order.
 
         patience_seconds: what no task can take on the slowest machine; past it (or past SHORTEST_DEADLINE_SECONDS,
-        if that is longer) a worker counts as hung. done: is told the index of each task as it is finished.
+        if that is longer) a worker counts as hung. done: is told the index of each task as it is finished;
+        progress: the parameters that have passed through a streamed one, as they do.
 
         Raises UserError or RunError as a worker found it, or RunError where a task costs ATTEMPTS workers.
         """
@@ -85,6 +98,10 @@ class Pool:
                     self._give(seat, waiting.popleft(), tasks)
             for seat in self._heard(self._deadline or max(SHORTEST_DEADLINE_SECONDS, patience_seconds)):
                 answer = self._answer(seat)
+                if isinstance(answer, Progress):
+                    if progress:
+                        progress(answer.parameters)
+                    continue
                 index, seat.task = seat.task, None
                 if isinstance(answer, Ready):
                     seat.ready, self._stillborn = True, 0
@@ -121,11 +138,12 @@ class Pool:
 
     def _start(self) -> _Seat:
         ours, theirs = self._context.Pipe()
+        descriptor = None if self._descriptor is None else _Descriptor(self._descriptor)
         # A thread count in the environment is read before the worker's own first line.
         os.environ["OMP_NUM_THREADS"] = str(self._setup.threads)
         process = self._context.Process(
             target=worker.main,
-            args=(theirs, self._setup, _Descriptor(self._descriptor), _Descriptor(self._lock), os.getpid()),
+            args=(theirs, self._setup, descriptor, _Descriptor(self._lock), os.getpid()),
             daemon=True,
         )
         # A worker is deaf to Ctrl-C from its first moment, not only from its own first line.
@@ -164,7 +182,7 @@ class Pool:
                 events.append(seat.process.sentinel)
         return [seat for seat in heeded if seat.connection in events or seat.process.sentinel in events]
 
-    def _answer(self, seat: _Seat) -> Ready | Done | Failed | None:
+    def _answer(self, seat: _Seat) -> Ready | Progress | Done | Failed | None:
         """What the worker sent; None where it died before."""
         try:
             return seat.connection.recv() if seat.connection.poll() else None

@@ -1,4 +1,4 @@
-"""A worker process: takes one task at a time from its pipe, works on the shared copy of the weights, answers.
+"""A worker process: takes one task at a time from its pipe, works on the shared copy of the weights or their stream, answers.
 
 Every task is a pure function of its fields, the weights at its step and θ₀, so one that was lost with its
 worker is simply given to another.
@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,16 +18,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from es_lite.algorithm.kernels import Threads
 from es_lite.algorithm.record import Record
 from es_lite.data import Batch
 from es_lite.errors import RunError, UserError
 from es_lite.runs.origin import Origin
 from es_lite.scoring.forward import PerturbedModel
+from es_lite.scoring.lanes import Lanes
 from es_lite.scoring.perturb import Perturbation
+from es_lite.weights import store
 from es_lite.weights.layout import Layout
-from es_lite.weights.master import bring_level
 from es_lite.weights.source import Source
+from es_lite.weights.stored import Storage
+from es_lite.weights.stream import Stream
 from es_lite.weights.working import WorkingCopy
 
 
@@ -37,38 +39,62 @@ class Setup:
 
     origin: Origin
     layout: Layout
-    master: Path
+    store: Path
     """Directory of the layers' files."""
+    weights: Storage
+    """What is scored from: "bf16" or "int8"."""
+    direct: bool
+    """Streamed: past the page cache."""
     compute: str
     """"bf16" or "fp32"."""
+    lanes: int
+    """Streamed: computations side by side in the one worker that there is; else 1."""
     threads: int
+    """Of a lane."""
     micro_batch: int
 
 
 @dataclass(frozen=True)
 class Score:
-    """Score `batch` under the perturbation: mean log-probability of each sample, float64 [G, B]."""
+    """Score `batch` under each perturbation: mean log-probability of each sample, float64 [members, B]."""
 
-    perturbation: Perturbation
+    perturbations: Sequence[Perturbation]
     batch: Batch
     pass_samples: int
+    records: Sequence[Record] = ()
+    step: int = 0
+    """Streamed: the step that the layers are brought to as they pass, by `records`."""
 
 
 @dataclass(frozen=True)
 class Advance:
-    """Bring a layer's master file and working copy to `step` (weights.master.bring_level)."""
+    """Bring a layer's file, and its part of a working copy, to `step` (weights.store.bring_level)."""
 
     layer: int
     records: Sequence[Record]
     step: int
 
 
-Task = Score | Advance
+@dataclass(frozen=True)
+class Check:
+    """Read a layer's file and compare its checksum."""
+
+    layer: int
+
+
+Task = Score | Advance | Check
 
 
 @dataclass(frozen=True)
 class Ready:
     """A worker's first message: it has started."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Of the task that is being done: so many parameters more have passed."""
+
+    parameters: int
 
 
 @dataclass(frozen=True)
@@ -84,42 +110,52 @@ class Failed:
 
 
 class Worker:
-    """The state of a worker process: the mapped working copy and, once it is needed, the model with its doors."""
+    """The state of a worker process: where weights come from and, once they are needed, θ₀ and the model with its doors."""
 
-    def __init__(self, setup: Setup, descriptor: int) -> None:
+    def __init__(self, setup: Setup, descriptor: int | None, progress: Callable[[int], None]) -> None:
+        """descriptor: the working copy's; None where the weights are streamed."""
         self._setup = setup
-        self._threads = Threads(setup.threads)
-        self._working = WorkingCopy(setup.layout, descriptor)
+        self._lanes = Lanes(setup.lanes, setup.threads)
+        self._files = setup.origin.files(setup.store, setup.layout)
+        self._working: WorkingCopy | None = None
+        self._stream: Stream | None = None
+        if descriptor is not None:
+            self._working = WorkingCopy(setup.layout, setup.weights, descriptor)
+        else:
+            self._stream = Stream(self._files, setup.layout, setup.weights, self._lanes.all_threads, setup.direct, progress)
         self._model: PerturbedModel | None = None
         self._source: Source | None = None
-        torch.set_num_threads(setup.threads)
 
-    def do(self, task: Task) -> np.ndarray | None:
+    def do(self, task: Task) -> list[np.ndarray] | None:
         if isinstance(task, Score):
-            return self._scoring_model().score(task.perturbation, task.batch, task.pass_samples)
-        setup = self._setup
-        layer = setup.layout.layers[task.layer]
-        bring_level(setup.master, layer, self._theta_0, task.records, task.step, self._working, self._threads)
+            if self._stream:
+                self._stream.target(task.records, task.step)
+            return self._scoring_model().score(task.perturbations, task.batch, task.pass_samples)
+        file = self._files[task.layer]
+        if isinstance(task, Advance):
+            store.bring_level(file, self._theta_0, task.records, task.step, self._working, self._lanes.all_threads)
+        else:
+            store.check(file)
         return None
 
     def _theta_0(self) -> Source:
         if self._source is None:
             origin = self._setup.origin
-            self._source = origin.source(origin.skeleton()[0], self._setup.layout)
+            self._source = origin.source(origin.skeleton()[0], self._setup.layout, self._lanes.all_threads)
         return self._source
 
     def _scoring_model(self) -> PerturbedModel:
         if self._model is None:
             setup = self._setup
             dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[setup.compute]
-            self._model = PerturbedModel(
-                setup.origin.skeleton()[0], setup.layout, self._working, dtype, self._threads, setup.micro_batch
-            )
+            weights = self._stream or self._working
+            assert weights is not None
+            self._model = PerturbedModel(setup.origin.skeleton()[0], setup.layout, weights, dtype, self._lanes, setup.micro_batch)
         return self._model
 
 
 def main(connection: Connection, setup: Setup, descriptor: Any, lock: Any, parent: int) -> None:
-    """Entry of the process. descriptor, lock: the working copy's and the run directory's, as multiprocessing's DupFd.
+    """Entry of the process. descriptor, lock: the working copy's (or None) and the run directory's, as multiprocessing's DupFd.
 
     The lock stays held until this process, too, is gone: no other run may begin while it might still write.
     """
@@ -128,7 +164,7 @@ def main(connection: Connection, setup: Setup, descriptor: Any, lock: Any, paren
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _die_with(parent)
     lock.detach()
-    worker = Worker(setup, descriptor.detach())
+    worker = Worker(setup, descriptor.detach() if descriptor else None, lambda parameters: connection.send(Progress(parameters)))
     connection.send(Ready())
     while True:
         try:

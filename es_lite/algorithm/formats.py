@@ -1,0 +1,110 @@
+"""The formats that weights are stored in, to and from float32: bfloat16 bits (uint16), int8 with a scale a row.
+
+int8 is row-wise absmax, as bitsandbytes' `int8_vectorwise_quant` makes it: a row's scale is its greatest magnitude, an
+element is round(x · ((1 / scale) · 127)), halves to even, and stands for element · scale · (1/127), every operation in float32. A
+row of zeros has the scale 0. Values are taken to be finite.
+"""
+
+import numpy as np
+
+from es_lite.algorithm.jit import jit
+
+_u32, _f32 = np.uint32, np.float32
+
+LEVELS = np.float32(127)
+RECIPROCAL = np.float32(1 / 127)
+_MAGIC = np.float32(12582912.0)  # 1.5 * 2**23: adding and subtracting it rounds to a whole number, halves to even
+
+TINY = np.float32(1e-36)
+"""A row below it counts as zeros: the reciprocal of its scale might not be finite."""
+
+NO_SCALES = np.zeros(0, np.float32)
+"""The scales of what has none."""
+
+
+@jit
+def load(values, bits, stored, scales, width, start):
+    """Elements start … of a stored tensor into values[: stored.size]; `bits` is `values` seen as uint32.
+
+    scales: of all the tensor's rows of `width` elements, where it is int8; empty where it is bfloat16.
+    """
+    if scales.size == 0:
+        for i in range(stored.size):
+            bits[i] = _u32(stored[i]) << _u32(16)
+        return
+    row = start // width
+    inside = start - row * width
+    done = 0
+    while done < stored.size:
+        count = min(width - inside, stored.size - done)
+        scale = scales[row]
+        part, out = stored[done : done + count], values[done : done + count]
+        for i in range(count):
+            out[i] = _f32(part[i]) * scale * RECIPROCAL
+        done += count
+        row += 1
+        inside = 0
+
+
+@jit
+def round_bf16(out, bits):
+    """float32 bits rounded to the nearest bfloat16, ties to even."""
+    for i in range(out.size):
+        out[i] = np.uint16((bits[i] + _u32(0x7FFF) + ((bits[i] >> _u32(16)) & _u32(1))) >> _u32(16))
+
+
+@jit
+def greatest(values, at_least):
+    """The greatest magnitude among values, or `at_least` where that is greater."""
+    lanes = np.zeros(32, _f32)
+    whole = values.size // 32 * 32
+    for low in range(0, whole, 32):
+        part = values[low : low + 32]
+        for k in range(32):
+            lanes[k] = max(lanes[k], abs(part[k]))
+    top = at_least
+    for k in range(32):
+        top = max(top, lanes[k])
+    for i in range(whole, values.size):
+        top = max(top, abs(values[i]))
+    return top
+
+
+@jit
+def _quantise(out, scales, values, width):
+    for row in range(scales.size):
+        part, target = values[row * width : (row + 1) * width], out[row * width : (row + 1) * width]
+        scale = greatest(part, _f32(0))
+        scales[row] = scale
+        factor = _f32(1) / scale * LEVELS if scale > TINY else _f32(0)
+        for i in range(width):
+            target[i] = np.int8((part[i] * factor + _MAGIC) - _MAGIC)
+
+
+@jit
+def _dequantise(out, stored, scales, width, start):
+    load(out, out.view(_u32), stored, scales, width, start)
+
+
+@jit
+def _to_bf16(out, values):
+    round_bf16(out, values.view(_u32))
+
+
+def to_bf16(out: np.ndarray, values: np.ndarray) -> None:
+    """float32 [n] rounded to bfloat16 bits, uint16 [n]: to nearest, ties to even."""
+    _to_bf16(out, values)
+
+
+def quantise(out: np.ndarray, scales: np.ndarray, values: np.ndarray) -> None:
+    """float32 [rows·width] as int8 [rows·width] and float32 scales [rows]."""
+    _quantise(out, scales, values, values.size // scales.size)
+
+
+def as_float32(stored: np.ndarray, scales: np.ndarray = NO_SCALES, width: int = 1, start: int = 0) -> np.ndarray:
+    """What stored elements start … of a tensor stand for, float32, exactly: bfloat16 bits, or int8 with the tensor's scales."""
+    if not scales.size:
+        return (stored.astype(np.uint32) << 16).view(np.float32)
+    out = np.empty(stored.size, np.float32)
+    _dequantise(out, stored, scales, width, start)
+    return out

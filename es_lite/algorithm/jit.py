@@ -1,0 +1,28 @@
+"""How the kernels are compiled, and how their work is cut among threads."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numba
+
+CHUNK = 2048
+"""Elements that a kernel works through at a time: a multiple of 8; its buffers (28 KiB) fit a first-level cache."""
+
+jit = numba.njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
+"""Plain IEEE arithmetic: no fastmath. Compiled code is kept beside the module, or in the user's cache folder."""
+
+
+class Threads:
+    """Cuts the elements of a kernel call among a worker's threads; the bits do not depend on how many."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._pool = ThreadPoolExecutor(count) if count > 1 else None
+
+    def each(self, size: int, work: Callable[[int, int], None], least: int = 16 * CHUNK) -> None:
+        """Calls work(low, high) so that the ranges cover 0 … size; work of less than two times `least` is not cut."""
+        if self._pool is None or size < 2 * least:
+            work(0, size)
+            return
+        share = max(least, -(-size // self.count))
+        list(self._pool.map(lambda low: work(low, min(low + share, size)), range(0, size, share)))

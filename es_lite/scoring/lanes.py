@@ -1,0 +1,43 @@
+"""Computations on the same weights side by side in one process: micro-batches and members of a perturbed layer."""
+
+import queue
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from es_lite.algorithm.jit import Threads
+
+
+class Lanes:
+    """`count` lanes of `threads` threads each. How many lanes there are does not change a bit of what is computed."""
+
+    def __init__(self, count: int, threads: int) -> None:
+        self.count = count
+        self.threads = Threads(threads)
+        """For kernels within a lane."""
+        self.all_threads = self.threads if count == 1 else Threads(count * threads)
+        """For kernels that all lanes wait for."""
+        self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._pool = None
+        torch.set_num_threads(threads)
+        if count > 1:
+            for lane in range(count):
+                self._free.put(lane)
+            self._pool = ThreadPoolExecutor(count, "lane", torch.set_num_threads, (threads,))
+
+    def run(self, work: Sequence[Callable[[int], None]]) -> None:
+        """Calls each with the number of the lane it has to itself; returns when all are done."""
+        if self._pool is None:
+            for call in work:
+                call(0)
+            return
+        list(self._pool.map(self._call, work))
+
+    def _call(self, call: Callable[[int], None]) -> None:
+        lane = self._free.get()
+        try:
+            with torch.inference_mode():
+                call(lane)
+        finally:
+            self._free.put(lane)

@@ -1,0 +1,114 @@
+"""Parts of tensors as they are stored: float32, bfloat16, or int8 with a scale a row; and `advance` on them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from es_lite.algorithm import formats, update
+from es_lite.algorithm.formats import NO_SCALES
+from es_lite.algorithm.jit import CHUNK, Threads
+from es_lite.algorithm.record import Record
+from es_lite.weights.layout import Layer, Tensor
+
+Storage = Literal["fp32", "bf16", "int8"]
+"""What a layer's tensors are stored as. In "int8", vectors (norms, biases) are bfloat16."""
+
+SLICE = 2**20
+"""Elements that are read, moved and written at a time, where a layer need not be whole."""
+
+
+def dtype_of(tensor: Tensor, storage: Storage) -> np.dtype:
+    """float32, uint16 (bfloat16 bits) or int8."""
+    if storage == "int8":
+        storage = "int8" if len(tensor.shape) > 1 else "bf16"
+    return np.dtype({"fp32": np.float32, "bf16": np.uint16, "int8": np.int8}[storage])
+
+
+def scales_of(tensor: Tensor, storage: Storage) -> int:
+    """How many scales the tensor has: one a row of int8, else none."""
+    return tensor.rows if dtype_of(tensor, storage) == np.int8 else 0
+
+
+def stored_bytes(layer: Layer, storage: Storage) -> int:
+    return sum(t.size * dtype_of(t, storage).itemsize + 4 * scales_of(t, storage) for t in layer.tensors)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Elements start … of a tensor; whole rows where they are int8 and written to."""
+
+    tensor: Tensor
+    start: int
+    data: np.ndarray
+    """float32, uint16 (bfloat16 bits) or int8, [n]."""
+    scales: np.ndarray = field(default_factory=lambda: NO_SCALES)
+    """float32, of all rows of the tensor, where it is int8; else empty."""
+
+    @classmethod
+    def empty(cls, tensor: Tensor, start: int, count: int, storage: Storage) -> "Part":
+        scales = np.zeros(scales_of(tensor, storage), np.float32)
+        return cls(tensor, start, np.empty(count, dtype_of(tensor, storage)), scales)
+
+    def float32(self) -> np.ndarray:
+        """What the elements stand for, [n]; the data itself where it is float32 already."""
+        if self.data.dtype == np.float32:
+            return self.data
+        return formats.as_float32(self.data, self.scales, self.tensor.width, self.start)
+
+    def put(self, values: np.ndarray, threads: Threads) -> None:
+        """Stores float32 values [n], rounded to nearest; int8 with new scales."""
+        if self.data.dtype == np.float32:
+            self.data[:] = values
+        elif self.data.dtype == np.uint16:
+            threads.each(values.size, lambda low, high: formats.to_bf16(self.data[low:high], values[low:high]))
+        else:
+            scales, width = self._own_scales, self.tensor.width
+
+            def part(low: int, high: int) -> None:
+                cut = slice(low * width, high * width)
+                formats.quantise(self.data[cut], scales[low:high], values[cut])
+
+            threads.each(scales.size, part, least=max(1, 16 * CHUNK // width))
+
+    def advance(self, records: Sequence[Record], threads: Threads) -> None:
+        """Takes the elements through the steps of `records`, in order and in place."""
+        for record in records:
+            pairs, coefficients = record.pairs()
+            coefficients = coefficients * np.float32(self.tensor.coefficient)
+            decay = float(np.float32(record.decay) * np.float32(self.tensor.alpha))
+            if coefficients.any() or decay:
+                self._advance(record, pairs, coefficients, decay, threads)
+
+    def _advance(self, record: Record, pairs: np.ndarray, coefficients: np.ndarray, decay: float, threads: Threads) -> None:
+        int8 = self.data.dtype == np.int8
+        unit = self.tensor.width if int8 else 1
+        scales = self._own_scales
+
+        def part(low: int, high: int) -> None:
+            update.advance(
+                self.data[low * unit : high * unit],
+                seed=record.seed,
+                step=record.step,
+                tensor=self.tensor.number,
+                pairs=pairs,
+                coefficients=coefficients,
+                decay=decay,
+                start=self.start + low * unit,
+                scales=scales[low:high] if int8 else None,
+            )
+
+        threads.each(self.data.size // unit, part, least=max(1, 16 * CHUNK // unit))
+
+    @property
+    def _own_scales(self) -> np.ndarray:
+        """The scales of this part's rows, of all the tensor's."""
+        first = self.start // max(1, self.tensor.width)
+        return self.scales[first : first + self.data.size // max(1, self.tensor.width)]
+
+
+def slices(tensor: Tensor) -> list[tuple[int, int]]:
+    """(start, count) of about SLICE elements, whole rows, covering the tensor in order."""
+    step = max(1, SLICE // max(1, tensor.width)) * tensor.width
+    return [(start, min(step, tensor.size - start)) for start in range(0, tensor.size, step)]

@@ -129,7 +129,9 @@ class WorkersTable:
     deadline: Annotated[float, at_least(0)] = 0.0
     """Seconds after which a worker's task counts as hung; 0 is what the slowest machine would take, at least 600."""
     compute: Literal["auto", "bf16", "fp32"] = "auto"
-    """The type that layers are computed in; "auto" is bf16 where the CPU has AVX512-BF16 or AMX, else fp32."""
+    """The type that layers are computed in; "auto" is bf16 on a GPU or where the CPU has AVX512-BF16 or AMX, else fp32."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """"cuda": one process scores the whole population on the GPU; the update stays on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,8 @@ class EvalTable:
     """Steps between evaluations; 0 is off."""
     samples: Annotated[int, at_least(1)] = 64
     """At most this many held-out samples, evenly spread."""
+    best: bool = True
+    """Keep best/, the model that scored best; false saves its disk (`es_lite.replay --step` makes it from the journal)."""
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,12 @@ from es_lite import __version__
 
 PROC = Path("/proc")
 
-# A cgroup's limit, its usage, and the part of memory.stat that the kernel takes back before it kills: v1, then v2.
+# A cgroup's limit, its usage, and the parts of memory.stat that the kernel takes back before it kills: v1, then v2.
 # memory.high kills nobody, but slows what is above it to a crawl.
 MEMORY_FILES = (
-    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    ("memory.max", "memory.current", "inactive_file"),
-    ("memory.high", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_(?:in)?active_file"),
+    ("memory.max", "memory.current", "(?:in)?active_file"),
+    ("memory.high", "memory.current", "(?:in)?active_file"),
 )
 
 BF16_FLAGS = {"avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX-BF16", "bf16": "Arm BF16"}
@@ -66,16 +66,30 @@ def memory_limit(recipe_limit: int = 0, proc: Path = PROC) -> MemoryLimit:
 
 def cgroup_memory(proc: Path = PROC) -> list[MemoryLimit]:
     """What each cgroup with a memory limit has left: the limit minus the usage that cannot be reclaimed."""
+    return [left for left, _ in cgroup_usage(proc)]
+
+
+def cgroup_usage(proc: Path = PROC) -> list[tuple[MemoryLimit, int]]:
+    """What each cgroup with a memory limit has left, and the bytes it uses that cannot be reclaimed."""
     limits = []
     for folder in cgroup_folders("memory", proc):
         for limit_name, usage_name, reclaimable in MEMORY_FILES:
             limit = _read(folder / limit_name).strip()
             if limit.isdecimal():
                 usage = int(_read(folder / usage_name) or 0)
-                cache = re.search(rf"^{reclaimable} (\d+)$", _read(folder / "memory.stat"), re.MULTILINE)
-                left = int(limit) - max(0, usage - int(cache[1] if cache else 0))
-                limits.append(MemoryLimit(max(0, left), f"cgroup {folder / limit_name}"))
+                cache = re.findall(rf"^{reclaimable} (\d+)$", _read(folder / "memory.stat"), re.MULTILINE)
+                used = max(0, usage - sum(map(int, cache)))
+                limits.append((MemoryLimit(max(0, int(limit) - used), f"cgroup {folder / limit_name}"), used))
     return limits
+
+
+def oom_kills(proc: Path = PROC) -> int:
+    """Processes that the kernel has ended for memory in the cgroups from this process's own up to the root."""
+    counts = []
+    for folder in cgroup_folders("memory", proc):
+        for name in ("memory.events", "memory.oom_control"):  # v2, v1
+            counts += [int(n) for n in re.findall(r"^oom_kill (\d+)$", _read(folder / name), re.MULTILINE)]
+    return sum(counts)
 
 
 def cgroup_folders(controller: str, proc: Path = PROC) -> list[Path]:
@@ -101,6 +115,11 @@ def cgroup_folders(controller: str, proc: Path = PROC) -> list[Path]:
                 folder = top / inside
         folders += [parent for parent in (folder, *folder.parents) if parent.is_relative_to(top)]
     return folders
+
+
+def family() -> list[int]:
+    """Process numbers of this process and all that it started, directly or not."""
+    return [os.getpid(), *(process.pid for process in psutil.Process().children(recursive=True))]
 
 
 def pss_bytes(pids: Iterable[int]) -> int:
@@ -132,11 +151,11 @@ class PeakPss:
     """The highest PSS of a changing set of processes, measured by a thread while the `with` block runs.
 
     Attributes:
-        peak_bytes: the highest PSS measured so far.
+        peak_bytes: the highest PSS measured so far; last_bytes: the last.
     """
 
     def __init__(self, pids: Callable[[], list[int]], every_seconds: float = 0.5) -> None:
-        self.peak_bytes = 0
+        self.peak_bytes = self.last_bytes = 0
         self._pids = pids
         self._every_seconds = every_seconds
         self._lock = threading.Lock()
@@ -155,7 +174,7 @@ class PeakPss:
         """Measures now: bytes of PSS."""
         now = pss_bytes(self._pids())
         with self._lock:
-            self.peak_bytes = max(self.peak_bytes, now)
+            self.last_bytes, self.peak_bytes = now, max(self.peak_bytes, now)
         return now
 
     def _watch(self) -> None:
@@ -168,10 +187,21 @@ class PeakPss:
             seconds = max(self._every_seconds, 50 * (time.perf_counter() - began))
 
 
-def compute_dtype(requested: str, proc: Path = PROC) -> str:
-    """The type that layers are computed in: "bf16" or "fp32" as `requested`, or what is fast on this CPU for "auto"."""
+def gpu_memory() -> MemoryLimit | None:
+    """Bytes free on the GPU that torch would use, and its name; None where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return MemoryLimit(torch.cuda.mem_get_info()[0], torch.cuda.get_device_name())
+
+
+def compute_dtype(requested: str, proc: Path = PROC, device: str = "cpu") -> str:
+    """The type that layers are computed in: "bf16" or "fp32" as `requested`, or what is fast there for "auto"."""
     if requested != "auto":
         return requested
+    if device == "cuda":
+        return "bf16"
     return "bf16" if _cpu_flags(proc) & BF16_FLAGS.keys() else "fp32"
 
 

@@ -7,7 +7,6 @@ before any weight changes; the weights catch up with the journal, wherever they 
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +30,7 @@ from es_lite.tokenizer import load_tokenizer
 from es_lite.training import Training
 from es_lite.weights import store, working
 from es_lite.weights.layerfile import LayerFile
+from es_lite.workers.guard import Guard
 from es_lite.workers.pool import Pool
 from es_lite.workers.worker import Setup
 
@@ -94,14 +94,16 @@ def train(recipe: Recipe, resume: bool = False, rebuild: bool = False) -> None:
             weights=recipe.memory.weights,
             direct=planned.direct,
             compute=planned.compute,
+            device=recipe.workers.device,
             lanes=planned.lanes,
             threads=planned.threads,
             micro_batch=recipe.fitness.micro_batch,
         )
         with (
             Console(recipe.run.iterations, len(journal.records)) as console,
-            Pool(setup, descriptor, run.lock, planned.processes, recipe.workers.deadline, console.warn) as pool,
-            system.PeakPss(lambda: [os.getpid(), *pool.pids]) as pss,
+            system.PeakPss(system.family) as pss,
+            Guard(recipes.parse_size(recipe.memory.limit), lambda: pss.last_bytes) as guard,
+            Pool(setup, descriptor, run.lock, planned.processes, recipe.workers.deadline, console.warn, guard) as pool,
         ):
             training = Training(
                 recipe=recipe,

@@ -30,7 +30,7 @@ from es_lite.scoring.perturb import UNPERTURBED, Perturbation
 from es_lite.weights.layerfile import FileReader, LayerFile
 from es_lite.weights.layout import Layer, Layout, Tensor
 from es_lite.weights.store import Finished
-from es_lite.workers.pool import Pool
+from es_lite.workers.pool import SMALLER, Pool
 from es_lite.workers.worker import Advance, Check, Score, Task
 
 SLOWEST_FLOPS, SLOWEST_NOISE = 5e9, 2e7
@@ -134,6 +134,8 @@ class Training:
         self.metrics.write(line)
         self.console.step(line, self.recipe.run.iterations)
         self.checkpoint_if_due()
+        if self.pool.cramped and self.done < self.recipe.run.iterations:
+            raise RunError(f"stopped after step {self.done}, memory is short: {self.pool.cramped}; nothing is lost: {SMALLER}")
 
     def prepare(self, fresh: bool) -> None:
         """Makes the layers' files that are missing, checks those that are there, and fills the working copy.
@@ -210,10 +212,18 @@ class Training:
         every = self.recipe.run.checkpoint_every
         due = (bool(every) and (last or self.done % every == 0)) or (last and self.console.stopping)
         if due and step_of(self.run.checkpoint) != self.done:
+            size = self.layout.size * (2 if self.recipe.run.checkpoint_dtype == "bf16" else 4)
+            if not every and system.free_disk_bytes(self.run.path) < 1.1 * size:
+                self.console.say(f"no checkpoint: it takes {size / GIB:.1f} GiB of disk; es_lite.replay makes it elsewhere")
+                return
             self._export(self.run.checkpoint, self.metrics.evaluations().get(self.done))
 
     def _keep_best(self, evaluation: float | None) -> None:
-        if evaluation is not None and evaluation > max(self.metrics.evaluations().values(), default=-np.inf):
+        if (
+            self.recipe.eval.best
+            and evaluation is not None
+            and evaluation > max(self.metrics.evaluations().values(), default=-np.inf)
+        ):
             self._export(self.run.best, evaluation)
 
     def _export(self, folder: Path, evaluation: float | None) -> None:
@@ -231,7 +241,7 @@ class Training:
         pass_samples, micro = self.planned.pass_samples, self.recipe.fitness.micro_batch
         members = sum(perturbation.members for perturbation in perturbations)
         work = 2 * members * batch.targets * self.layout.size / SLOWEST_FLOPS
-        if self.planned.streamed:  # the whole population at once
+        if self.planned.folded:  # the whole population at once
             records = self.journal.records[self.standing :]
             samples = max(1, pass_samples * self.planned.members // members // micro) * micro
             task = Score(perturbations, batch, samples, records, self.done)

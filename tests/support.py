@@ -61,10 +61,10 @@ def write_recipe(folder: Path, **tables: dict[str, Any]) -> Path:
     return recipe
 
 
-def arguments(recipe: Path, run: Path, *overrides: str, resume: bool = False) -> list[str]:
+def arguments(recipe: Path, run: Path, *overrides: str, resume: bool = False, rebuild: bool = False) -> list[str]:
     """The command line after `python -m es_lite.train`."""
     sets = [word for override in (f"run.dir={run}", *overrides) for word in ("--set", override)]
-    return [str(recipe), *sets, *(["--resume"] if resume else [])]
+    return [str(recipe), *sets, *(["--resume"] if resume else []), *(["--rebuild"] if rebuild else [])]
 
 
 def train(recipe: Path, run: Path, *overrides: str, resume: bool = False) -> Finished:

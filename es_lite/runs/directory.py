@@ -14,10 +14,11 @@ from es_lite.recipe import Recipe
 from es_lite.weights.store import remove_partial
 
 CHANGEABLE = (
-    *("run.iterations", "run.checkpoint_every", "run.checkpoint_dtype", "workers.count", "workers.threads", "workers.deadline"),
-    *("memory.limit", "memory.residency", "eval.samples", "log."),
+    *("run.iterations", "run.checkpoint_every", "run.checkpoint_dtype"),
+    *("workers.count", "workers.threads", "workers.deadline", "workers.device"),
+    *("memory.limit", "memory.residency", "eval.samples", "eval.best", "log."),
 )
-"""Keys that may differ when a run is resumed: none changes what a step means (threads may change a score's last bits)."""
+"""Keys that may differ when a run is resumed: none changes what a step means (threads or a GPU may change a score's last bits)."""
 
 LOCK_SECONDS = 5.0
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from es_lite.scoring.device import DeviceLogSumExp, DeviceScratch
 from es_lite.scoring.lanes import Lanes
 from es_lite.scoring.logsumexp import RunningLogSumExp
 from es_lite.scoring.perturb import Perturbation, Scratch, Weights
@@ -27,10 +28,14 @@ VOCABULARY_BLOCK = 2048
 """Rows of the head that are perturbed and multiplied at a time; sections of a stream are multiples of it."""
 
 
+Tile = tuple[torch.Tensor, RunningLogSumExp | DeviceLogSumExp]
+"""A micro-batch of a member at the head: its hidden states that have a next token, [n, H], and their log-sum-exp."""
+
+
 class Doorway:
     """What the doors share in one pass: the weights, the perturbations, and the shape of the batch."""
 
-    def __init__(self, weights: Weights, scratch: Scratch, lanes: Lanes, micro_batch: int) -> None:
+    def __init__(self, weights: Weights, scratch: Scratch | DeviceScratch, lanes: Lanes, micro_batch: int) -> None:
         self.weights = weights
         self.scratch = scratch
         self.lanes = lanes
@@ -125,7 +130,7 @@ class EmbeddingDoor(Door):
         modules, _, tensors, way = self._inside
         tensor = tensors["weight"]
         used, places = torch.unique(ids[: way.samples], return_inverse=True)
-        rows = used.numpy()
+        rows = used.cpu().numpy()
         weights, scales = way.weights.rows(tensor, rows)
         return torch.cat(
             [
@@ -172,12 +177,12 @@ class HeadDoor(Door):
         way.log_probabilities = np.stack(
             [np.add.reduceat(np.concatenate([r.log_probabilities() for _, r in member]), starts) / lengths for member in tiles]
         )
-        return self.PROBE
+        return self.PROBE.to(hidden.device)
 
     def _logits(
         self,
         lane: int,
-        tile: tuple[torch.Tensor, RunningLogSumExp],
+        tile: Tile,
         matrix: torch.Tensor,
         offset: torch.Tensor | None,
         first: int,
@@ -189,18 +194,18 @@ class HeadDoor(Door):
             logits = self._cap * torch.tanh(logits / self._cap)
         elif self._scale != 1:
             logits = logits * self._scale
-        running.update(_numpy(logits), first, self._inside[3].lanes.threads)
+        running.update(logits, first, self._inside[3].lanes.threads)
 
-    def _tiles(self, hidden: torch.Tensor, member: int) -> list[tuple[torch.Tensor, RunningLogSumExp]]:
-        """Per micro-batch of a member: the hidden states that have a next token, [n, H], and their log-sum-exp."""
+    def _tiles(self, hidden: torch.Tensor, member: int) -> list[Tile]:
+        """The member's micro-batches."""
         way = self._inside[3]
         tiles = []
         for low, high, length in way.micro_batches():
             counts = np.arange(length - 1) < way.lengths[low:high, None] - 1
             rows = slice(member * way.samples + low, member * way.samples + high)
-            states = hidden[rows, : length - 1][torch.from_numpy(counts)]
+            states = hidden[rows, : length - 1][torch.from_numpy(counts).to(hidden.device)]
             targets = way.targets[low:high, 1:length][counts]
-            tiles.append((states, RunningLogSumExp(targets)))
+            tiles.append((states, way.scratch.log_sum_exp(targets)))
         return tiles
 
 
@@ -224,7 +229,3 @@ def _cut(value: Any, rows: int, part: slice, length: int) -> Any:
     if isinstance(value, dict):
         return {name: _cut(item, rows, part, length) for name, item in value.items()}
     return value
-
-
-def _numpy(logits: torch.Tensor) -> np.ndarray:
-    return (logits.view(torch.uint16) if logits.dtype == torch.bfloat16 else logits).numpy()

@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from es_lite.data import Batch
 from es_lite.errors import UserError
+from es_lite.scoring.device import DeviceScratch
 from es_lite.scoring.doors import Door, Doorway, EmbeddingDoor, HeadDoor
 from es_lite.scoring.lanes import Lanes
 from es_lite.scoring.perturb import Perturbation, Scratch, Weights
@@ -27,11 +28,23 @@ class PerturbedModel:
     """Scores samples under perturbed weights that only ever exist a layer at a time."""
 
     def __init__(
-        self, model: PreTrainedModel, layout: Layout, weights: Weights, compute: torch.dtype, lanes: Lanes, micro_batch: int
+        self,
+        model: PreTrainedModel,
+        layout: Layout,
+        weights: Weights,
+        compute: torch.dtype,
+        lanes: Lanes,
+        micro_batch: int,
+        device: torch.device | None = None,
     ) -> None:
-        """model: a fresh `layout.skeleton`, which this takes over."""
-        self._way = Doorway(weights, Scratch(compute, lanes.all_threads), lanes, micro_batch)
+        """model: a fresh `layout.skeleton`, which this takes over. device: where to compute; None is here, with the kernels."""
+        scratch = DeviceScratch(device, compute) if device else Scratch(compute, lanes.all_threads)
+        self._way = Doorway(weights, scratch, lanes, micro_batch)
         self._model = model
+        for module in model.modules():  # such as the rotary frequencies; the parameters stay on the meta device
+            for name, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[name] = buffer.to(scratch.device)
         _hang_doors(model, layout, self._way)
 
     @torch.inference_mode()
@@ -47,7 +60,7 @@ class PerturbedModel:
         for low in range(0, batch.lengths.size, pass_samples):
             way.lengths = batch.lengths[low : low + pass_samples]
             way.targets = batch.tokens[low : low + pass_samples, : way.lengths[0]]
-            ids = torch.from_numpy(way.targets.astype(np.int64)).repeat(way.members, 1)
+            ids = torch.from_numpy(way.targets.astype(np.int64)).repeat(way.members, 1).to(way.scratch.device)
             with way.weights.passing():
                 self._model(input_ids=ids, use_cache=False)
             passes.append(way.log_probabilities)

@@ -5,6 +5,7 @@ LLVM vectorises (numba's `math.exp` is a call an element); sums run by halves, a
 """
 
 import numpy as np
+import torch
 
 from es_lite.algorithm.jit import Threads, jit
 
@@ -118,8 +119,10 @@ class RunningLogSumExp:
         self.total = np.zeros(targets.size, np.float32)
         self.chosen = np.full(targets.size, np.nan, np.float32)
 
-    def update(self, logits: np.ndarray, first: int, threads: Threads) -> None:
-        """Takes in the logits of vocabulary entries first, first + 1, …: [tokens, block], float32 or bfloat16 bits (uint16)."""
+    def update(self, logits: np.ndarray | torch.Tensor, first: int, threads: Threads) -> None:
+        """Takes in the logits of vocabulary entries first, first + 1, …: [tokens, block], float32 or bfloat16 (bits: uint16)."""
+        if isinstance(logits, torch.Tensor):
+            logits = (logits.view(torch.uint16) if logits.dtype == torch.bfloat16 else logits).numpy()
         kernel = _update_bf16 if logits.dtype == np.uint16 else _update_fp32
 
         def part(low: int, high: int) -> None:

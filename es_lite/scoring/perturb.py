@@ -10,6 +10,7 @@ import torch
 
 from es_lite.algorithm import formats, kernels
 from es_lite.algorithm.jit import Threads
+from es_lite.scoring.logsumexp import RunningLogSumExp
 from es_lite.weights.layout import Layer, Tensor
 from es_lite.weights.stored import Part
 
@@ -63,6 +64,8 @@ class Weights(Protocol):
 class Scratch:
     """Makes perturbed tensors in buffers that it reuses: what it gives is valid until its next call."""
 
+    device = torch.device("cpu")
+
     def __init__(self, compute: torch.dtype, threads: Threads) -> None:
         self._compute = compute
         self._threads = threads
@@ -96,8 +99,8 @@ class Scratch:
     ) -> list[torch.Tensor]:
         """For each member: the rows `rows`, int64 [R], of a matrix, [R, W], from those rows and their scales as stored."""
         outs = [out.reshape(weights.shape) for out in self._reserve(perturbation.members, weights.size)]
-        sigma = _sigma(perturbation, tensor)
-        place = _place(perturbation, tensor)
+        sigma = sigma_of(perturbation, tensor)
+        place = place_of(perturbation, tensor)
 
         def cut(low: int, high: int) -> None:
             some, minus = slice(low, high), outs[1][low:high] if len(outs) == 2 else None
@@ -106,13 +109,16 @@ class Scratch:
         self._threads.each(rows.size, cut, least=64)
         return [self._torch(out) for out in outs]
 
+    def log_sum_exp(self, targets: np.ndarray) -> RunningLogSumExp:
+        return RunningLogSumExp(targets)
+
     def _perturb(self, perturbation: Perturbation, outs: list[np.ndarray], part: Part) -> None:
-        sigma = _sigma(perturbation, part.tensor)
+        sigma = sigma_of(perturbation, part.tensor)
         if sigma == 0 and part.data.dtype == outs[0].dtype:
             for out in outs:
                 out[:] = part.data
             return
-        place, width = _place(perturbation, part.tensor), part.tensor.width
+        place, width = place_of(perturbation, part.tensor), part.tensor.width
 
         def cut(low: int, high: int) -> None:
             start, minus = part.start + low, outs[1][low:high] if len(outs) == 2 else None
@@ -142,9 +148,11 @@ class Scratch:
         return tensor.view(torch.bfloat16) if array.dtype == np.uint16 else tensor
 
 
-def _sigma(perturbation: Perturbation, tensor: Tensor) -> float:
+def sigma_of(perturbation: Perturbation, tensor: Tensor) -> float:
+    """What the tensor's noise is multiplied by, for the first of the members."""
     return perturbation.sigma * tensor.sigma * perturbation.signs[0]
 
 
-def _place(perturbation: Perturbation, tensor: Tensor) -> dict[str, int]:
+def place_of(perturbation: Perturbation, tensor: Tensor) -> dict[str, int]:
+    """The arguments that say which noise it is."""
     return {"seed": perturbation.seed, "step": perturbation.step, "pair": perturbation.pair, "tensor": tensor.number}

@@ -64,7 +64,7 @@ class Part:
         elif self.data.dtype == np.uint16:
             threads.each(values.size, lambda low, high: formats.to_bf16(self.data[low:high], values[low:high]))
         else:
-            scales, width = self._own_scales, self.tensor.width
+            scales, width = self.own_scales, self.tensor.width
 
             def part(low: int, high: int) -> None:
                 cut = slice(low * width, high * width)
@@ -84,7 +84,7 @@ class Part:
     def _advance(self, record: Record, pairs: np.ndarray, coefficients: np.ndarray, decay: float, threads: Threads) -> None:
         int8 = self.data.dtype == np.int8
         unit = self.tensor.width if int8 else 1
-        scales = self._own_scales
+        scales = self.own_scales
 
         def part(low: int, high: int) -> None:
             update.advance(
@@ -102,8 +102,8 @@ class Part:
         threads.each(self.data.size // unit, part, least=max(1, 16 * CHUNK // unit))
 
     @property
-    def _own_scales(self) -> np.ndarray:
-        """The scales of this part's rows, of all the tensor's."""
+    def own_scales(self) -> np.ndarray:
+        """The scales of this part's rows alone; empty where there are none."""
         first = self.start // max(1, self.tensor.width)
         return self.scales[first : first + self.data.size // max(1, self.tensor.width)]
 

@@ -1,4 +1,8 @@
-"""The pool of worker processes: hands out tasks, replaces workers that die or hang, and does their work again."""
+"""The pool of worker processes: hands out tasks, replaces workers that die or hang, and does their work again.
+
+Where memory is short it shrinks instead: a worker leaves after its task, or at once where the kernel might end it. What
+it was doing is done again by another.
+"""
 
 import multiprocessing
 import os
@@ -17,12 +21,18 @@ from typing import Any, cast
 
 from es_lite.errors import RunError
 from es_lite.workers import worker
+from es_lite.workers.guard import Guard
 from es_lite.workers.worker import Done, Failed, Progress, Ready, Setup, Task
 
 ATTEMPTS = 3
 """Workers that one task may cost before the run is stopped."""
 
 SHORTEST_DEADLINE_SECONDS = 600.0
+
+LOOK_SECONDS = 0.2
+"""How often the guard is heeded while workers are at work."""
+
+SMALLER = 'add --resume, with workers.count, fitness.micro_batch or fitness.max_length lower, or memory.residency = "streamed"'
 
 
 @dataclass
@@ -49,6 +59,7 @@ class Pool:
         count: int,
         deadline_seconds: float,
         warn: Callable[[str], None],
+        guard: Guard,
     ) -> None:
         """descriptor: the working copy's, None where there is none; lock: the run directory's.
 
@@ -60,6 +71,7 @@ class Pool:
         self._stillborn = 0
         self._deadline = deadline_seconds
         self._warn = warn
+        self._guard = guard
         self._context = multiprocessing.get_context("spawn")
         self._seats: list[_Seat] = []
         try:
@@ -72,6 +84,11 @@ class Pool:
     def pids(self) -> list[int]:
         """Process numbers of the workers."""
         return [pid for seat in self._seats if (pid := seat.process.pid) is not None]
+
+    @property
+    def cramped(self) -> str:
+        """Why the run had better end at this step: memory is short though there is one worker alone; "" where it is not."""
+        return self._guard.reason if self._guard.short and len(self._seats) == 1 else ""
 
     def map(
         self,
@@ -86,13 +103,15 @@ class Pool:
         if that is longer) a worker counts as hung. done: is told the index of each task as it is finished;
         progress: the parameters that have passed through a streamed one, as they do.
 
-        Raises UserError or RunError as a worker found it, or RunError where a task costs ATTEMPTS workers.
+        Raises UserError or RunError as a worker found it, or RunError where a task costs ATTEMPTS workers, or where memory is
+        too short for one worker.
         """
         waiting = deque(range(len(tasks)))
         values: list[Any] = [None] * len(tasks)
         lost = [0] * len(tasks)
         left = len(tasks)
         while left:
+            waiting.extendleft(self._make_room())
             for seat in self._seats:
                 if seat.ready and seat.task is None and waiting:
                     self._give(seat, waiting.popleft(), tasks)
@@ -112,6 +131,9 @@ class Pool:
                     values[index] = answer.value
                     left -= 1
                     done(index)
+                elif self._guard.killed() and len(self._seats) > 1:
+                    self._dismiss(seat, "was ended by the kernel for memory")
+                    waiting.extendleft([] if index is None else [index])
                 elif index is not None:
                     lost[index] += 1
                     self._replace(seat, f"{type(tasks[index]).__name__.lower()} task", lost[index])
@@ -120,6 +142,33 @@ class Pool:
                     self._stillborn += 1
                     self._replace(seat, "start", self._stillborn)
         return values
+
+    def _make_room(self) -> list[int]:
+        """Lets a worker go where memory is short: one without a task, or where it is critical, any. The tasks that were lost."""
+        if not self._guard.short:
+            return []
+        if len(self._seats) == 1:
+            if self._guard.critical:
+                raise RunError(f"memory is too short for one worker: {self._guard.reason}; nothing is lost: {SMALLER}")
+            return []
+        idle = [seat for seat in self._seats if seat.task is None]
+        if not idle and not self._guard.critical:
+            return []
+        seat = idle[0] if idle else max(self._seats, key=lambda seat: seat.since)
+        self._dismiss(seat, f"is let go, memory is short: {self._guard.reason}")
+        self._guard.look()
+        return [] if seat.task is None else [seat.task]
+
+    def _dismiss(self, seat: _Seat, why: str) -> None:
+        self._end(seat)
+        self._seats.remove(seat)
+        left = len(self._seats)
+        self._warn(f"worker {seat.process.pid} {why}; {left} worker{'s' * (left > 1)} left")
+
+    def _end(self, seat: _Seat) -> None:
+        seat.process.kill()
+        seat.process.join()
+        seat.connection.close()
 
     def close(self) -> None:
         """Ends all workers at once; whatever they were doing can be done again."""
@@ -172,7 +221,7 @@ class Pool:
         ends = {seat.process.pid: seat.since + (deadline if seat.ready else SHORTEST_DEADLINE_SECONDS) for seat in heeded}
         events = wait(
             [seat.connection for seat in heeded] + [seat.process.sentinel for seat in heeded],
-            timeout=max(0.0, min(ends.values()) - time.monotonic()),
+            timeout=min(LOOK_SECONDS, max(0.0, min(ends.values()) - time.monotonic())),
         )
         for seat in heeded:
             if time.monotonic() > ends[seat.process.pid] and seat.connection not in events:
@@ -190,9 +239,7 @@ class Pool:
             return None
 
     def _replace(self, seat: _Seat, what: str, lost: int) -> None:
-        seat.process.kill()
-        seat.process.join()
-        seat.connection.close()
+        self._end(seat)
         code = seat.process.exitcode
         if lost >= ATTEMPTS:
             raise RunError(

@@ -4,6 +4,7 @@ Every task is a pure function of its fields, the weights at its step and θ₀, 
 worker is simply given to another.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -47,8 +48,10 @@ class Setup:
     """Streamed: past the page cache."""
     compute: str
     """"bf16" or "fp32"."""
+    device: str
+    """"cpu" or "cuda"."""
     lanes: int
-    """Streamed: computations side by side in the one worker that there is; else 1."""
+    """Computations side by side in the one worker that a stream has; else 1."""
     threads: int
     """Of a lane."""
     micro_batch: int
@@ -163,6 +166,7 @@ def main(connection: Connection, setup: Setup, descriptor: Any, lock: Any, paren
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _die_with(parent)
+    _go_first()
     lock.detach()
     worker = Worker(setup, descriptor.detach() if descriptor else None, lambda parameters: connection.send(Progress(parameters)))
     connection.send(Ready())
@@ -188,3 +192,9 @@ def _die_with(parent: int) -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the request took effect
         os._exit(1)
+
+
+def _go_first() -> None:
+    """Should the kernel have to end a process for memory, then a worker: its task is done again, and nothing is lost."""
+    with contextlib.suppress(OSError):  # not Linux, or not allowed
+        Path("/proc/self/oom_score_adj").write_text("1000")

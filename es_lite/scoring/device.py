@@ -1,0 +1,168 @@
+"""Scratch on a device: layers are copied there while it still computes the one before, and perturbed there.
+
+Weights rest on the host, in the working copy or a stream's buffer. A layer is put in one of two pinned buffers and copied
+from there on a stream of its own; the computation waits for the copy, not the host for the computation. All else is torch
+operations on tensors of the device, so that the same code runs on the CPU, where its results are compared with the kernels'.
+"""
+
+import contextlib
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from es_lite.algorithm import torch_noise
+from es_lite.algorithm.jit import Threads
+from es_lite.scoring.perturb import Perturbation, place_of, sigma_of
+from es_lite.weights.layout import Tensor
+from es_lite.weights.stored import Part
+
+
+class _Staging:
+    """A pinned buffer, and the copy out of it that must end before it is filled again."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None
+
+    def upload(self, arrays: list[np.ndarray], stream: "torch.cuda.Stream | None") -> list[torch.Tensor]:
+        """The arrays' bytes on the device, uint8 each."""
+        if self._copied:
+            self._copied.synchronize()
+        offsets = np.cumsum([0, *(-(-array.nbytes // 256) * 256 for array in arrays)])
+        if self._memory.numel() < offsets[-1]:
+            self._memory = torch.empty(int(offsets[-1]), dtype=torch.uint8, pin_memory=self._copied is not None)
+        host = self._memory.numpy()
+        for array, offset in zip(arrays, offsets, strict=False):
+            host[offset : offset + array.nbytes] = array.reshape(-1).view(np.uint8)
+        with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
+            there = self._memory[: int(offsets[-1])].to(self._device, non_blocking=True, copy=True)
+            if self._copied and stream:
+                self._copied.record(stream)
+        if stream:
+            torch.cuda.current_stream(self._device).wait_stream(stream)
+            there.record_stream(torch.cuda.current_stream(self._device))
+        return [there[offset : offset + array.nbytes] for array, offset in zip(arrays, offsets, strict=False)]
+
+
+class DeviceScratch:
+    """`Scratch` with tensors of a device: what it gives is valid until its next call."""
+
+    def __init__(self, device: torch.device, compute: torch.dtype) -> None:
+        self.device = device
+        self._compute = compute
+        self._stagings = [_Staging(device), _Staging(device)]
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._buffers = [torch.empty(0, dtype=compute, device=device) for _ in range(2)]
+        self._last: object = None
+        self._there: list[tuple[Tensor, int, torch.Tensor, torch.Tensor | None]] = []
+
+    def tensors(self, perturbation: Perturbation, parts: dict[str, Part]) -> list[dict[str, torch.Tensor]]:
+        """For each member: name → tensor of the compute type. The weights are copied once for perturbations in a row."""
+        if self._last is not parts:
+            self._last, self._there = parts, self._upload(list(parts.values()))
+        members: list[dict[str, torch.Tensor]] = [{} for _ in perturbation.signs]
+        buffers = self._reserve(perturbation.members, sum(part.data.size for part in parts.values()))
+        offset = 0
+        for name, (tensor, start, stored, scales) in zip(parts, self._there, strict=True):
+            outs = [buffer[offset : offset + stored.numel()] for buffer in buffers]
+            self._perturb(perturbation, outs, tensor, start, stored, scales)
+            for member, out in zip(members, outs, strict=True):
+                member[name] = out.view(tensor.shape)
+            offset += stored.numel()
+        return members
+
+    def block(self, perturbation: Perturbation, part: Part) -> list[torch.Tensor]:
+        """For each member: some rows of a tensor, [rows, ...]."""
+        if self._last is not part:
+            self._last, self._there = part, self._upload([part])
+        tensor, start, stored, scales = self._there[0]
+        outs = self._reserve(perturbation.members, stored.numel())
+        self._perturb(perturbation, outs, tensor, start, stored, scales)
+        return [out.view(-1, *tensor.shape[1:]) for out in outs]
+
+    def rows(
+        self, perturbation: Perturbation, tensor: Tensor, rows: np.ndarray, weights: np.ndarray, scales: np.ndarray
+    ) -> list[torch.Tensor]:
+        """For each member: the rows `rows`, int64 [R], of a matrix, [R, W], from those rows and their scales as stored."""
+        self._last = None
+        width = weights.shape[1]
+        few = replace(tensor, shape=weights.shape)
+        ((_, _, stored, few_scales),) = self._upload([Part(few, 0, weights.reshape(-1), scales)])
+        outs = self._reserve(perturbation.members, stored.numel())
+        if width % 8:  # rows that share a counter with their neighbours
+            for i, row in enumerate(rows):
+                cut, own = slice(i * width, (i + 1) * width), None if few_scales is None else few_scales[i : i + 1]
+                self._perturb(perturbation, [out[cut] for out in outs], few, int(row) * width, stored[cut], own)
+        else:
+            starts = torch.from_numpy(rows).to(self.device) * width
+            elements = (starts[:, None] + torch.arange(width, device=self.device)).reshape(-1)
+            self._perturb(perturbation, outs, few, elements, stored, few_scales)
+        return [out.view(weights.shape) for out in outs]
+
+    def log_sum_exp(self, targets: np.ndarray) -> "DeviceLogSumExp":
+        return DeviceLogSumExp(targets, self.device)
+
+    def _upload(self, parts: list[Part]) -> list[tuple[Tensor, int, torch.Tensor, torch.Tensor | None]]:
+        """The parts on the device: (tensor, start, stored elements, scales of their rows)."""
+        arrays = [array for part in parts for array in (part.data, part.own_scales)]
+        self._stagings.reverse()
+        there = iter(self._stagings[0].upload(arrays, self._stream))
+        found = []
+        for part in parts:
+            stored, scales = next(there), next(there).view(torch.float32)
+            stored = stored.view(torch.int8 if part.data.dtype == np.int8 else torch.bfloat16)
+            found.append((part.tensor, part.start, stored, scales if scales.numel() else None))
+        return found
+
+    def _perturb(
+        self,
+        perturbation: Perturbation,
+        outs: list[torch.Tensor],
+        tensor: Tensor,
+        elements: torch.Tensor | int,
+        stored: torch.Tensor,
+        scales: torch.Tensor | None,
+    ) -> None:
+        sigma = sigma_of(perturbation, tensor)
+        if sigma == 0:
+            for out in outs:
+                out.copy_(torch_noise.as_float32(stored, scales, tensor.width))
+            return
+        place = place_of(perturbation, tensor)
+        torch_noise.perturb(outs, stored, scales, tensor.width, elements, sigma=sigma, **place)
+
+    def _reserve(self, members: int, size: int) -> list[torch.Tensor]:
+        for index in range(members):
+            if self._buffers[index].numel() < size:
+                self._buffers[index] = torch.empty(0, dtype=self._compute, device=self.device)
+                self._buffers[index] = torch.empty(size, dtype=self._compute, device=self.device)
+        return [buffer[:size] for buffer in self._buffers[:members]]
+
+
+class DeviceLogSumExp:
+    """`RunningLogSumExp` in float32 on a device."""
+
+    def __init__(self, targets: np.ndarray, device: torch.device) -> None:
+        """targets: int32 [tokens], the true next tokens."""
+        self._targets = torch.from_numpy(targets.astype(np.int64)).to(device)
+        self._greatest = torch.full((targets.size,), -torch.inf, device=device)
+        self._total = torch.zeros(targets.size, device=device)
+        self._chosen = torch.full((targets.size,), torch.nan, device=device)
+
+    def update(self, logits: torch.Tensor, first: int, _: Threads) -> None:
+        """Takes in the logits of vocabulary entries first, first + 1, …: [tokens, block]."""
+        values = logits.to(torch.float32)
+        top = torch.maximum(self._greatest, values.amax(dim=1))
+        self._total = self._total * torch.exp(self._greatest - top) + torch.exp(values - top[:, None]).sum(dim=1)
+        self._greatest = top
+        place = self._targets - first
+        inside = (place >= 0) & (place < values.shape[1])
+        here = values.gather(1, place.clamp(0, values.shape[1] - 1)[:, None])[:, 0]
+        self._chosen = torch.where(inside, here, self._chosen)
+
+    def log_probabilities(self) -> np.ndarray:
+        """Log-probabilities of the targets, float64 [tokens]."""
+        chosen, greatest, total = (t.to("cpu", torch.float64).numpy() for t in (self._chosen, self._greatest, self._total))
+        return chosen - (greatest + np.log(total))

@@ -191,8 +191,10 @@ def _alive_in(process: psutil.Process, leader: int) -> bool:
 
 
 def _is_worker(process: psutil.Process) -> bool:
+    """Forked from the process that is kept for it."""
     try:
-        return any("spawn_main" in word for word in process.cmdline())
+        parent = process.parent()
+        return parent is not None and any("multiprocessing.forkserver" in word for word in parent.cmdline())
     except psutil.NoSuchProcess:
         return False
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerProcess
 from multiprocessing.reduction import DupFd
 from typing import Any, cast
 
@@ -39,7 +39,7 @@ SMALLER = 'add --resume, with workers.count, fitness.micro_batch or fitness.max_
 class _Seat:
     """One worker process, and the task it has (its index), if any."""
 
-    process: SpawnProcess
+    process: ForkServerProcess
     connection: Connection
     task: int | None = None
     since: float = 0.0
@@ -49,7 +49,7 @@ class _Seat:
 
 
 class Pool:
-    """`count` spawned worker processes. A context manager: none is left when it ends, however it ends."""
+    """`count` worker processes. A context manager: none is left when it ends, however it ends."""
 
     def __init__(
         self,
@@ -72,7 +72,8 @@ class Pool:
         self._deadline = deadline_seconds
         self._warn = warn
         self._guard = guard
-        self._context = multiprocessing.get_context("spawn")
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["es_lite.workers.preload"])
         self._seats: list[_Seat] = []
         try:
             self._seats.extend(self._start() for _ in range(count))
@@ -192,10 +193,10 @@ class Pool:
         os.environ["OMP_NUM_THREADS"] = str(self._setup.threads)
         process = self._context.Process(
             target=worker.main,
-            args=(theirs, self._setup, descriptor, _Descriptor(self._lock), os.getpid()),
+            args=(theirs, self._setup, descriptor, _Descriptor(self._lock)),
             daemon=True,
         )
-        # A worker is deaf to Ctrl-C from its first moment, not only from its own first line.
+        # The process that workers are forked from is deaf to Ctrl-C from its first moment, not only from its own first line.
         resource_tracker.ensure_running()  # or `start` would run it, which unblocks the signal
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
@@ -206,7 +207,7 @@ class Pool:
         # A stopped worker does not read: without a bound, sending it a large task would block for ever.
         with socket.socket(fileno=os.dup(ours.fileno())) as end:
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(SHORTEST_DEADLINE_SECONDS), 0))
-        return _Seat(cast(SpawnProcess, process), ours, since=time.monotonic())
+        return _Seat(cast(ForkServerProcess, process), ours, since=time.monotonic())
 
     def _give(self, seat: _Seat, index: int, tasks: Sequence[Task]) -> None:
         seat.task, seat.since = index, time.monotonic()
@@ -252,7 +253,7 @@ class Pool:
 
 
 class _Descriptor:
-    """A file descriptor that travels to a spawned process."""
+    """A file descriptor that travels to a new process."""
 
     def __init__(self, number: int) -> None:
         self.number = number

@@ -6,6 +6,7 @@ worker is simply given to another.
 
 import contextlib
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
@@ -157,15 +158,15 @@ class Worker:
         return self._model
 
 
-def main(connection: Connection, setup: Setup, descriptor: Any, lock: Any, parent: int) -> None:
+def main(connection: Connection, setup: Setup, descriptor: Any, lock: Any) -> None:
     """Entry of the process. descriptor, lock: the working copy's (or None) and the run directory's, as multiprocessing's DupFd.
 
     The lock stays held until this process, too, is gone: no other run may begin while it might still write.
     """
-    # Ctrl-C and SIGTERM may reach the whole group, and the coordinator decides; until here the pool had it blocked.
+    # Ctrl-C and SIGTERM may reach the whole group, and the coordinator decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    _die_with(parent)
+    _die_with_coordinator()
     _go_first()
     lock.detach()
     worker = Worker(setup, descriptor.detach() if descriptor else None, lambda parameters: connection.send(Progress(parameters)))
@@ -185,12 +186,16 @@ def main(connection: Connection, setup: Setup, descriptor: Any, lock: Any, paren
         connection.send(answer)
 
 
-def _die_with(parent: int) -> None:
-    """No worker outlives its coordinator, even one that is killed or stopped in the middle of a task."""
+def _die_with_coordinator() -> None:
+    """No worker outlives its coordinator, even one that is killed or stopped in the middle of a task.
+
+    The process that it is forked from ends with the coordinator, and the worker with that one.
+    """
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the request took effect
+    coordinator = multiprocessing.parent_process()
+    if coordinator is None or not coordinator.is_alive():  # it died before the request took effect
         os._exit(1)
 
 

@@ -67,9 +67,9 @@ def arguments(recipe: Path, run: Path, *overrides: str, resume: bool = False, re
     return [str(recipe), *sets, *(["--resume"] if resume else []), *(["--rebuild"] if rebuild else [])]
 
 
-def train(recipe: Path, run: Path, *overrides: str, resume: bool = False) -> Finished:
+def train(recipe: Path, run: Path, *overrides: str, resume: bool = False, rebuild: bool = False) -> Finished:
     """Runs the command to its end."""
-    with start(recipe, run, *overrides, resume=resume) as live:
+    with start(recipe, run, *overrides, resume=resume, rebuild=rebuild) as live:
         return live.finish()
 
 
@@ -112,13 +112,15 @@ class Live:
 
 
 @contextmanager
-def start(recipe: Path, run: Path, *overrides: str, resume: bool = False, log: Path | None = None) -> Iterator[Live]:
+def start(
+    recipe: Path, run: Path, *overrides: str, resume: bool = False, rebuild: bool = False, log: Path | None = None
+) -> Iterator[Live]:
     """Runs the command in the background; what is left of its process group at the block's end is killed.
 
     log: where its output goes, without a suffix; else beside `run`.
     """
     log = log or run.with_name(run.name + ".log")
-    command = [sys.executable, "-m", "es_lite.train", *arguments(recipe, run, *overrides, resume=resume)]
+    command = [sys.executable, "-m", "es_lite.train", *arguments(recipe, run, *overrides, resume=resume, rebuild=rebuild)]
     with log.with_suffix(".out").open("w") as out, log.with_suffix(".err").open("w") as err:
         process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=err, start_new_session=True)
     try:

@@ -37,13 +37,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from es_lite import plan
 from es_lite import recipe as recipes
 from es_lite import train as training
+from es_lite.algorithm.jit import Threads
 from es_lite.errors import RunError
 from es_lite.runs.export import export
 from es_lite.runs.journal import Journal
 from es_lite.runs.metrics import Metrics
 from es_lite.runs.origin import Origin
+from es_lite.weights import store
 from es_lite.weights.layout import Layer
-from es_lite.weights.master import MasterLayer, file_of
 
 STEPS = 12
 
@@ -459,7 +460,7 @@ def test_the_journal_of_another_model_is_refused(recipe: Path, run: Path, capsys
     journal.unlink()
     origin = Origin.of_recipe(recipes.load(other))
     skeleton, layout = origin.skeleton()
-    Journal.create(journal, origin.header(layout, origin.source(skeleton, layout)))
+    Journal.create(journal, origin.header(layout, origin.source(skeleton, layout, Threads(1))))
     message = refused_untouched(capsys, recipe, run)
     assert f"{journal}: is the journal of another model" in message and words in message
 
@@ -518,17 +519,60 @@ def test_a_master_ahead_of_the_journal_is_refused(recipe: Path, run: Path, capsy
 @pytest.mark.parametrize("size", [0, 20, 30000])
 def test_a_truncated_master_file_is_named_with_what_to_do(recipe: Path, run: Path, capsys: Capture, size: int) -> None:
     file = run / "master/block-000.safetensors"
+    whole = file.stat().st_size
     os.truncate(file, size)
     message = refused_untouched(capsys, recipe, run)
-    assert str(file) in message
-    assert "remove it and resume" in message
+    assert f"{file}: has {size:,} bytes where block-000 takes {whole:,}" in message
+    assert "add --rebuild to --resume" in message
 
 
 def test_a_master_file_of_another_layer_is_named_with_what_to_do(recipe: Path, run: Path, capsys: Capture) -> None:
     file = run / "master/embedding.safetensors"
     shutil.copy(run / "master/block-000.safetensors", file)
     message = refused_untouched(capsys, recipe, run)
-    assert f"{file}: is not embedding of this model; remove it and resume" in message
+    assert re.search(rf"{file}: has [0-9,]+ bytes where embedding takes [0-9,]+; add --rebuild to --resume", message)
+
+
+def test_a_master_file_of_another_layer_of_the_same_size_is_named_with_what_to_do(
+    recipe: Path, run: Path, capsys: Capture
+) -> None:
+    file = run / "master/block-000.safetensors"
+    shutil.copy(run / "master/block-001.safetensors", file)
+    message = refused_untouched(capsys, recipe, run)
+    assert f"{file}: is not block-000 of this model in fp32 but ('block-001', 'fp32'); add --rebuild to --resume" in message
+
+
+@pytest.mark.parametrize("at", [0, 8, 20])
+def test_a_master_file_with_a_broken_header_is_named_with_what_to_do(recipe: Path, run: Path, capsys: Capture, at: int) -> None:
+    """at: the byte that changes, of the header's length or of the header."""
+    file = run / "master/block-000.safetensors"
+    change_byte(file, at)
+    assert f"{file}: its header is damaged, or of another version; add --rebuild to --resume" in refused_untouched(
+        capsys, recipe, run
+    )
+
+
+@pytest.mark.slow
+def test_a_bit_that_changed_in_a_master_file_is_found_and_with_rebuild_the_run_goes_on(
+    recipe: Path, run: Path, reference: Path, capsys: Capture
+) -> None:
+    file = run / "master/block-000.safetensors"
+    change_byte(file, file.stat().st_size - 5)
+    message = refused_untouched(capsys, recipe, run)
+    assert f"{file}: its checksum does not agree: bits in it have changed; add --rebuild to --resume" in message
+    os.truncate(run / "master/final.safetensors", 20)
+    assert training.main(arguments(recipe, run, resume=True, rebuild=True)) == 0
+    out = capsys.readouterr().out
+    for damaged in (file, run / "master/final.safetensors"):
+        assert f"removed, to be made again from θ₀ and the journal: {damaged}" in out
+    assert out.count("removed") == 2
+    assert digest(run) == digest(reference)
+
+
+def change_byte(file: Path, at: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[at] ^= 4
+    file.write_bytes(data)
 
 
 # Memory and disk
@@ -541,12 +585,15 @@ def test_too_little_memory_is_said_before_anything_is_made(recipe: Path, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-def test_the_plan_of_what_does_not_fit_ends_with_exit_code_2(recipe: Path, tmp_path: Path) -> None:
-    overrides = ["--set", f"run.dir={tmp_path}/run", "--set", "memory.limit=500 MiB"]
+@pytest.mark.parametrize(("residency", "part"), [("resident", "working copy"), ("streamed", "window"), ("auto", "window")])
+def test_the_plan_of_what_does_not_fit_ends_with_exit_code_2(recipe: Path, tmp_path: Path, residency: str, part: str) -> None:
+    """`auto`: the plan is that of streaming, which needs the least."""
+    settings = (f"run.dir={tmp_path}/run", "memory.limit=500 MiB", f"memory.residency={residency}")
+    overrides = [word for setting in settings for word in ("--set", setting)]
     command = [sys.executable, "-m", "es_lite.plan", str(recipe), *overrides]
     planned = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert planned.returncode == 2
-    assert "working copy" in planned.stdout
+    assert part in planned.stdout
     assert "GiB of memory, there are 0.49 (memory.limit of the recipe)" in message_of(planned.stderr)
     assert not (tmp_path / "run").exists()
 
@@ -629,11 +676,13 @@ def test_a_disk_that_is_full_before_the_first_step_is_said(
 @pytest.mark.parametrize("free", range(96, 140, 4))
 def test_an_export_is_whole_or_absent_however_full_the_disk(recipe: Path, reference: Path, tmp_path: Path, free: int) -> None:
     """free: KiB left, from too little for the weights to enough for all files."""
-    skeleton, layout = Origin.of_recipe(recipes.load(recipe)).skeleton()
+    origin = Origin.of_recipe(recipes.load(recipe))
+    skeleton, layout = origin.skeleton()
+    files = origin.files(reference / "master", layout)
     tokenizer = AutoTokenizer.from_pretrained(reference / "tokenizer")
 
-    def opened(layer: Layer) -> MasterLayer:
-        return MasterLayer(file_of(reference / "master", layer), layer)
+    def opened(layer: Layer) -> store.Finished:
+        return store.Finished(files[layer.index], [], STEPS, Threads(1))
 
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=1m", "tmpfs") as disk:
         fill(disk, leaving=free)

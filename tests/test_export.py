@@ -16,7 +16,8 @@ from es_lite.runs import directory
 from es_lite.runs import export as exporting
 from es_lite.runs.export import export, model_card, step_of
 from es_lite.tokenizer import train_bpe
-from es_lite.weights import master, working
+from es_lite.weights import store
+from es_lite.weights.layerfile import LayerFile
 from es_lite.weights.layout import layout, skeleton
 from es_lite.weights.source import Pretrained, Random
 
@@ -225,16 +226,16 @@ def test_a_full_disk_is_an_error_of_the_run_and_leaves_the_old_folder(tmp_path, 
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts descriptors in /proc")
-def test_exports_of_the_masters_files_leave_none_open(tmp_path):
+def test_exports_of_the_layers_files_leave_none_open(tmp_path):
     """A run exports many times: descriptors that stay open would end it."""
-    model = Model()
-    source = Random(model.skeleton, model.layout, 1)
-    copy = working.WorkingCopy(model.layout, working.allocate(model.layout))
-    for layer in model.layout.layers:
-        master.bring_level(tmp_path, layer, lambda: source, [], 0, copy, Threads(1))
+    model, threads = Model(), Threads(1)
+    source = Random(model.skeleton, model.layout, 1, threads)
+    files = [LayerFile(tmp_path, layer, "fp32") for layer in model.layout.layers]
+    for file in files:
+        store.bring_level(file, lambda: source, [], 0, None, threads)
 
     def opened(layer):
-        return master.MasterLayer(master.file_of(tmp_path, layer), layer)
+        return store.Finished(files[layer.index], [], 0, threads)
 
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):

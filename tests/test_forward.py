@@ -12,11 +12,13 @@ from es_lite.algorithm import noise
 from es_lite.algorithm.jit import Threads
 from es_lite.data import Batch
 from es_lite.errors import UserError
-from es_lite.scoring import forward
+from es_lite.scoring import doors
 from es_lite.scoring.forward import PerturbedModel
+from es_lite.scoring.lanes import Lanes
 from es_lite.scoring.perturb import UNPERTURBED, Perturbation, Scratch
 from es_lite.weights import working
 from es_lite.weights.layout import Multipliers, layout, skeleton
+from es_lite.weights.stored import Part
 from es_lite.weights.working import WorkingCopy
 
 SIGMA = 0.0123
@@ -84,15 +86,15 @@ class Tiny:
         self.config = config
         self._reference: PreTrainedModel | None = None
         self.layout = layout(skeleton(config), groups, nes, shared)
-        descriptor = working.allocate(self.layout)
-        self.working = WorkingCopy(self.layout, descriptor)
+        descriptor = working.allocate(self.layout, "bf16")
+        self.working = WorkingCopy(self.layout, "bf16", descriptor)
         self.weights: dict[str, np.ndarray] = {}
         random = np.random.default_rng(1)
         for tensor in self.layout.tensors:
             values = random.standard_normal(tensor.size, np.float32)
             values = 0.15 * values if len(tensor.shape) > 1 or tensor.name.endswith("bias") else 1 + 0.1 * values
-            self.working.write(tensor, 0, values)
-            self.weights[tensor.name] = (self.working.bits(tensor).astype(np.uint32) << 16).view(np.float32)
+            self.working.write(Part(tensor, 0, values), Threads(1))
+            self.weights[tensor.name] = (self.working.part(tensor).data.astype(np.uint32) << 16).view(np.float32)
         os.close(descriptor)  # the map stays
 
     def perturbed(self, perturbation: Perturbation, sign: int) -> dict[str, torch.Tensor]:
@@ -129,8 +131,9 @@ class Tiny:
         return np.stack([self.hugging_face(self.perturbed(perturbation, sign), batch, dtype) for sign in perturbation.signs])
 
     def score(self, perturbation, batch, compute=torch.float32, threads=1, micro_batch=3, pass_samples=None) -> np.ndarray:
-        model = PerturbedModel(skeleton(self.config), self.layout, self.working, compute, Threads(threads), micro_batch)
-        return model.score(perturbation, batch, pass_samples or len(batch.lengths))
+        model = PerturbedModel(skeleton(self.config), self.layout, self.working, compute, Lanes(1, threads), micro_batch)
+        (scores,) = model.score([perturbation], batch, pass_samples or len(batch.lengths))
+        return scores
 
 
 def close(found: np.ndarray, expected: np.ndarray, tolerance: float = 1e-5) -> bool:
@@ -237,16 +240,17 @@ def test_members_together_and_alone_have_the_same_bits(qwen3):
 
 def test_a_model_scores_the_same_again_after_another_perturbation(qwen3):
     batch = batch_of()
-    model = PerturbedModel(skeleton(qwen3.config), qwen3.layout, qwen3.working, torch.float32, Threads(1), 3)
-    first = model.score(BOTH, batch, 6)
-    model.score(UNPERTURBED, batch_of([30, 2]), 6)
-    assert model.score(BOTH, batch, 6).tobytes() == first.tobytes()
+    model = PerturbedModel(skeleton(qwen3.config), qwen3.layout, qwen3.working, torch.float32, Lanes(1, 1), 3)
+    (first,) = model.score([BOTH], batch, 6)
+    model.score([UNPERTURBED], batch_of([30, 2]), 6)
+    (again,) = model.score([BOTH], batch, 6)
+    assert again.tobytes() == first.tobytes()
 
 
 def test_scoring_changes_no_weight(qwen3):
-    before = {tensor.name: qwen3.working.bits(tensor).copy() for tensor in qwen3.layout.tensors}
+    before = {tensor.name: qwen3.working.part(tensor).data.copy() for tensor in qwen3.layout.tensors}
     qwen3.score(BOTH, batch_of(), torch.bfloat16)
-    assert all(np.array_equal(qwen3.working.bits(tensor), before[tensor.name]) for tensor in qwen3.layout.tensors)
+    assert all(np.array_equal(qwen3.working.part(tensor).data, before[tensor.name]) for tensor in qwen3.layout.tensors)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma2", "granite", "gpt2"])
@@ -254,7 +258,7 @@ def test_scoring_changes_no_weight(qwen3):
 def test_blocks_of_the_vocabulary_add_up(monkeypatch, name, tied):
     tiny, batch = Tiny(config_of(name, tied)), batch_of()
     whole = tiny.score(BOTH, batch)
-    monkeypatch.setattr(forward, "VOCABULARY_BLOCK", 64)
+    monkeypatch.setattr(doors, "VOCABULARY_BLOCK", 64)
     blocks = tiny.score(BOTH, batch)
     assert close(blocks, whole)
     assert close(blocks, tiny.reference(BOTH, batch))
@@ -268,7 +272,7 @@ def test_a_head_with_a_bias(monkeypatch, tied):
     assert any(tensor.name == "lm_head.bias" for tensor in tiny.layout.tensors)
     expected = tiny.reference(BOTH, batch)
     assert close(tiny.score(BOTH, batch), expected)
-    monkeypatch.setattr(forward, "VOCABULARY_BLOCK", 64)
+    monkeypatch.setattr(doors, "VOCABULARY_BLOCK", 64)
     assert close(tiny.score(BOTH, batch), expected)
 
 
@@ -295,15 +299,17 @@ def test_in_bf16_it_is_what_hugging_face_makes_in_bf16(name):
 
 
 def scratch_bits(tiny: Tiny, compute: torch.dtype, threads: int) -> dict[str, list[bytes]]:
-    scratch = Scratch(tiny.working, compute, Threads(threads))
-    scratch.perturbation = BOTH
+    scratch = Scratch(compute, Threads(threads))
     out = {}
     for tensor in tiny.layout.tensors:
-        made = [members["x"].clone() for members in scratch.tensors({"x": tensor})]
+        part = tiny.working.part(tensor)
+        made = [members["x"].clone() for members in scratch.tensors(BOTH, {"x": part})]
         if len(tensor.shape) == 2:
             rows = np.arange(tensor.shape[0])
-            assert all(torch.equal(a, b) for a, b in zip(made, scratch.rows(tensor, rows), strict=True))
-            assert all(torch.equal(a[3:9], b) for a, b in zip(made, scratch.block(tensor, 3, 6), strict=True))
+            by_rows = scratch.rows(BOTH, tensor, rows, *tiny.working.rows(tensor, rows))
+            assert all(torch.equal(a, b) for a, b in zip(made, by_rows, strict=True))
+            block = Part(tensor, 3 * tensor.width, part.data[3 * tensor.width : 9 * tensor.width], part.scales)
+            assert all(torch.equal(a[3:9], b) for a, b in zip(made, scratch.block(BOTH, block), strict=True))
         out[tensor.name] = [t.contiguous().view(torch.uint8).numpy().tobytes() for t in made]
     return out
 
@@ -366,7 +372,7 @@ def test_a_model_without_a_linear_head_is_refused(monkeypatch):
     model = skeleton(tiny.config)
     monkeypatch.setattr(type(model), "get_output_embeddings", lambda self: None)
     with pytest.raises(UserError, match="Qwen3ForCausalLM"):
-        PerturbedModel(model, tiny.layout, tiny.working, torch.float32, Threads(1), 1)
+        PerturbedModel(model, tiny.layout, tiny.working, torch.float32, Lanes(1, 1), 1)
 
 
 def test_logits_changed_in_an_unknown_way_are_refused(monkeypatch):
@@ -381,4 +387,4 @@ def test_logits_changed_in_an_unknown_way_are_refused(monkeypatch):
 
     monkeypatch.setattr(type(model), "forward", odd)
     with pytest.raises(UserError, match="Gemma2ForCausalLM"):
-        PerturbedModel(model, tiny.layout, tiny.working, torch.float32, Threads(1), 1)
+        PerturbedModel(model, tiny.layout, tiny.working, torch.float32, Lanes(1, 1), 1)

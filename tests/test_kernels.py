@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from es_lite.algorithm import kernels, noise
+from es_lite.algorithm import formats, kernels, noise
 from es_lite.algorithm.jit import Threads
 
 PLACE = {"seed": 0xFEDCBA9876543210, "step": 11, "pair": 4, "tensor": 290}
@@ -94,81 +94,11 @@ def test_perturb_rows_is_perturb_of_those_rows(width, dtype, both):
     matrix = weights(60 * width).reshape(60, width)
     rows = np.array([0, 59, 3, 4, 3], np.int64)
     plus, minus = np.empty((5, width), dtype), np.empty((5, width), dtype)
-    kernels.perturb_rows(plus, minus if both else None, matrix, rows, **PLACE, sigma=SIGMA)
+    kernels.perturb_rows(plus, minus if both else None, matrix[rows], rows, **PLACE, sigma=SIGMA)
     epsilon = noise.gaussian(**PLACE, start=0, count=60 * width).reshape(60, width)[rows]
     assert same_bits(plus, expected(matrix[rows].ravel(), epsilon.ravel(), SIGMA, dtype).reshape(5, width))
     if both:
         assert same_bits(minus, expected(matrix[rows].ravel(), epsilon.ravel(), -SIGMA, dtype).reshape(5, width))
-
-
-def advanced(theta: np.ndarray, start: int, pairs, coefficients: np.ndarray, decay: float) -> np.ndarray:
-    """What `kernels.advance` promises, one float32 operation at a time."""
-    total = np.zeros(theta.size, np.float32)
-    for pair, coefficient in zip(pairs, coefficients, strict=True):
-        term = coefficient * noise.gaussian(**PLACE | {"pair": int(pair)}, start=start, count=theta.size)
-        assert term.dtype == np.float32
-        total = total + term
-    shrunk = theta - np.float32(decay) * theta
-    return shrunk + total
-
-
-PAIRS = np.array([0, 1, 2, 5, 6, 40, 2**32 - 1], np.uint32)
-COEFFICIENTS = np.array([1e-4, -3.3e-4, 2.7e-3, 1e-9, -0.11, 5e-5, 0.037], np.float32)
-
-
-def run_advance(theta, start=0, pairs=PAIRS, coefficients=COEFFICIENTS, decay=0.0, threads=None, least=1000):
-    place = {name: PLACE[name] for name in ("seed", "step", "tensor")}
-
-    def work(low, high):
-        part = theta[low:high]
-        kernels.advance(part, **place, pairs=pairs, coefficients=coefficients, decay=decay, start=start + low)
-
-    (threads or Threads(1)).each(theta.size, work, least=least)
-    return theta
-
-
-def thetas(count: int) -> np.ndarray:
-    return 0.05 * np.random.default_rng(count + 1).standard_normal(count, np.float32)
-
-
-@STARTS
-@LENGTHS
-@pytest.mark.parametrize("decay", [0.0, 1.7e-3])
-def test_advance(start, length, decay):
-    theta = thetas(length)
-    assert same_bits(run_advance(theta.copy(), start, decay=decay), advanced(theta, start, PAIRS, COEFFICIENTS, decay))
-
-
-def test_advance_sums_in_the_order_given():
-    theta = thetas(5003)
-    there = run_advance(theta.copy())
-    back = run_advance(theta.copy(), pairs=PAIRS[::-1].copy(), coefficients=COEFFICIENTS[::-1].copy())
-    assert same_bits(back, advanced(theta, 0, PAIRS[::-1], COEFFICIENTS[::-1], 0))
-    assert not same_bits(there, back)
-    assert np.allclose(there, back, rtol=0, atol=1e-6)
-
-
-def test_advance_sums_the_members_before_it_touches_theta():
-    theta = thetas(5003)
-    one_by_one = theta.copy()
-    for i in range(PAIRS.size):
-        run_advance(one_by_one, pairs=PAIRS[i : i + 1], coefficients=COEFFICIENTS[i : i + 1])
-    assert not same_bits(one_by_one, run_advance(theta.copy()))
-
-
-def test_advance_is_not_fused():
-    """As above: with a fused multiply-add, these numbers would come out otherwise."""
-    theta, total = thetas(5003), np.zeros(5003, np.float32)
-    for pair, coefficient in zip(PAIRS, COEFFICIENTS, strict=True):
-        epsilon = noise.gaussian(**PLACE | {"pair": int(pair)}, start=0, count=5003)
-        total = (total.astype(np.float64) + np.float64(coefficient) * epsilon).astype(np.float32)
-    assert not same_bits(theta + total, advanced(theta, 0, PAIRS, COEFFICIENTS, 0))
-
-
-def test_advance_without_pairs_only_decays():
-    theta = thetas(3000)
-    none = np.empty(0, np.uint32), np.empty(0, np.float32)
-    assert same_bits(run_advance(theta.copy(), pairs=none[0], coefficients=none[1], decay=0.25), theta - np.float32(0.25) * theta)
 
 
 @STARTS
@@ -188,19 +118,11 @@ def test_fill_by_one_is_the_noise_itself_at_the_ends_of_every_coordinate():
             assert same_bits(out, noise.gaussian(**place, start=2**33 + 5, count=3001))
 
 
-def test_to_bf16_rounds_to_nearest_and_ties_to_even():
-    low = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
-    values = ((np.arange(65536, dtype=np.uint32)[:, None] << 16) + low).ravel().view(np.float32)
-    values = np.ascontiguousarray(values[np.isfinite(values)])
-    out = np.empty(values.size, np.uint16)
-    kernels.to_bf16(out, values)
-    assert same_bits(out, bf16_bits(values))
-
-
 @LENGTHS
 def test_to_bf16_of_any_length(length):
-    values, out = thetas(length), np.empty(length, np.uint16)
-    kernels.to_bf16(out, values)
+    values = 0.05 * np.random.default_rng(length).standard_normal(length, np.float32)
+    out = np.empty(length, np.uint16)
+    formats.to_bf16(out, values)
     assert same_bits(out, bf16_bits(values))
 
 
@@ -220,27 +142,3 @@ def test_the_bits_do_not_depend_on_the_threads(count, dtype):
     epsilon = noise.gaussian(**PLACE, start=3, count=size)
     assert same_bits(plus, expected(base, epsilon, SIGMA, dtype))
     assert same_bits(minus, expected(base, epsilon, -SIGMA, dtype))
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 5])
-def test_advance_does_not_depend_on_the_threads(count):
-    theta = thetas(20_011)
-    out = run_advance(theta.copy(), 5, decay=1e-3, threads=Threads(count), least=999)
-    assert same_bits(out, advanced(theta, 5, PAIRS, COEFFICIENTS, 1e-3))
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 7])
-@pytest.mark.parametrize("size", [0, 1, 99, 100, 199, 200, 201, 699, 700, 1000, 1001])
-def test_threads_cover_each_element_once(count, size):
-    times = np.zeros(size, int)
-    Threads(count).each(size, lambda low, high: np.add.at(times, np.arange(low, high), 1), least=100)
-    assert (times == 1).all()
-
-
-def test_what_a_thread_raises_is_raised():
-    def work(low, high):
-        if low:
-            raise RuntimeError("in the second part")
-
-    with pytest.raises(RuntimeError, match="in the second part"):
-        Threads(2).each(1000, work, least=10)

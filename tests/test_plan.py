@@ -41,11 +41,16 @@ def planned(*overrides: str) -> plan.Plan:
 
 def test_workers_on_auto_are_as_many_as_fit(monkeypatch):
     monkeypatch.setattr(plan.system, "cores", lambda: 8)
-    least = sum(planned("workers.count=1").memory.values())
-    most = sum(planned("workers.count=8").memory.values())
+    resident = "memory.residency=resident"
+    least = sum(planned(resident, "workers.count=1").memory.values())
+    most = sum(planned(resident, "workers.count=8").memory.values())
     for limit, expected in ((most, 8), (most - 1, 7), (least, 1), (least - 1, 1)):
         monkeypatch.setattr(plan.system, "memory_limit", lambda _, limit=limit: MemoryLimit(limit, "the test"))
-        assert planned().workers == expected
+        assert planned(resident).workers == expected
+        streamed = limit < least  # left to "auto", what does not fit is streamed
+        assert planned().streamed == streamed
+        if not streamed:
+            assert planned().workers == expected
 
 
 def test_no_more_workers_than_tasks(monkeypatch):

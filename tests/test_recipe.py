@@ -29,9 +29,9 @@ DEFAULTS = {
         "groups": (),
     },
     "noise": {"kind": "gaussian", "shared": False},
-    "workers": {"count": "auto", "threads": "auto", "deadline": 0.0, "compute": "auto"},
+    "workers": {"count": "auto", "threads": "auto", "deadline": 0.0, "compute": "auto", "device": "cpu"},
     "memory": {"limit": "", "weights": "bf16", "master": "fp32", "residency": "auto"},
-    "eval": {"path": "", "fraction": 0.05, "every": 0, "samples": 64},
+    "eval": {"path": "", "fraction": 0.05, "every": 0, "samples": 64, "best": True},
     "log": {"tensorboard": True},
 }
 

@@ -10,8 +10,8 @@ from transformers import AutoConfig
 from es_lite.algorithm import noise
 from es_lite.algorithm import record as records
 from es_lite.algorithm.jit import Threads
-from es_lite.weights import master
 from es_lite.weights.layout import Layout, Multipliers, layout, skeleton
+from es_lite.weights.stored import Part
 
 SEED, STEP, SIGMA, ALPHA = 2**63 + 12345, 6, 0.04, 0.7
 SCORES = [-3.25, -3.5, -2.0, -9.75, -3.0, -1.25, -3.5, -2.75]
@@ -94,7 +94,7 @@ def test_a_step_is_the_papers_formula(shaping, scale, antithetic, groups, weight
             formula = (tensor, number, scores, shaping, scale, antithetic, groups, weight_decay)
             expected = moved(theta.astype(np.float64), *formula)
             found = theta.copy()
-            master.advance(found, tensor, 0, [record], Threads(1))
+            Part(tensor, 0, found).advance([record], Threads(1))
             assert found.dtype == np.float32
             if "q_proj" in tensor.name and groups:
                 assert np.array_equal(found, theta)
@@ -102,7 +102,7 @@ def test_a_step_is_the_papers_formula(shaping, scale, antithetic, groups, weight
             assert relative_error(found, expected) < 1e-6
             # The movement itself, where θ is 0 and does not hide it.
             step = np.zeros(tensor.size, np.float32)
-            master.advance(step, tensor, 0, [record], Threads(1))
+            Part(tensor, 0, step).advance([record], Threads(1))
             assert relative_error(step, moved(np.zeros(tensor.size), *formula)) < 1e-6
 
 
@@ -128,7 +128,7 @@ def test_steps_follow_one_another_each_with_its_own_sizes_and_noise():
         expected = theta.astype(np.float64)
         for t, scores, alpha, sigma in steps:
             expected = moved(expected, tensor, number, scores, "zscore", "nes", True, GROUPS, 0.02, alpha, sigma, t)
-        master.advance(theta, tensor, 0, history, Threads(1))
+        Part(tensor, 0, theta).advance(history, Threads(1))
         assert relative_error(theta, expected) < 1e-6
 
 
@@ -139,17 +139,17 @@ def test_steps_at_once_or_one_by_one_in_slices_or_threads_have_the_same_bits():
     )
     theta = start(tensor)
     together = theta.copy()
-    master.advance(together, tensor, 0, history, Threads(1))
+    Part(tensor, 0, together).advance(history, Threads(1))
     assert not np.array_equal(together, theta)
 
     one_by_one = theta.copy()
     for record in history:
-        master.advance(one_by_one, tensor, 0, [record], Threads(2))
+        Part(tensor, 0, one_by_one).advance([record], Threads(2))
     assert one_by_one.tobytes() == together.tobytes()
 
     sliced = theta.copy()
     for low in range(0, theta.size, 33_333):
-        master.advance(sliced[low : low + 33_333], tensor, low, history, Threads(2))
+        Part(tensor, low, sliced[low : low + 33_333]).advance(history, Threads(2))
     assert sliced.tobytes() == together.tobytes()
 
 
@@ -158,14 +158,14 @@ def test_equal_scores_move_nothing_but_the_decay():
     for weight_decay in (0.0, 0.02):
         theta = start(tensor)
         before = theta.copy()
-        master.advance(theta, tensor, 0, [make(0, [-2.5] * 8, weight_decay=weight_decay)], Threads(1))
+        Part(tensor, 0, theta).advance([make(0, [-2.5] * 8, weight_decay=weight_decay)], Threads(1))
         assert np.array_equal(theta, before - np.float32(ALPHA * weight_decay) * before)
 
 
 def test_a_better_member_is_moved_towards_and_a_worse_one_away_from():
     tensor = layout_of().tensors[0]
     theta = np.zeros(tensor.size, np.float32)
-    master.advance(theta, tensor, 0, [make(STEP, [1.0, 0.0, 0.0, 1.0], weight_decay=0.0)], Threads(1))
+    Part(tensor, 0, theta).advance([make(STEP, [1.0, 0.0, 0.0, 1.0], weight_decay=0.0)], Threads(1))
     better, worse = (noise.gaussian(SEED, STEP, pair, 0, 0, theta.size) for pair in (0, 1))
     assert theta @ better > 0 > theta @ worse
 
@@ -180,7 +180,7 @@ def test_the_update_is_the_gradient_of_a_linear_score():
         along = float(g @ noise.gaussian(SEED, 0, pair, tensor.number, 0, tensor.size)) * SIGMA
         scores += [along, -along]
     theta = np.zeros(tensor.size, np.float32)
-    master.advance(theta, tensor, 0, [make(0, scores, weight_decay=0.0, alpha=1.0)], Threads(1))
+    Part(tensor, 0, theta).advance([make(0, scores, weight_decay=0.0, alpha=1.0)], Threads(1))
     assert theta @ g / np.linalg.norm(theta) / np.linalg.norm(g) > 0.99
     # The z-score of g·σε is g·ε/|g|, and α/σ · E[(g·ε/|g|) ε] = α/σ · g/|g|.
     assert np.linalg.norm(theta) == pytest.approx(1 / SIGMA, rel=0.03)

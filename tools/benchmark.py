@@ -24,13 +24,14 @@ import numpy as np
 import torch
 
 from es_lite import system
-from es_lite.algorithm import kernels
+from es_lite.algorithm import kernels, update
 from es_lite.data import Batch
 from es_lite.runs.origin import Origin
 from es_lite.scoring.forward import PerturbedModel
+from es_lite.scoring.lanes import Lanes
 from es_lite.scoring.perturb import UNPERTURBED, Perturbation
 from es_lite.weights import working
-from es_lite.weights.master import slices
+from es_lite.weights.stored import Part, slices
 
 REPEATS = 5
 
@@ -69,7 +70,7 @@ def noise(arguments: argparse.Namespace) -> None:
         "an antithetic pair": (2, lambda: kernels.perturb(plus, minus, weights, sigma=1e-3, **place)),
         "update, 4 pairs": (
             4,
-            lambda: kernels.advance(theta, seed=1, step=2, tensor=4, pairs=pairs, coefficients=coefficients, decay=0.0),
+            lambda: update.advance(theta, seed=1, step=2, tensor=4, pairs=pairs, coefficients=coefficients, decay=0.0),
         ),
     }
     for name, (count, work) in cases.items():
@@ -78,17 +79,16 @@ def noise(arguments: argparse.Namespace) -> None:
 
 def scoring(arguments: argparse.Namespace) -> None:
     """Matrix FLOP/s of scoring (2 a weight a token, attention left out) over the GEMM rate of 2048×1024×4096."""
-    torch.set_num_threads(arguments.threads)
-    threads = kernels.Threads(arguments.threads)
+    lanes = Lanes(1, arguments.threads)
     origin = Origin(path="", config=arguments.config, seed=0, groups=(), nes=False, shared_noise=False)
     model, layout = origin.skeleton()
-    copy = working.WorkingCopy(layout, working.allocate(layout))
-    theta_0 = origin.source(model, layout)
-    for layer in layout.layers:
-        for tensor, start, count in slices(layer):
-            copy.write(tensor, start, theta_0.read(tensor, start, count))
+    copy = working.WorkingCopy(layout, "bf16", working.allocate(layout, "bf16"))
+    theta_0 = origin.source(model, layout, lanes.threads)
+    for tensor in layout.tensors:
+        for start, count in slices(tensor):
+            copy.write(Part(tensor, start, theta_0.read(tensor, start, count)), lanes.threads)
     compute = {"bf16": torch.bfloat16, "fp32": torch.float32}[system.compute_dtype("auto")]
-    scorer = PerturbedModel(model, layout, copy, compute, threads, arguments.micro_batch)
+    scorer = PerturbedModel(model, layout, copy, compute, lanes, arguments.micro_batch)
     samples, length = arguments.tokens // 256, 256
     tokens = np.random.default_rng(0).integers(0, 8192, (samples, length)).astype(np.int32)
     batch = Batch(tokens, np.full(samples, length, np.int32))
@@ -105,7 +105,7 @@ def scoring(arguments: argparse.Namespace) -> None:
         for _ in range(arguments.repeats):
             gemm = gemm_flops / statistics.median(seconds_of(lambda: torch.nn.functional.linear(a, b), 20))
             start = time.perf_counter()
-            scorer.score(perturbation, batch, samples)
+            scorer.score([perturbation], batch, samples)
             rates.append(members * flops / (time.perf_counter() - start) / 1e9)
             ratios.append(rates[-1] * 1e9 / gemm)
         print(row(f"{name}, {arguments.tokens} tokens a member", rates, "GFLOP/s"))

@@ -1,0 +1,161 @@
+"""Tiny models in layers' files: layouts, θ₀ as arrays, records, and what a layer holds after them, in plain numpy."""
+
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import plain
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, PretrainedConfig
+
+from es_lite.algorithm.jit import Threads
+from es_lite.algorithm.record import Record
+from es_lite.weights import store, working
+from es_lite.weights.layerfile import LayerFile
+from es_lite.weights.layout import Layer, Layout, Multipliers, Tensor, layout, skeleton
+from es_lite.weights.stored import Storage, dtype_of
+from es_lite.weights.working import WorkingCopy
+
+STORAGES: tuple[Storage, ...] = ("fp32", "bf16", "int8")
+ALONE = Threads(1)
+
+QWEN3 = {
+    "vocab_size": 1001,
+    "hidden_size": 40,
+    "intermediate_size": 56,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+}
+GPT2 = {"vocab_size": 301, "n_embd": 40, "n_layer": 2, "n_head": 4, "n_positions": 24, "bos_token_id": 0, "eos_token_id": 0}
+GROUPS = (Multipliers("k_proj|ln_2", 0, 0), Multipliers("norm|ln_f", 0.5, 1), Multipliers("mlp", 1, 0.75))
+"""Frozen tensors, and multipliers."""
+
+
+def config_of(name: str) -> PretrainedConfig:
+    """name: "tied", "untied" (Qwen 3) or "gpt2", whose embedding's layer has a matrix of positions too."""
+    kind, keys = ("gpt2", GPT2) if name == "gpt2" else ("qwen3", QWEN3)
+    return AutoConfig.for_model(kind, **keys, pad_token_id=None, tie_word_embeddings=name != "untied")
+
+
+@functools.cache
+def layout_of(name: str) -> Layout:
+    return layout(skeleton(config_of(name)), GROUPS)
+
+
+class Arrays:
+    """θ₀ in memory: matrices with rows of many sizes, one of zeros."""
+
+    def __init__(self, layout: Layout) -> None:
+        random = np.random.default_rng(1)
+        self.values: dict[str, np.ndarray] = {}
+        self.opened = 0
+        for tensor in layout.tensors:
+            values = 0.1 * random.standard_normal((tensor.rows, tensor.width), np.float32)
+            if len(tensor.shape) > 1:
+                values *= np.geomspace(0.5, 2, tensor.rows, dtype=np.float32)[:, None]
+                values[3] = 0
+            else:
+                values += 1
+            self.values[tensor.name] = values.ravel()
+
+    def read(self, tensor: Tensor, start: int, count: int) -> np.ndarray:
+        return self.values[tensor.name][start : start + count].copy()
+
+    def fingerprint(self) -> str:
+        return "arrays"
+
+    def open(self) -> "Arrays":
+        self.opened += 1
+        return self
+
+
+def records(count: int) -> list[Record]:
+    """Of every kind: single members and pairs, with a decay and without, with members that do not count."""
+    out = []
+    for step in range(count):
+        coefficients = 2e-3 * np.random.default_rng(step).standard_normal(6).astype(np.float32)
+        coefficients[step % 6] = 0
+        decay = float(np.float32(1e-2 if step % 3 else 0))
+        out.append(Record(step, 2**63 + step // 2, 1e-2, bool(step % 2), decay, tuple(float(c) for c in coefficients)))
+    return out
+
+
+def expected(layer: Layer, theta_0: Arrays, storage: Storage, history: Sequence[Record]) -> dict[str, tuple]:
+    """Each tensor's elements and scales after the records of `history`, by name."""
+    out = {}
+    for tensor in layer.tensors:
+        stored, scales = plain.stored_as(dtype_of(tensor, storage), theta_0.values[tensor.name], tensor.width)
+        for record in history:
+            coefficients = np.array(record.coefficients, np.float32)
+            if record.antithetic:
+                coefficients = coefficients[::2] - coefficients[1::2]
+            coefficients *= np.float32(tensor.coefficient)
+            decay = np.float32(record.decay) * np.float32(tensor.alpha)
+            if coefficients.any() or decay:
+                pairs = np.arange(coefficients.size)
+                place = {"seed": record.seed, "step": record.step, "tensor": tensor.number}
+                stored, scales = plain.advanced(stored, scales, **place, pairs=pairs, coefficients=coefficients, decay=decay)
+        out[tensor.name] = stored, scales
+    return out
+
+
+def contents(file: LayerFile) -> tuple[dict[str, tuple], dict[str, str]]:
+    """The same from the file, and its metadata, as the safetensors library reads it."""
+    with safe_open(file.path, framework="pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        metadata = opened.metadata()
+    out = {}
+    for name in [name for name in tensors if not name.endswith(".SCB")]:
+        value = tensors[name]
+        scales = tensors.get(name.removesuffix("weight") + "SCB", torch.zeros(0))
+        out[name] = (value.view(torch.uint16) if value.dtype == torch.bfloat16 else value).numpy().ravel(), scales.numpy()
+    return out, metadata
+
+
+def same(found: dict[str, tuple], wanted: dict[str, tuple]) -> bool:
+    return found.keys() == wanted.keys() and all(
+        plain.same_bits(a, b) for name, pair in wanted.items() for a, b in zip(found[name], pair, strict=True)
+    )
+
+
+def files_of(folder: Path, layout: Layout, storage: Storage) -> list[LayerFile]:
+    folder.mkdir(exist_ok=True)
+    return [LayerFile(folder, layer, storage) for layer in layout.layers]
+
+
+def written(folder: Path, layout: Layout, storage: Storage, step: int = 0) -> list[LayerFile]:
+    """All layers' files at `step`, from θ₀."""
+    files, theta_0 = files_of(folder, layout, storage), Arrays(layout)
+    for file in files:
+        store.bring_level(file, theta_0.open, records(step), step, None, ALONE)
+    return files
+
+
+@contextmanager
+def working_copy(layout: Layout, storage: Storage) -> Iterator[WorkingCopy]:
+    descriptor = working.allocate(layout, storage)
+    try:
+        yield WorkingCopy(layout, storage, descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def bits_of(files: Sequence[LayerFile]) -> dict[str, bytes]:
+    """Every file of the directory, also what should not be there."""
+    return {path.name: path.read_bytes() for path in sorted(files[0].path.parent.iterdir())}
+
+
+def flip(path: Path, position: int, bit: int = 0) -> None:
+    """Changes one bit of a file."""
+    with path.open("r+b") as file:
+        file.seek(position)
+        (byte,) = file.read(1)
+        file.seek(position)
+        file.write(bytes([byte ^ 1 << bit]))

@@ -11,9 +11,9 @@ from es_lite.recipe import Recipe
 from es_lite.runs.origin import Origin
 from es_lite.scoring.doors import VOCABULARY_BLOCK
 from es_lite.weights import working
+from es_lite.weights.conveyor import BUFFERS, buffer_bytes, cut
 from es_lite.weights.layout import Layout
 from es_lite.weights.stored import SLICE, Storage, dtype_of
-from es_lite.weights.stream import BUFFERS, buffer_bytes, cut
 
 PROCESS_BYTES = 420 * 2**20
 """Private memory of a process that has loaded python, torch, transformers and numba, and run a model (measured)."""

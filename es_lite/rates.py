@@ -54,22 +54,22 @@ def disk_rates(folder: Path) -> tuple[float, float]:
     place = folder.absolute()
     existing = next(parent for parent in (place, *place.parents) if parent.is_dir())
     size = 16 * 2**20
-    with tempfile.TemporaryDirectory(prefix=".es_lite-", dir=existing) as temporary, mmap.mmap(-1, size) as memory:
+    view = memoryview(mmap.mmap(-1, size))
+    with tempfile.TemporaryDirectory(prefix=".es_lite-", dir=existing) as temporary:
         path = Path(temporary) / "rate"
-        with memoryview(memory) as view:
 
-            def each(flags: int, act: Callable[[int, int], object]) -> float:
-                descriptor = open_direct(path, flags)
-                start = time.perf_counter()
-                for offset in range(0, DISK_BYTES, size):
-                    act(descriptor, offset)
-                os.fsync(descriptor)
-                seconds = time.perf_counter() - start
-                os.close(descriptor)
-                return DISK_BYTES / seconds
+        def each(flags: int, act: Callable[[int, int], object]) -> float:
+            descriptor = open_direct(path, flags)
+            start = time.perf_counter()
+            for offset in range(0, DISK_BYTES, size):
+                act(descriptor, offset)
+            os.fsync(descriptor)
+            seconds = time.perf_counter() - start
+            os.close(descriptor)
+            return DISK_BYTES / seconds
 
-            write = each(os.O_WRONLY | os.O_CREAT, lambda descriptor, offset: write_fully(descriptor, view, offset))
-            read = each(os.O_RDONLY, lambda descriptor, offset: os.preadv(descriptor, [view], offset))
+        write = each(os.O_WRONLY | os.O_CREAT, lambda descriptor, offset: write_fully(descriptor, view, offset))
+        read = each(os.O_RDONLY, lambda descriptor, offset: os.preadv(descriptor, [view], offset))
     return read, write
 
 

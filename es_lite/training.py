@@ -247,8 +247,8 @@ class Training:
             task = Score(perturbations, batch, samples, records, self.done)
             passes = -(-len(batch.lengths) // samples)
             moved = self.layout.size * (passes * (members + 1) + (len(records) + 1) * self.recipe.es.population)
-            progress = self.console.parameters(what, passes * self.layout.size)
-            (values,) = self.pool.map([task], work + moved / SLOWEST_NOISE, lambda index: None, progress)
+            with self.console.parameters(what, passes * self.layout.size) as progress:
+                (values,) = self.pool.map([task], work + moved / SLOWEST_NOISE, lambda index: None, progress)
             self.standing = self.done
             return values
         # A perturbation at a time; where there is only one, its samples are cut for all workers.

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,14 +14,25 @@ from transformers import AutoConfig, PretrainedConfig
 
 from es_lite.algorithm.jit import Threads
 from es_lite.algorithm.record import Record
+from es_lite.scoring.perturb import Weights
 from es_lite.weights import store, working
 from es_lite.weights.layerfile import LayerFile
 from es_lite.weights.layout import Layer, Layout, Multipliers, Tensor, layout, skeleton
-from es_lite.weights.stored import Storage, dtype_of
+from es_lite.weights.stored import Part, Storage, dtype_of
+from es_lite.weights.stream import Stream
 from es_lite.weights.working import WorkingCopy
 
 STORAGES: tuple[Storage, ...] = ("fp32", "bf16", "int8")
 ALONE = Threads(1)
+
+COMBINATIONS = [("fp32", "bf16"), ("fp32", "int8"), ("bf16", "bf16"), ("int8", "int8")]
+"""What layers are stored as, and what they are scored from."""
+
+BLOCK = 32
+"""Rows of the head that are asked for at a time."""
+
+ROWS = np.array([0, 3, 4, 77, 255, 256, 300], np.int64)
+"""Of the embedding, that a batch uses."""
 
 QWEN3 = {
     "vocab_size": 1001,
@@ -159,3 +170,49 @@ def flip(path: Path, position: int, bit: int = 0) -> None:
         (byte,) = file.read(1)
         file.seek(position)
         file.write(bytes([byte ^ 1 << bit]))
+
+
+def streamed(files: Sequence[LayerFile], layout: Layout, working: str, step: int, direct: bool = False, progress=None):
+    made = Stream(files, layout, working, Threads(2), direct, progress or (lambda parameters: None))
+    made.target(records(step), step)
+    return made
+
+
+def seen(part: Part) -> tuple:
+    """All that a door can use of a part, copied."""
+    first, count = part.start // max(1, part.tensor.width), part.data.size // max(1, part.tensor.width)
+    scales = part.scales[first : first + count] if part.scales.size else part.scales
+    return part.tensor, part.start, part.data.dtype, part.data.tobytes(), scales.tobytes()
+
+
+def asked(weights: Weights, layout: Layout, at: Callable[[str], None] = lambda layer: None) -> Iterator[tuple]:
+    """What the doors ask for in a pass, in their order."""
+    first, final = layout.layers[0], layout.layers[-1]
+    with weights.passing():
+        with weights.opened(first):
+            for tensor in first.tensors:
+                yield (
+                    tuple(map(np.ndarray.tobytes, weights.rows(tensor, ROWS)))
+                    if tensor.vocabulary
+                    else seen(weights.part(tensor))
+                )
+        at(first.name)
+        for layer in layout.blocks:
+            with weights.opened(layer):
+                yield from (seen(weights.part(tensor)) for tensor in layer.tensors)
+                at(layer.name)
+                yield from (seen(weights.part(tensor)) for tensor in layer.tensors[::-1])
+        with weights.opened(final):
+            yield from (seen(weights.part(tensor)) for tensor in final.tensors if not tensor.vocabulary)
+            head = next(tensor for tensor in (*final.tensors, *first.tensors) if tensor.vocabulary)
+            yield from (seen(block) for block in weights.blocks(head, BLOCK))
+        at(final.name)
+
+
+def resident(folder: Path, layout: Layout, storage: str, working: str, step: int) -> tuple[list[tuple], dict[str, bytes]]:
+    """What a working copy gives at `step`, and the files then."""
+    files, theta_0 = written(folder, layout, storage, step), Arrays(layout)
+    with working_copy(layout, working) as copy:
+        for file in files:
+            store.bring_level(file, theta_0.open, [], step, copy, ALONE)
+        return list(asked(copy, layout)), bits_of(files)

@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from layers import ALONE, Arrays, bits_of, config_of, layout_of, records, working_copy, written
+from layers import ALONE, COMBINATIONS, Arrays, bits_of, config_of, layout_of, records, working_copy, written
 
 from es_lite.data import Batch
 from es_lite.scoring import doors
 from es_lite.scoring.forward import PerturbedModel
 from es_lite.scoring.lanes import Lanes
 from es_lite.scoring.perturb import UNPERTURBED, Perturbation, Weights
-from es_lite.weights import store, stream
+from es_lite.weights import conveyor, store, stream
 from es_lite.weights.layout import skeleton
 
 STEPS = 2
@@ -24,7 +24,6 @@ PERTURBATIONS = (
     Perturbation(seed=5, step=8, pair=2, sigma=0.01, signs=(-1,)),
     UNPERTURBED,
 )
-COMBINATIONS = [("fp32", "bf16"), ("fp32", "int8"), ("bf16", "bf16"), ("int8", "int8")]
 TYPES = pytest.mark.parametrize(("storage", "working"), COMBINATIONS, ids=map("-".join, COMBINATIONS))
 COUNTS = pytest.mark.parametrize("count", [1, 2, 3])
 
@@ -32,7 +31,7 @@ COUNTS = pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.fixture(autouse=True)
 def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Lanes set torch's threads. And small blocks, so that the head is many."""
-    monkeypatch.setattr(stream, "VOCABULARY_ROWS", 64)
+    monkeypatch.setattr(conveyor, "VOCABULARY_ROWS", 64)
     monkeypatch.setattr(doors, "VOCABULARY_BLOCK", 32)
     before = torch.get_num_threads()
     yield

@@ -1,10 +1,11 @@
 """What the person at the terminal sees: bars on a terminal, a line a step without one; Ctrl-C once and twice."""
 
+import contextlib
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -53,18 +54,20 @@ class Console:
 
         return done
 
-    def parameters(self, what: str, count: int) -> Callable[[int], None]:
-        """A bar below the main one for `count` parameters that pass; call the result with how many more have."""
-        if not self._live:
-            return lambda passed: None
-        bar = tqdm(total=count, desc=what, leave=False, position=1, dynamic_ncols=True, unit="", unit_scale=True)
-
-        def progress(passed: int) -> None:
-            bar.update(passed)
-            if bar.n >= count:
-                bar.close()
-
-        return progress
+    @contextlib.contextmanager
+    def parameters(self, what: str, count: int) -> Iterator[Callable[[int], None]]:
+        """A bar below the main one for `count` parameters that pass; call what it gives with how many more have."""
+        with tqdm(
+            total=count,
+            desc=what,
+            leave=False,
+            position=1,
+            dynamic_ncols=True,
+            unit="",
+            unit_scale=True,
+            disable=not self._live,
+        ) as bar:
+            yield bar.update
 
     def step(self, metrics: dict[str, Any], steps: int) -> None:
         """A finished step (or the evaluation before the first)."""

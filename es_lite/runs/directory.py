@@ -18,7 +18,7 @@ CHANGEABLE = (
     *("workers.count", "workers.threads", "workers.deadline", "workers.device"),
     *("memory.limit", "memory.residency", "eval.samples", "eval.best", "log."),
 )
-"""Keys that may differ when a run is resumed: none changes what a step means (threads or a GPU may change a score's last bits)."""
+"""Keys that may differ on --resume: none changes what a step means (threads or a GPU may change a score's last bits)."""
 
 LOCK_SECONDS = 5.0
 
@@ -46,7 +46,7 @@ class RunDirectory:
             foreign = "recipe.toml" not in present and not present <= BEFORE_THE_RECIPE
             if foreign or (self.path.exists() and not self.path.is_dir()):
                 raise UserError(f"{self.path}: is there already and is not a run directory; choose another run.dir")
-            self.store.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
             self._lock: IO[str] = (self.path / "lock").open("w")
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror}); choose another run.dir") from None
@@ -56,6 +56,10 @@ class RunDirectory:
             if not self.journal.exists():
                 shutil.rmtree(self.path / "tokenizer", ignore_errors=True)  # of a run that was refused before it began
                 self.keep(recipe)
+            self.store.mkdir(exist_ok=True)
+        except OSError as error:
+            self._lock.close()
+            raise UserError(f"{self.store}: cannot be made ({error.strerror}); choose another run.dir") from None
         except BaseException:
             self._lock.close()
             raise

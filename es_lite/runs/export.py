@@ -1,5 +1,6 @@
 """A Hugging Face folder of the model as it stands: weights, configuration, tokenizer, model card."""
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -27,6 +28,8 @@ class Readable(Protocol):
     def read(self, tensor: Tensor, start: int, count: int) -> np.ndarray:
         """float32 [count]; whole rows."""
         ...
+
+    def close(self) -> None: ...
 
 
 def export(
@@ -87,10 +90,10 @@ def _weights(folder: Path, layout: Layout, open_layer: Callable[[Layer], Readabl
         shapes = {tensor.name: tensor.shape for layer in shard for tensor in layer.tensors}
         with Writer(folder / name, shapes, dtype, {"format": "pt"}) as writer:
             for layer in shard:
-                opened = open_layer(layer)
-                for tensor in layer.tensors:
-                    for start, count in slices(tensor):
-                        writer.write(opened.read(tensor, start, count))
+                with contextlib.closing(open_layer(layer)) as opened:
+                    for tensor in layer.tensors:
+                        for start, count in slices(tensor):
+                            writer.write(opened.read(tensor, start, count))
 
 
 def _shards(layers: Sequence[Layer], itemsize: int) -> list[list[Layer]]:

@@ -203,6 +203,9 @@ class FileReader:
             raise UserError(f"{file.path}: cannot be read ({error.strerror})") from None
         try:
             self.front = file.parse(os.pread(self.descriptor, file.front_bytes, 0), os.fstat(self.descriptor).st_size)
+        except OSError as error:
+            self.close()
+            raise UserError(f"{file.path}: cannot be read ({error.strerror}); {REMEDY}") from None
         except BaseException:
             self.close()
             raise
@@ -249,17 +252,22 @@ class FileWriter:
         front.step = step
         front.checksum = self.file.checksum(self._hash, front)
         data = self.file.front(front)
-        with mmap.mmap(-1, len(data)) as aligned:
-            aligned[:] = data
-            with memoryview(aligned) as view:
-                write_fully(self._descriptor, view, 0)
+        aligned = mmap.mmap(-1, len(data))
+        aligned[:] = data
+        write_fully(self._descriptor, memoryview(aligned), 0)
         os.ftruncate(self._descriptor, self.file.size)
-        os.close(self._descriptor)
+        self._close()
         self._partial.replace(self.file.path)
 
     def discard(self) -> None:
-        os.close(self._descriptor)
+        """Removes what was written; the old file is as it was."""
+        self._close()
         self._partial.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
 def open_direct(path: Path, flags: int) -> int:
@@ -280,9 +288,12 @@ def write_fully(descriptor: int, view: memoryview, position: int) -> None:
 
 
 def read_fully(descriptor: int, view: memoryview, position: int, path: Path) -> None:
-    """Fills `view` from byte `position` on. Raises UserError where the file ends before."""
+    """Fills `view` from byte `position` on. Raises UserError where the file cannot be read, or ends before."""
     while view:
-        got = os.preadv(descriptor, [view], position)
+        try:
+            got = os.preadv(descriptor, [view], position)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from None
         if got == 0:
             raise UserError(f"{path}: ends too soon; {REMEDY}")
         view, position = view[got:], position + got

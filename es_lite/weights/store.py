@@ -184,6 +184,9 @@ class Replayed:
         part.advance(self._records, self._threads)
         return part.float32()
 
+    def close(self) -> None:
+        pass
+
 
 def remove_partial(directory: Path) -> None:
     """Removes what a killed writer left."""

@@ -94,6 +94,6 @@ def advanced(
         return ((values.view(np.uint32) + cut) >> 16).astype(np.uint16), scales
     rows = values.reshape(-1, width)
     scales = grown(scales, np.abs(rows).max(axis=1))
-    up = cut.reshape(rows.shape).astype(np.float32) * np.float32(1 / 65536)
+    up = (cut.reshape(rows.shape).astype(np.float32) + np.float32(0.5)) * np.float32(1 / 65536)
     levels = np.clip(np.floor(rows * factor(scales) + up), -127, 127)
     return levels.astype(np.int8).ravel(), scales

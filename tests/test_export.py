@@ -48,6 +48,9 @@ class Model:
         random = np.random.default_rng(4)
         self.weights = {tensor.name: random.standard_normal(tensor.size, np.float32) for tensor in self.layout.tensors}
 
+    def close(self):
+        pass
+
     def read(self, tensor, start, count):
         return self.weights[tensor.name][start : start + count]
 

@@ -168,12 +168,13 @@ def test_int8_never_leaves_its_levels(sign):
     exact = plain.dequantised(stored, scales, 1) * plain.factor(scales).ravel()
     beyond = 0
     for step in range(4):
-        up = plain.random16(**PLACE | {"step": step}, start=0, count=rows).astype(np.float32) / np.float32(65536)
+        random = plain.random16(**PLACE | {"step": step}, start=0, count=rows).astype(np.float32)
+        up = (random + np.float32(0.5)) / np.float32(65536)
         beyond += int((np.abs(np.floor(exact + up)) > 127).sum())
         out, out_scales = stored.copy(), scales.copy()
         advance(out, out_scales, step=step, **NONE)
         assert (sign * out.astype(int) >= 126).all() and (np.abs(out.astype(int)) <= 127).all()
-    assert sign > 0 or beyond > 0, "nothing was there to be clipped"
+    assert sign < 0 or beyond > 0, "nothing was there to be clipped"
 
 
 def far_below_a_step(kind: str, rows: int) -> tuple[np.ndarray, np.ndarray, int, np.ndarray]:
@@ -236,9 +237,9 @@ def test_a_decay_far_below_a_step_shrinks_the_weights_as_it_should(kind):
         assert abs((moved - asked)[side].sum()) < 5 * deviation < 0.05 * abs(asked[side].sum())
 
 
-def test_an_update_of_nothing_leaves_bf16_as_it_is_and_int8_to_within_2_to_the_minus_16():
-    """bfloat16 is what it stands for, so no random bits carry. int8's levels are float32 products, at times a last bit below
-    a whole number, so that one in 65536 draws may take a level; never more."""
+def test_an_update_of_nothing_leaves_bf16_as_it_is_and_int8_on_average():
+    """bfloat16 is what it stands for, so no random bits carry. int8's levels are float32 products, at times a last bit beside
+    a whole number, so that one in 65536 draws may take or give a level; on average they do neither."""
     tiny = {"coefficients": COEFFICIENTS * np.float32(1e-30)}
     stored, scales = plain.quantised(normal(2**18), 256)
     bits = plain.bf16(normal(2**18))
@@ -248,5 +249,5 @@ def test_an_update_of_nothing_leaves_bf16_as_it_is_and_int8_to_within_2_to_the_m
         advance(out, out_scales, step=step, **tiny)
     values = plain.float32(bits) != 0
     assert same_bits(out_bits[values], bits[values]) and same_bits(out_scales, scales)
-    assert abs((out.astype(int) - stored).mean()) < 8 / 65536
+    assert abs((out.astype(int) - stored).sum()) < 16
     assert np.abs(out.astype(int) - stored).max() <= 1

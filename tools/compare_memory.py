@@ -221,7 +221,7 @@ def command_for(model: Model, load: Load, mode: str, folder: Path) -> list[str]:
 def peak_pss(command: Sequence[str], log: Path) -> int:
     """Bytes: the highest PSS of the command and all its descendants, seen from outside. Raises RuntimeError where it fails.
 
-    Sampling takes at most a fifth of a core: the kernel walks every page table.
+    Sampling takes up to half a core, for the kernel walks every page table; what lasts less than a few of these is missed.
     """
     peak = 0
     with log.open("w") as output:
@@ -230,7 +230,7 @@ def peak_pss(command: Sequence[str], log: Path) -> int:
             while process.poll() is None:
                 began = time.perf_counter()
                 peak = max(peak, system.pss_bytes(_family(process.pid)))
-                time.sleep(max(0.02, 4 * (time.perf_counter() - began)))
+                time.sleep(max(0.02, time.perf_counter() - began))
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -317,6 +317,8 @@ def compare(arguments: argparse.Namespace) -> str:
     json_path, png_path = Path(f"{arguments.out}.json"), Path(f"{arguments.out}.png")
     if not json_path.parent.is_dir() or not os.access(json_path.parent, os.W_OK):
         raise UserError(f"--out {arguments.out}: {json_path.parent} is not a folder that can be written to")
+    box = system.box()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     load = Load(**{name: getattr(arguments, name) for name in Load.__dataclass_fields__})
     single = [arguments.config] if arguments.config else []
     measured = arguments.measure.split(",") if arguments.measure else single
@@ -345,8 +347,6 @@ def compare(arguments: argparse.Namespace) -> str:
             shutil.rmtree(folder / model.name / mode)
             sizes[model.name][mode] = dataclasses.replace(sizes[model.name][mode], measured=peak)
 
-    box = system.box()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     document = {
         "command": f"python tools/compare_memory.py {arguments.command}",
         "commit": commit.stdout.strip(),

@@ -6,7 +6,7 @@ much as they should on average. The rounding's random 16 bits come from the nois
 member has: element i takes lane i % 8 of its words. So the update is a pure function of the stored bits and the record.
 
     bfloat16   the 16 bits that are cut off, plus the random 16 bits, carry or not: exactly unbiased
-    int8       floor(x·((1/scale)·127) + random/65536), the row's scale having grown first where the row would clip:
+    int8       floor(x·((1/scale)·127) + (random + ½)/65536), the row's scale having grown first where the row would clip:
                by factors of 17/16, the fewest for which no magnitude is above it. Scales never shrink.
 """
 
@@ -102,7 +102,7 @@ def _advance_int8(theta, scales, width, start, pairs, coefficients, decay, table
             cut = lanes[first % 8 :]
             value, out = row_value[low : low + count], stored[low : low + count]
             for i in range(count):
-                level = np.floor(value[i] * factor + _f32(cut[i]) * _f32(1 / 65536))
+                level = np.floor(value[i] * factor + (_f32(cut[i]) + _f32(0.5)) * _f32(1 / 65536))
                 out[i] = np.int8(min(max(level, -LEVELS), LEVELS))
 
 

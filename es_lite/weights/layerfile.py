@@ -130,7 +130,8 @@ class LayerFile:
             step, checksum = int(metadata["step"]), str(metadata["xxh3"])
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{self.path}: its header is damaged, or of another version; {REMEDY}") from None
-        if claimed != (self.layer.name, self.storage) or header != self._tensors:
+        written = self._header({"step": str(step), "xxh3": checksum}).ljust(self._header_bytes)
+        if claimed != (self.layer.name, self.storage) or data[8 : 8 + self._header_bytes] != written:
             raise UserError(f"{self.path}: is not {self.layer.name} of this model in {self.storage} but {claimed}; {REMEDY}")
         position = 8 + self._header_bytes
         scales = {}

@@ -14,8 +14,8 @@ import xxhash
 
 from es_lite.algorithm.jit import Threads
 from es_lite.algorithm.record import Record
-from es_lite.errors import RunError
-from es_lite.weights.layerfile import FileReader, FileWriter, Front, LayerFile, Section, read_fully
+from es_lite.errors import RunError, UserError
+from es_lite.weights.layerfile import REMEDY, FileReader, FileWriter, Front, LayerFile, Section, read_fully
 from es_lite.weights.layout import Tensor
 from es_lite.weights.source import Source
 from es_lite.weights.stored import SLICE, Part, Storage
@@ -33,9 +33,10 @@ def standing(file: LayerFile) -> int:
 
 
 def due(file: LayerFile, records: Sequence[Record], at: int, step: int) -> list[Record]:
-    """The records that take the layer from step `at` to `step`."""
+    """The records that take the layer from step `at` to `step`. Raises UserError where some are not among `records`."""
     needed = [record for record in records if at <= record.step < step]
-    assert [record.step for record in needed] == list(range(at, step)), f"{file.path}: {at} to {step} lacks records"
+    if [record.step for record in needed] != list(range(at, step)):
+        raise UserError(f"{file.path}: says it stands at step {at}, from where it cannot be brought to {step}; {REMEDY}")
     return needed
 
 

@@ -80,7 +80,7 @@ class Stream:
             self._advance(end, list(end.front.small.values()))
             self._parts |= {name: self._convert([part], apart=True)[0] for name, part in end.front.small.items()}
         self._head, other = ends if self._layout.tied else ends[::-1]
-        rest = [other] if other.needed else []
+        rest = [other] if other.needed or not other.file.matrices else []  # without matrices: to be checked
 
         def layers() -> Iterator[PassingLayer]:
             yield from map(self._meet, self._files[1:-1])

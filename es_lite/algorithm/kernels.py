@@ -102,6 +102,21 @@ def _perturb_rows_fp32(plus, minus, weights, scales, rows, sigma, table, tensor,
 
 
 @jit
+def _dequantise_bf16(out, stored, scales, width, start):
+    value = np.empty(CHUNK, _f32)
+    bits = value.view(_u32)
+    for low in range(0, stored.size, CHUNK):
+        count = min(CHUNK, stored.size - low)
+        load(value, bits, stored[low : low + count], scales, width, start + low)
+        round_bf16(out[low : low + count], bits)
+
+
+@jit
+def _dequantise_fp32(out, stored, scales, width, start):
+    load(out, out.view(_u32), stored, scales, width, start)
+
+
+@jit
 def _fill(out, start, scale, table, tensor, pair, step, k0, k1):
     words = np.empty(CHUNK // 2 + 4, _u32)
     lanes = words.view(np.uint16)
@@ -161,6 +176,12 @@ def perturb_rows(
     kernel = _perturb_rows_bf16 if plus.dtype == np.uint16 else _perturb_rows_fp32
     other = plus[:0] if minus is None else minus
     kernel(plus, other, weights, scales, rows, _f32(sigma), noise.table(), *_counter(seed, step, pair, tensor))
+
+
+def dequantise(out: np.ndarray, weights: np.ndarray, *, scales: np.ndarray, width: int, start: int) -> None:
+    """out = round(weights): `perturb` with σ = 0, without the noise."""
+    kernel = _dequantise_bf16 if out.dtype == np.uint16 else _dequantise_fp32
+    kernel(out, weights, scales, width, start)
 
 
 def fill(out: np.ndarray, *, seed: int, step: int, pair: int, tensor: int, scale: float, start: int = 0) -> None:

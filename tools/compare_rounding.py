@@ -1,0 +1,163 @@
+"""Training without a master: the path of the held-out score beside the fp32 master's, and beside plain rounding.
+
+    python tools/compare_rounding.py [--steps 300] [--seeds 3] [--out benchmarks/rounding]
+
+A small model of bytes is trained five ways by the same arithmetic and seeds: from an fp32 master; with the bf16 and the int8
+weights updated themselves, by stochastic rounding; and likewise by rounding to nearest, which es_lite does not
+offer. Updates are a fraction of a weight's resolution. Writes OUT.png and OUT.json, prints a table.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+from es_lite import data, system
+from es_lite.algorithm import record as records
+from es_lite.algorithm.jit import Threads
+from es_lite.algorithm.record import Record
+from es_lite.scoring.forward import PerturbedModel
+from es_lite.scoring.lanes import Lanes
+from es_lite.scoring.perturb import UNPERTURBED, Perturbation
+from es_lite.weights import working
+from es_lite.weights.layout import layout, skeleton
+from es_lite.weights.source import Random, configuration
+from es_lite.weights.stored import Part, Storage
+
+MODEL = {
+    "model_type": "qwen3",
+    "vocab_size": 256,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+    "tie_word_embeddings": True,
+}
+POPULATION, SIGMA, ALPHA, SAMPLES, LENGTH, EVERY = 64, 2e-2, 1e-2, 32, 48, 10
+
+WAYS: dict[str, tuple[Storage, Storage, bool]] = {
+    "fp32 master, bf16 weights": ("fp32", "bf16", True),
+    "bf16, stochastic": ("bf16", "bf16", True),
+    "int8, stochastic": ("int8", "int8", True),
+    "bf16, to nearest": ("bf16", "bf16", False),
+    "int8, to nearest": ("int8", "int8", False),
+}
+"""What is stored, what is scored from, and whether the update is rounded stochastically."""
+
+COLOURS = ("#37352f", "#0b6e99", "#d9730d", "#0b6e99", "#d9730d")
+THREADS = Threads(1)
+
+
+def corpus() -> tuple[data.Corpus, data.Corpus]:
+    """Bytes of the built-in text, cut at LENGTH: to train on, and held out."""
+    lines = [line for document in data.read_texts(data.BUILTIN, 6000) for line in document]
+    tokens = np.frombuffer("".join(lines).encode(), np.uint8).astype(np.int32)
+    starts = np.arange(tokens.size // LENGTH + 1, dtype=np.int64) * LENGTH
+    return data.split(data.Corpus(tokens[: starts[-1]], starts), 0.1)
+
+
+def nearest(part: Part, record: Record) -> Part:
+    """The update as it would be without stochastic rounding: in float32, then rounded to nearest."""
+    whole = Part(part.tensor, 0, part.float32().copy())
+    whole.advance([record], THREADS)
+    part.put(whole.data, THREADS)
+    return part
+
+
+def path(way: str, seed: int, steps: int) -> list[float]:
+    """The held-out score before the first step and after each EVERY steps."""
+    storage, scored_from, stochastic = WAYS[way]
+    model = skeleton(configuration("", MODEL))
+    parts = layout(model)
+    theta_0 = Random(model, parts, seed, THREADS)
+    store = [Part.empty(tensor, 0, tensor.size, storage) for tensor in parts.tensors]
+    descriptor = working.allocate(parts, scored_from)
+    copy = working.WorkingCopy(parts, scored_from, descriptor)
+    for part in store:
+        part.put(theta_0.read(part.tensor, 0, part.tensor.size), THREADS)
+        copy.write(part, THREADS)
+    scorer = PerturbedModel(model, parts, copy, torch.float32, Lanes(1, 1), SAMPLES)
+    train_set, held_out = corpus()
+    test = data.pack(held_out, data.spread(held_out, 64))
+
+    def evaluate() -> float:
+        return float(scorer.score([UNPERTURBED], test, len(test.lengths))[0].mean())
+
+    scores = [evaluate()]
+    for step in range(steps):
+        batch = data.pack(train_set, data.draw(len(train_set), SAMPLES, seed, step))
+        pairs = [Perturbation(seed, step, pair, SIGMA, (1, -1)) for pair in range(POPULATION // 2)]
+        means = np.concatenate([scorer.score([pair], batch, SAMPLES)[0].mean(axis=1) for pair in pairs])
+        record = records.make(
+            step,
+            means,
+            seed=seed,
+            sigma=SIGMA,
+            alpha=ALPHA,
+            shaping_kind="zscore",
+            scale="standard",
+            antithetic=True,
+            weight_decay=0.0,
+        )
+        for part in store:
+            if stochastic:
+                part.advance([record], THREADS)
+            else:
+                nearest(part, record)
+            copy.write(part, THREADS)
+        if (step + 1) % EVERY == 0:
+            scores.append(evaluate())
+    os.close(descriptor)
+    return scores
+
+
+def draw(paths: dict[str, list[list[float]]], out: Path) -> None:
+    steps = EVERY * np.arange(len(next(iter(paths.values()))[0]))
+    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
+    figure, axes = plt.subplots(figsize=(9, 5.5), constrained_layout=True)
+    for (way, runs), colour in zip(paths.items(), COLOURS, strict=True):
+        style = "--" if "nearest" in way else "-"
+        axes.plot(steps, np.mean(runs, axis=0), style, color=colour, label=way, linewidth=2)
+        if len(runs) > 1:
+            axes.fill_between(steps, np.min(runs, axis=0), np.max(runs, axis=0), color=colour, alpha=0.12, linewidth=0)
+    axes.set_xlabel("step")
+    axes.set_ylabel("held-out score, nats a byte")
+    axes.set_title("With a master and without: mean and range over seeds", loc="left", fontweight="bold")
+    axes.legend(frameon=False)
+    figure.savefig(out, dpi=110)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/rounding"), help="without a suffix")
+    arguments = parser.parse_args(argv)
+    if arguments.steps < EVERY or arguments.seeds < 1:
+        parser.error(f"--steps is at least {EVERY}, --seeds at least 1")
+    paths = {way: [path(way, seed, arguments.steps) for seed in range(arguments.seeds)] for way in WAYS}
+    draw(paths, arguments.out.with_suffix(".png"))
+    found = {"command": " ".join(["tools/compare_rounding.py", *(argv or sys.argv[1:])]), "box": system.box(), "every": EVERY}
+    arguments.out.with_suffix(".json").write_text(json.dumps(found | {"paths": paths}, indent=1) + "\n")
+    print("| way | gain, mean over seeds | of the fp32 master's |\n|---|---|---|")
+    gains = {way: float(np.mean([run[-1] - run[0] for run in runs])) for way, runs in paths.items()}
+    for way, gain in gains.items():
+        print(f"| {way} | {gain:+.4f} | {gain / next(iter(gains.values())):.0%} |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from es_lite.algorithm import formats, kernels
+from es_lite.algorithm import kernels
 from es_lite.algorithm.jit import Threads
 from es_lite.scoring.logsumexp import RunningLogSumExp
 from es_lite.weights.layout import Layer, Tensor
@@ -124,12 +124,8 @@ class Scratch:
             start, minus = part.start + low, outs[1][low:high] if len(outs) == 2 else None
             stored = part.data[low:high]
             if sigma == 0:
-                values = formats.as_float32(stored, part.scales, width, start)
                 for out in outs:
-                    if out.dtype == np.uint16:
-                        formats.to_bf16(out[low:high], values)
-                    else:
-                        out[low:high] = values
+                    kernels.dequantise(out[low:high], stored, scales=part.scales, width=width, start=start)
                 return
             kernels.perturb(outs[0][low:high], minus, stored, sigma=sigma, start=start, scales=part.scales, width=width, **place)
 

@@ -15,8 +15,14 @@ from es_lite.weights.conveyor import BUFFERS, buffer_bytes, cut
 from es_lite.weights.layout import Layout
 from es_lite.weights.stored import SLICE, Storage, dtype_of
 
-PROCESS_BYTES = 420 * 2**20
-"""Private memory of a process that has loaded python, torch, transformers and numba, and run a model (measured)."""
+COORDINATOR_BYTES = 400 * 2**20
+"""Memory of the coordinator: python, torch, transformers, numba, the tokenizer and a small corpus (measured, as the next two)."""
+
+SHARED_BYTES = 290 * 2**20
+"""What workers share: the process that they are forked from, which has imported all that they need."""
+
+WORKER_BYTES = 180 * 2**20
+"""What a worker has of its own beside, having run a model."""
 
 HIDDEN_BYTES = 256 * 2**20
 """Hidden states that a resident worker holds at once where the choice is free: beyond this, passes only cost memory."""
@@ -75,13 +81,17 @@ class Needs:
     def resident(self, limit: int) -> Parts:
         """A copy of the weights for all, and for each worker what it scores with; limit: bytes that there are."""
         micro = self.recipe.fitness.micro_batch
-        copy = {"working copy": working.size_bytes(self.layout, self.recipe.memory.weights), "coordinator": PROCESS_BYTES}
+        copy = {
+            "working copy": working.size_bytes(self.layout, self.recipe.memory.weights),
+            "coordinator": COORDINATOR_BYTES,
+            "shared by workers": SHARED_BYTES,
+        }
         if self.cuda:
-            return self._on_gpu(copy)
+            return self._on_gpu(copy | {"worker": WORKER_BYTES})
         hidden = self.hidden(self.pair)
         pass_samples = min(max(1, HIDDEN_BYTES // hidden // micro), -(-self.samples // micro)) * micro
         worker = {
-            "processes": PROCESS_BYTES,
+            "workers": WORKER_BYTES,
             "perturbed layer": self.perturbed(pass_samples),
             "hidden states": pass_samples * hidden,
             "activations": self.activations,
@@ -100,7 +110,11 @@ class Needs:
     def streamed(self, limit: int) -> Parts:
         """Buffers that layers pass through, and one process that scores all members; as few passes as fit."""
         weights: Storage = self.recipe.memory.weights
-        passing = {"coordinator": PROCESS_BYTES, "window": BUFFERS * buffer_bytes(self.files, self.layout)}
+        passing = {
+            "coordinator": COORDINATOR_BYTES,
+            "worker": SHARED_BYTES + WORKER_BYTES,
+            "window": BUFFERS * buffer_bytes(self.files, self.layout),
+        }
         if weights != self.storage:
             parts = [section.parts for file in self.files for section in cut(file, self.layout)]
             passing["converted layer"] = max(sum(dtype_of(t, weights).itemsize * n for t, _, n in part) for part in parts)
@@ -112,7 +126,6 @@ class Needs:
         def memory(pass_samples: int) -> dict[str, int]:
             return {
                 **passing,
-                "process": PROCESS_BYTES,
                 "perturbed layer": self.perturbed(pass_samples),
                 "hidden states": pass_samples * self.hidden(members),
                 f"activations ({lanes}x)": lanes * self.activations,
@@ -140,7 +153,7 @@ class Needs:
         limit = system.gpu_memory()
         there = limit.bytes if limit else 0
         pass_samples = self._pass_samples(lambda samples: sum(gpu(samples).values()) <= there)
-        memory = host | {"process": PROCESS_BYTES + CUDA_BYTES, "pinned buffers": 2 * layer, "update buffers": 4 * SLICE * 4}
+        memory = host | {"GPU's libraries": CUDA_BYTES, "pinned buffers": 2 * layer, "update buffers": 4 * SLICE * 4}
         return Parts(memory, 1, members, pass_samples, gpu(pass_samples))
 
     def _pass_samples(self, fits: Callable[[int], bool]) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from es_lite.algorithm import kernels
-from es_lite.weights.layerfile import open_direct, write_fully
+from es_lite.weights.rawio import open_direct, write_fully
 
 if TYPE_CHECKING:
     from es_lite.plan import Plan

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,14 +113,23 @@ class Live:
 
 @contextmanager
 def start(
-    recipe: Path, run: Path, *overrides: str, resume: bool = False, rebuild: bool = False, log: Path | None = None
+    recipe: Path,
+    run: Path,
+    *overrides: str,
+    resume: bool = False,
+    rebuild: bool = False,
+    log: Path | None = None,
+    prefix: Sequence[str] = (),
+    code: str = "",
 ) -> Iterator[Live]:
     """Runs the command in the background; what is left of its process group at the block's end is killed.
 
-    log: where its output goes, without a suffix; else beside `run`.
+    log: where its output goes, without a suffix; else beside `run`. prefix: words before the command; code: what Python runs
+    instead of the module.
     """
     log = log or run.with_name(run.name + ".log")
-    command = [sys.executable, "-m", "es_lite.train", *arguments(recipe, run, *overrides, resume=resume, rebuild=rebuild)]
+    program = ["-c", code] if code else ["-m", "es_lite.train"]
+    command = [*prefix, sys.executable, *program, *arguments(recipe, run, *overrides, resume=resume, rebuild=rebuild)]
     with log.with_suffix(".out").open("w") as out, log.with_suffix(".err").open("w") as err:
         process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=err, start_new_session=True)
     try:

@@ -115,15 +115,15 @@ def test_three_buffers_go_round(tmp_path, monkeypatch, storage, working):
     """Of the largest section's size, whatever the passes, and never more sections in memory than that."""
     layout, made = layout_of("untied"), []
     files = written(tmp_path, layout, storage)
-    original, filling = stream.Buffer, conveyor.fill
+    original, filling = stream.Buffer, conveyor.read_aligned
     held: Counter[int] = Counter()
     monkeypatch.setattr(stream, "Buffer", lambda size: made.append(original(size)) or made[-1])
 
-    def fill(descriptor, view, section, file):
+    def fill(descriptor, view, position, size, path):
         held[id(view.obj)] += 1
-        filling(descriptor, view, section, file)
+        filling(descriptor, view, position, size, path)
 
-    monkeypatch.setattr(conveyor, "fill", fill)
+    monkeypatch.setattr(conveyor, "read_aligned", fill)
     weights = streamed(files, layout, working, STEPS)
     for step in (1, 2, 2, STEPS):
         weights.target(records(step), step)

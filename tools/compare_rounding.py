@@ -46,7 +46,7 @@ MODEL = {
     "initializer_range": 0.1,
     "tie_word_embeddings": True,
 }
-POPULATION, SIGMA, ALPHA, SAMPLES, LENGTH, EVERY = 64, 2e-2, 1e-2, 32, 48, 10
+POPULATION, SIGMA, ALPHA, SAMPLES, LENGTH, EVERY = 32, 2e-2, 1e-3, 16, 48, 10
 
 WAYS: dict[str, tuple[Storage, Storage, bool]] = {
     "fp32 master, bf16 weights": ("fp32", "bf16", True),

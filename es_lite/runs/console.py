@@ -77,7 +77,8 @@ class Console:
             text = (
                 f"step {metrics['step']}/{steps} | score {metrics['score_mean']:.4f} ± {metrics['score_std']:.4f}{tail} | "
                 f"{metrics['step_seconds']:.1f} s (update {metrics['update_seconds']:.1f}) | "
-                f"{metrics['tokens_per_second']:.0f} tokens/s | {metrics['pss_gib']:.2f} GiB"
+                f"{metrics['tokens_per_second']:.{0 if metrics['tokens_per_second'] >= 10 else 1}f} tokens/s | "
+                f"{metrics['pss_gib']:.2f} GiB"
             )
         else:
             text = f"step {metrics['step']}/{steps}{tail}"

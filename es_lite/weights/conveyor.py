@@ -17,14 +17,12 @@ import xxhash
 
 from es_lite.algorithm.record import Record
 from es_lite.errors import RunError, UserError
-from es_lite.weights.layerfile import ALIGNMENT, REMEDY, FileWriter, Front, LayerFile, Section, open_direct
+from es_lite.weights.layerfile import FileWriter, Front, LayerFile, Section
 from es_lite.weights.layout import Layout
+from es_lite.weights.rawio import ALIGNMENT, REMEDY, open_direct, read_aligned
 from es_lite.weights.stored import stored_bytes
 
 BUFFERS = 3
-
-READ_BYTES = 16 * 2**20
-"""Bytes asked of the disk at a time."""
 
 VOCABULARY_ROWS = 2048
 """Sections of a vocabulary's matrix are multiples of this many rows, which the head takes at a time."""
@@ -157,8 +155,9 @@ class Conveyor:
                         buffer = self._free.get()
                         if buffer is None:
                             return
-                        fill(descriptor, memoryview(buffer.array), section, layer.file)
-                        layer.hash.update(buffer.array[: section.high - section.low])
+                        size = section.high - section.low
+                        read_aligned(descriptor, memoryview(buffer.array), section.low, size, layer.file.path)
+                        layer.hash.update(buffer.array[:size])
                         last = section is sections[-1]
                         if last:
                             layer.file.check(layer.hash, layer.found)
@@ -190,17 +189,3 @@ class Conveyor:
             self._drop(filled.buffer)
         if writer:
             writer.discard()
-
-
-def fill(descriptor: int, view: memoryview, section: Section, file: LayerFile) -> None:
-    """Reads a section, in aligned pieces, which may reach beyond its end."""
-    size, done = section.high - section.low, 0
-    while done < size:
-        end = min(done + READ_BYTES, -(-size // ALIGNMENT) * ALIGNMENT)
-        try:
-            got = os.preadv(descriptor, [view[done:end]], section.low + done)
-        except OSError as error:
-            raise UserError(f"{file.path}: cannot be read ({error.strerror}); {REMEDY}") from None
-        if got == 0:
-            raise UserError(f"{file.path}: ends too soon; {REMEDY}")
-        done += got

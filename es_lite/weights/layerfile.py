@@ -10,7 +10,6 @@ are known. The checksum is XXH3 (64 bit) of the matrices and the front's tensors
 to be. A file is replaced, never changed: written beside and renamed.
 """
 
-import errno
 import json
 import math
 import mmap
@@ -26,15 +25,11 @@ import xxhash
 
 from es_lite.errors import UserError
 from es_lite.weights.layout import Layer, Tensor
+from es_lite.weights.rawio import ALIGNMENT, REMEDY, open_direct, read_fully, write_fully
 from es_lite.weights.stored import Part, Storage, dtype_of, scales_of
-
-ALIGNMENT = 4096
-"""Offsets and sizes of direct reads and writes are multiples of it."""
 
 _NAMES = {np.dtype(np.float32): "F32", np.dtype(np.uint16): "BF16", np.dtype(np.int8): "I8"}
 _LONGEST = {"step": "4294967295", "xxh3": "0" * 16}
-
-REMEDY = "add --rebuild to --resume: θ₀ and the journal make it again"
 
 
 @dataclass(frozen=True)
@@ -269,32 +264,3 @@ class FileWriter:
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
-
-
-def open_direct(path: Path, flags: int) -> int:
-    """A descriptor that goes past the page cache, where the system and the file system know how; else a plain one."""
-    if hasattr(os, "O_DIRECT"):
-        try:
-            return os.open(path, flags | os.O_DIRECT, 0o644)
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # what a file system without it says
-                raise
-    return os.open(path, flags, 0o644)
-
-
-def write_fully(descriptor: int, view: memoryview, position: int) -> None:
-    while view:
-        written = os.pwrite(descriptor, view, position)
-        view, position = view[written:], position + written
-
-
-def read_fully(descriptor: int, view: memoryview, position: int, path: Path) -> None:
-    """Fills `view` from byte `position` on. Raises UserError where the file cannot be read, or ends before."""
-    while view:
-        try:
-            got = os.preadv(descriptor, [view], position)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from None
-        if got == 0:
-            raise UserError(f"{path}: ends too soon; {REMEDY}")
-        view, position = view[got:], position + got

@@ -5,6 +5,7 @@ A file is replaced, never changed: written beside and renamed. So a crash leaves
 power cut tore, and θ₀ and the journal make it again.
 """
 
+import mmap
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,13 +16,16 @@ import xxhash
 from es_lite.algorithm.jit import Threads
 from es_lite.algorithm.record import Record
 from es_lite.errors import RunError, UserError
-from es_lite.weights.layerfile import REMEDY, FileReader, FileWriter, Front, LayerFile, Section, read_fully
+from es_lite.weights.layerfile import FileReader, FileWriter, Front, LayerFile, Section
 from es_lite.weights.layout import Tensor
+from es_lite.weights.rawio import REMEDY, open_direct, read_aligned, read_fully
 from es_lite.weights.source import Source
 from es_lite.weights.stored import SLICE, Part, Storage
 from es_lite.weights.working import WorkingCopy
 
 SECTION_BYTES = 4 * SLICE
+
+CHECK_BYTES = 16 * 2**20
 
 
 def standing(file: LayerFile) -> int:
@@ -87,12 +91,22 @@ def bring_level(
             raise
 
 
-def check(file: LayerFile) -> None:
-    """Reads the whole file; raises UserError where it is not what was written."""
-    with _Held(file) as held:
-        for section in file.sections(SECTION_BYTES):
-            held.read(section)
-        held.check()
+def check(file: LayerFile, direct: bool = False) -> None:
+    """Reads the whole file, past the page cache where `direct`; raises UserError where it is not what was written."""
+    with FileReader(file) as reader:
+        front = reader.front
+    found = xxhash.xxh3_64()
+    flags = os.O_RDONLY | os.O_CLOEXEC
+    descriptor = open_direct(file.path, flags) if direct else os.open(file.path, flags)
+    try:
+        view = memoryview(mmap.mmap(-1, CHECK_BYTES))
+        for low in range(file.front_bytes, file.size, CHECK_BYTES):
+            size = min(CHECK_BYTES, file.size - low)
+            read_aligned(descriptor, view, low, size, file.path)
+            found.update(view[:size])
+    finally:
+        os.close(descriptor)
+    file.check(found, front)
 
 
 class _Held:

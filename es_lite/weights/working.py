@@ -16,8 +16,8 @@ import numpy as np
 from es_lite.algorithm.formats import NO_SCALES
 from es_lite.algorithm.jit import Threads
 from es_lite.errors import RunError
-from es_lite.weights.layerfile import write_fully
 from es_lite.weights.layout import Layer, Layout, Tensor
+from es_lite.weights.rawio import write_fully
 from es_lite.weights.stored import Part, Storage, dtype_of, scales_of
 
 PAGE = 65536

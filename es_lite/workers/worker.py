@@ -139,7 +139,7 @@ class Worker:
         if isinstance(task, Advance):
             store.bring_level(file, self._theta_0, task.records, task.step, self._working, self._lanes.all_threads)
         else:
-            store.check(file)
+            store.check(file, self._setup.direct)
         return None
 
     def _theta_0(self) -> Source:

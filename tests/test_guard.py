@@ -1,0 +1,228 @@
+"""Memory that runs short: the pool shrinks, a run ends itself at a step or never begins, and the kernel ends nothing."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from support import TINY, arguments, digest, finished_run, records, start, train, write_recipe
+
+from es_lite import system
+from es_lite import train as training
+from es_lite.system import MemoryLimit
+from es_lite.workers import guard as guards
+from es_lite.workers.guard import Guard
+
+MIB = 2**20
+HOG = """
+import sys, time
+held = bytearray(int(sys.argv[1]))
+held[::4096] = b"x" * len(held[::4096])
+print(1, flush=True)
+time.sleep(600)
+"""
+
+
+class Pressure:
+    """In the guard's place: memory is `level` ("short", "critical") from the journal's `after` records on, `times` times."""
+
+    reason = "7 MiB left of 100 (a test)"
+
+    def __init__(self, run: Path, level: str, after: int = 2, times: int = 1) -> None:
+        self._run, self._level, self._after, self._left = run, level, after, times
+
+    @property
+    def short(self) -> bool:
+        return self._left > 0 and records(self._run) >= self._after
+
+    @property
+    def critical(self) -> bool:
+        return self.short and self._level == "critical"
+
+    def look(self) -> None:
+        self._left -= 1
+
+    def killed(self) -> bool:
+        return self._level == "killed"
+
+    def __enter__(self) -> "Pressure":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class Group:
+    """A real memory cgroup, v1."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def limit(self, size: int) -> None:
+        (self.folder / "memory.limit_in_bytes").write_text(str(size))
+
+    def left(self) -> int:
+        usage = int((self.folder / "memory.usage_in_bytes").read_text())
+        cache = dict(line.split() for line in (self.folder / "memory.stat").read_text().splitlines())
+        files = int(cache["total_inactive_file"]) + int(cache["total_active_file"])
+        return int((self.folder / "memory.limit_in_bytes").read_text()) - usage + files
+
+    def kills(self) -> int:
+        words = (self.folder / "memory.oom_control").read_text().split()
+        return int(words[words.index("oom_kill") + 1])
+
+    def command(self, *command: str) -> list[str]:
+        return ["sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', str(self.folder), *command]
+
+    @contextmanager
+    def hog(self, size: int) -> Iterator[None]:
+        """Another process of the group holds `size` bytes."""
+        process = subprocess.Popen(self.command(sys.executable, "-c", HOG, str(size)), stdout=subprocess.PIPE)
+        assert process.stdout and process.stdout.readline() == b"1\n"
+        try:
+            yield
+        finally:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def group() -> Iterator[Group]:
+    own = next((f for f in system.cgroup_folders("memory") if (f / "memory.limit_in_bytes").exists()), None)
+    if own is None:
+        pytest.skip("no v1 memory cgroup is mounted")
+    folder = own / f"es_lite-guard-{time.monotonic_ns()}"
+    try:
+        folder.mkdir()
+    except OSError as error:
+        pytest.skip(f"cannot make a cgroup: {error}")
+    yield Group(folder)
+    end = time.monotonic() + 20
+    while time.monotonic() < end:  # its processes take a moment to go
+        try:
+            folder.rmdir()
+            return
+        except OSError:
+            time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("recipe"), run={"iterations": 6}, workers={"count": 3})
+
+
+@pytest.fixture(scope="module")
+def reference(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finished_run(recipe, tmp_path_factory.mktemp("reference") / "run")
+
+
+def under(pressure: Pressure, recipe: Path, run: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> int:
+    """Exit code of the command, in this process, with `pressure` for its guard."""
+    monkeypatch.setattr(training, "Guard", lambda *_: pressure)
+    return training.main(arguments(recipe, run, *overrides))
+
+
+@pytest.mark.parametrize("level", ["short", "critical"])
+def test_the_pool_shrinks_and_no_bit_changes(recipe, reference, tmp_path, monkeypatch, capsys, level):
+    """Short: a worker leaves after its task. Critical: at once, and another does its task."""
+    assert under(Pressure(tmp_path / "run", level, times=2), recipe, tmp_path / "run", monkeypatch) == 0
+    said = capsys.readouterr().err
+    assert said.count("is let go, memory is short: 7 MiB left of 100 (a test)") == 2
+    assert "2 workers left" in said and "1 worker left" in said
+    assert digest(tmp_path / "run") == digest(reference)
+
+
+@pytest.mark.parametrize(
+    ("level", "words"), [("short", "stopped after step 3, memory is short"), ("critical", "too short for one worker")]
+)
+def test_with_one_worker_the_run_ends_itself_and_resumes(recipe, reference, tmp_path, monkeypatch, capsys, level, words):
+    run = tmp_path / "run"
+    after = 3 if level == "short" else 2
+    assert under(Pressure(run, level, after, times=1000), recipe, run, monkeypatch, "workers.count=1") == 1
+    said = capsys.readouterr().err
+    assert words in said and "7 MiB left" in said and "nothing is lost: add --resume" in said
+    assert train(recipe, run, resume=True).code == 0
+    assert digest(run) == digest(reference)
+
+
+def test_a_worker_that_the_kernel_ended_for_memory_is_not_replaced(recipe, reference, tmp_path):
+    """Three workers, one killed while the kernel's count of such ends has risen: two do the rest."""
+    code = (
+        "import sys; sys.path.insert(0, 'tests'); from es_lite import train, system; kills = iter(range(10**6)); "
+        "system.oom_kills = lambda: next(kills); sys.exit(train.main(sys.argv[1:]))"
+    )
+    with start(recipe, tmp_path / "run", code=code) as live:
+        live.wait_for_records(2)
+        live.workers()[0].kill()
+        finished = live.finish()
+    assert finished.code == 0, finished.err
+    assert "was ended by the kernel for memory; 2 workers left" in finished.err
+    assert digest(tmp_path / "run") == digest(reference)
+
+
+@pytest.mark.parametrize(
+    ("left", "short", "critical"), [(1000, False, False), (100, False, False), (47, True, False), (15, True, True)]
+)
+def test_the_nearest_limit_decides(monkeypatch, left, short, critical):
+    """MiB left under a cgroup's limit of a GiB, beside a machine with plenty."""
+    nearest = MemoryLimit(left * MIB, "cgroup x")
+    monkeypatch.setattr(guards.system, "cgroup_usage", lambda: [(nearest, 1024 * MIB - left * MIB)])
+    guard = Guard(0, lambda: 0)
+    guard.look()
+    assert (guard.short, guard.critical) == (short, critical)
+    if short:
+        assert guard.reason == f"{left} MiB left of 1024 (cgroup x)"
+
+
+def test_the_recipes_own_limit_counts_what_the_processes_use(monkeypatch):
+    monkeypatch.setattr(guards.system, "cgroup_usage", list)
+    guard = Guard(1000 * MIB, lambda: 980 * MIB)
+    guard.look()
+    assert guard.short and not guard.critical and guard.reason == "20 MiB left of 1000 (memory.limit of the recipe)"
+
+
+@pytest.mark.slow
+def test_under_a_real_limit_a_neighbour_takes_memory_and_the_pool_shrinks(recipe, tmp_path, group: Group):
+    """What is left falls under what counts as short: workers go until the rest has room, and the kernel ends none."""
+    long = ("run.iterations=100000", "log.tensorboard=false")
+    group.limit(2000 * MIB)
+    with start(recipe, tmp_path / "run", *long, prefix=group.command()) as live:
+        live.wait_for_records(20)
+        with group.hog(group.left() - 40 * MIB):
+            live.wait_until(lambda: "is let go, memory is short" in live.err)
+            reached = live.records()
+            live.wait_for_records(reached + 20)
+        live.process.terminate()
+        assert live.finish().code == 0
+    assert group.kills() == 0
+
+
+@pytest.mark.slow
+def test_under_a_real_limit_what_does_not_fit_resident_is_streamed(tmp_path, group: Group):
+    """160 million parameters in a gigabyte for all: the same journal as resident, where there is room."""
+    config = TINY | {"vocab_size": 40_000, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 10}
+    config |= {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128}
+    one_thread = {"count": 1}
+    recipe = write_recipe(tmp_path, model={"config": config}, workers=one_thread, run={"iterations": 2})
+    group.limit(1100 * MIB)
+    with start(recipe, tmp_path / "small", prefix=group.command()) as live:
+        finished = live.finish()
+    assert finished.code == 0, finished.err
+    assert "streamed past the page cache" in finished.out
+    assert group.kills() == 0
+    large = finished_run(recipe, tmp_path / "large")
+    assert "journal.jsonl" in digest(large)
+    assert digest(tmp_path / "small")["journal.jsonl"] == digest(large)["journal.jsonl"]
+
+
+@pytest.mark.slow
+def test_under_a_limit_below_the_smallest_plan_nothing_is_made(recipe, tmp_path, group: Group):
+    group.limit(600 * MIB)
+    with start(recipe, tmp_path / "run", "workers.count=1", prefix=group.command()) as live:
+        finished = live.finish()
+    assert finished.code == 2
+    assert "does not fit: needs" in finished.err and f"cgroup {group.folder}" in finished.err
+    assert not (tmp_path / "run").exists() and group.kills() == 0

@@ -6,6 +6,7 @@ prints the plan and an estimate of a step's seconds; exit code 2 where it does n
 """
 
 import argparse
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +114,8 @@ def make(recipe: Recipe, config: PretrainedConfig, layout: Layout) -> Plan:
     if recipe.workers.device == "cuda" and not gpu:
         raise UserError('workers.device = "cuda": torch finds no GPU here; set it to "cpu", or install torch for your GPU')
     needs = Needs(recipe, config.get_text_config(), layout)
-    limit = system.memory_limit(recipes.parse_size(recipe.memory.limit))
+    held = system.pss_bytes([os.getpid()])
+    limit = system.memory_limit(recipes.parse_size(recipe.memory.limit), held=held)
     streamed = recipe.memory.residency == "streamed"
     parts = needs.streamed(limit.bytes) if streamed else needs.resident(limit.bytes)
     if recipe.memory.residency == "auto" and sum(parts.memory.values()) > limit.bytes:

@@ -45,7 +45,7 @@ def test_workers_on_auto_are_as_many_as_fit(monkeypatch):
     least = sum(planned(resident, "workers.count=1").memory.values())
     most = sum(planned(resident, "workers.count=8").memory.values())
     for limit, expected in ((most, 8), (most - 1, 7), (least, 1), (least - 1, 1)):
-        monkeypatch.setattr(plan.system, "memory_limit", lambda _, limit=limit: MemoryLimit(limit, "the test"))
+        monkeypatch.setattr(plan.system, "memory_limit", lambda _, held, limit=limit: MemoryLimit(limit, "the test"))
         assert planned(resident).workers == expected
         streamed = limit < least  # left to "auto", what does not fit is streamed
         assert planned().streamed == streamed

@@ -4,6 +4,8 @@
     python tools/benchmark.py scoring                  FLOP/s of scoring, beside the GEMM rate of the same thread
     python tools/benchmark.py workers                  scoring on two workers, beside one
     python tools/benchmark.py step [--against COMMAND] a step of the real command and its peak PSS, beside another loop
+    python tools/benchmark.py int8                     a step and its peak PSS from int8 weights, beside bf16
+    python tools/benchmark.py streaming                a streamed step, beside a resident one and its disk transfers alone
 
 COMMAND prints one JSON line with "step_seconds" last. Runs alternate, so that a machine that drifts drifts for both.
 Prints Markdown for benchmarks/.
@@ -26,6 +28,7 @@ import torch
 from es_lite import system
 from es_lite.algorithm import kernels, update
 from es_lite.data import Batch
+from es_lite.rates import disk_rates
 from es_lite.runs.origin import Origin
 from es_lite.scoring.forward import PerturbedModel
 from es_lite.scoring.lanes import Lanes
@@ -122,7 +125,7 @@ config = "{config}"
 tokenizer = "bpe"
 [fitness]
 samples = {samples}
-max_length = 256
+max_length = {length}
 micro_batch = {micro_batch}
 [es]
 population = {population}
@@ -130,16 +133,23 @@ antithetic = true
 [workers]
 count = {workers}
 threads = 1
+[memory]
+weights = "{weights}"
+master = "{master}"
+residency = "{residency}"
 [log]
 tensorboard = false
 """
 
 
-def run_recipe(steps: int, workers: int, arguments: argparse.Namespace) -> list[dict]:
+def run_recipe(
+    steps: int, workers: int, arguments: argparse.Namespace, weights: str = "bf16", residency: str = "resident"
+) -> list[dict]:
     """Metrics of each step of a fresh run of the real command."""
     with tempfile.TemporaryDirectory(dir=arguments.directory) as folder:
         path = Path(folder) / "recipe.toml"
-        keys = {name: getattr(arguments, name) for name in ("config", "samples", "micro_batch", "population")}
+        names = ("config", "samples", "length", "micro_batch", "population", "master")
+        keys = {name: getattr(arguments, name) for name in names} | {"weights": weights, "residency": residency}
         path.write_text(RECIPE.format(folder=folder, steps=steps, workers=workers, **keys))
         command = [sys.executable, "-m", "es_lite.train", str(path)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -178,22 +188,64 @@ def step(arguments: argparse.Namespace) -> None:
         print(row("times as fast", [b / a for a, b in zip(ours, theirs, strict=True)], ""))
 
 
+def int8(arguments: argparse.Namespace) -> None:
+    """A step from int8 weights beside one from bf16, on two workers; the first step of a run is left out."""
+    seconds: dict[str, list[float]] = {"bf16": [], "int8": []}
+    peaks: dict[str, list[float]] = {"bf16": [], "int8": []}
+    for _ in range(arguments.repeats):
+        for weights in seconds:
+            lines = run_recipe(4, 2, arguments, weights)
+            seconds[weights].append(statistics.median(line["step_seconds"] for line in lines[1:]))
+            peaks[weights].append(lines[-1]["peak_pss_gib"])
+    for weights in seconds:
+        print(row(f"{weights}, a step", seconds[weights], "s"))
+        print(row(f"{weights}, peak PSS of all processes", peaks[weights], "GiB"))
+    print(row("int8 over bf16", [b / a for a, b in zip(*seconds.values(), strict=True)], "times as long"))
+
+
+def streaming(arguments: argparse.Namespace) -> None:
+    """A streamed step (from the second on, which also writes) beside a resident one and beside its transfers alone."""
+    streamed, resident, disk, ratios, read, written = [], [], [], [], [], []
+    for _ in range(arguments.repeats):
+        lines = run_recipe(4, 2, arguments, arguments.weights, "streamed")[1:]
+        streamed.append(statistics.median(line["step_seconds"] for line in lines))
+        read.append(statistics.median(line["read_gib"] for line in lines))
+        written.append(statistics.median(line["written_gib"] for line in lines))
+        read_rate, write_rate = disk_rates(Path(arguments.directory or tempfile.gettempdir()))
+        disk.append(2**30 * (read[-1] / read_rate + written[-1] / write_rate))
+        lines = run_recipe(4, 2, arguments, arguments.weights)[1:]
+        resident.append(statistics.median(line["step_seconds"] for line in lines))
+        ratios.append(streamed[-1] / max(disk[-1], resident[-1]))
+    print(row("streamed, a step", streamed, "s"))
+    print(row("streamed, read", read, "GiB"))
+    print(row("streamed, written", written, "GiB"))
+    print(row("its transfers alone, at plain direct rates", disk, "s"))
+    print(row("resident, a step", resident, "s"))
+    print(row("streamed over the longer of the two", ratios, "times"))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("noise", "scoring", "workers", "step"))
+    parser.add_argument("what", choices=tuple(COMMANDS))
     parser.add_argument("--config", default="qwen3-0.5b", help="a size of the paper")
     parser.add_argument("--tokens", type=int, default=4096, help="scoring: tokens a member, in samples of 256")
     parser.add_argument("--threads", type=int, default=1, help="scoring: threads")
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--population", type=int, default=8)
     parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256, help="tokens of a sample")
+    parser.add_argument("--weights", default="bf16", choices=("bf16", "int8"), help="streaming: what is scored from")
+    parser.add_argument("--master", default="fp32", choices=("fp32", "none"))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--directory", help="where runs are kept while they are measured; default: the temporary folder")
     parser.add_argument("--against", help="step: the command of another loop")
     arguments = parser.parse_args(argv)
     print(header(), flush=True)
-    {"noise": noise, "scoring": scoring, "workers": workers, "step": step}[arguments.what](arguments)
+    COMMANDS[arguments.what](arguments)
     return 0
+
+
+COMMANDS = {"noise": noise, "scoring": scoring, "workers": workers, "step": step, "int8": int8, "streaming": streaming}
 
 
 if __name__ == "__main__":

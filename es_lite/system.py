@@ -58,8 +58,9 @@ def cores(proc: Path = PROC) -> int:
 def memory_limit(recipe_limit: int = 0, proc: Path = PROC, held: int = 0) -> MemoryLimit:
     """What a run can take in all: the least of available memory, what each cgroup from this process's own up to the root
     has left, each with the bytes that the run has already (`held`), and `recipe_limit` (0 is none)."""
-    limits = [MemoryLimit(psutil.virtual_memory().available, "available memory"), *cgroup_memory(proc)]
-    limits = [MemoryLimit(limit.bytes + held, limit.source) for limit in limits]
+    machine = psutil.virtual_memory()
+    left = [(MemoryLimit(machine.available, "available memory"), machine.total - machine.available), *cgroup_usage(proc)]
+    limits = [MemoryLimit(limit.bytes + min(held, used), limit.source) for limit, used in left]
     if recipe_limit:
         limits.append(MemoryLimit(recipe_limit, "memory.limit of the recipe"))
     return min(limits, key=lambda limit: limit.bytes)

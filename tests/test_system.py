@@ -43,7 +43,7 @@ class Machine:
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000 * MIB))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000 * MIB, total=4000 * MIB))
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     return Machine(tmp_path)
 
@@ -66,6 +66,15 @@ def v2(folder: Path, limit: int | str, usage: int = 0, inactive_file: int = 0, h
 def test_no_cgroups_leave_available_memory(machine: Machine) -> None:
     assert system.memory_limit(proc=machine.proc) == MemoryLimit(1000 * MIB, "available memory")
     assert system.cores(machine.proc) == 8
+
+
+def test_what_the_run_holds_already_is_its_own_but_never_more_than_the_limit(machine: Machine) -> None:
+    mount = machine.mount("memory", "cgroup", "memory")
+    machine.cgroup("4:memory:/")
+    v1(mount, 500 * MIB, usage=100 * MIB)
+    assert system.memory_limit(0, machine.proc, held=60 * MIB).bytes == 460 * MIB
+    assert system.memory_limit(0, machine.proc, held=200 * MIB).bytes == 500 * MIB
+    assert system.memory_limit(300 * MIB, machine.proc, held=200 * MIB).bytes == 300 * MIB
 
 
 def test_recipe_limit_bounds_only_where_it_is_least(machine: Machine) -> None:

@@ -57,7 +57,8 @@ class Needs:
         self.files = origin.files(Path(recipe.run.dir).expanduser(), layout)
         self.cuda = recipe.workers.device == "cuda"
         self.compute = system.compute_dtype(recipe.workers.compute, device=recipe.workers.device)
-        self.threads = 1 if recipe.workers.threads == "auto" else int(recipe.workers.threads)
+        alone = system.cores() if self.cuda else 1  # on a GPU, one worker has the update to itself
+        self.threads = alone if recipe.workers.threads == "auto" else int(recipe.workers.threads)
         self.pair = 2 if recipe.es.antithetic else 1
         self.tasks = recipe.es.population // self.pair
         self.itemsize = 2 if self.compute == "bf16" else 4

@@ -123,9 +123,9 @@ class NoiseTable:
 @dataclass(frozen=True)
 class WorkersTable:
     count: Annotated[int | str, COUNT_OR_AUTO] = "auto"
-    """Worker processes; "auto" is one a core, fewer where memory is short."""
+    """Worker processes, or where weights are streamed lanes of one; "auto" is one a core, fewer where memory is short."""
     threads: Annotated[int | str, COUNT_OR_AUTO] = "auto"
-    """Threads of a worker; "auto" is 1."""
+    """Threads of a worker; "auto" is 1, with a GPU one a core."""
     deadline: Annotated[float, at_least(0)] = 0.0
     """Seconds after which a worker's task counts as hung; 0 is what the slowest machine would take, at least 600."""
     compute: Literal["auto", "bf16", "fp32"] = "auto"

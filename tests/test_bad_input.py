@@ -598,6 +598,12 @@ def test_the_plan_of_what_does_not_fit_ends_with_exit_code_2(recipe: Path, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_where_there_is_none_is_refused(recipe: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert "torch finds no GPU here" in refused(capsys, recipe, tmp_path / "run", "workers.device=cuda")
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_plan_of_a_bad_recipe_is_refused(recipe: Path, capsys: Capture) -> None:
     assert plan.main([str(recipe), "--set", "es.sigma=0"]) == 2
     assert "es.sigma = 0.0: expected greater than 0" in message_of(capsys.readouterr().err)

@@ -12,7 +12,7 @@ train: setup
 	$(BIN)/python -m es_lite.train $(RECIPE) $(ARGS)
 
 test: setup lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -172,7 +172,11 @@ def shortfall(plan: Plan) -> str | None:
     if need > have:
         return (
             f"does not fit: needs {need / GIB:.2f} GiB of memory, there are {have / GIB:.2f} ({plan.limit.source}). "
-            + ("Set " if plan.streamed else 'Set memory.residency = "streamed" or memory.weights = "int8", ')
+            + (
+                "Set es.antithetic to false (half of the perturbed layer), "
+                if plan.streamed
+                else 'Set memory.residency = "streamed" or memory.weights = "int8", '
+            )
             + "workers.count, fitness.micro_batch or fitness.max_length lower, or take a smaller model"
         )
     need, have = sum(plan.disk.values()), plan.free_disk

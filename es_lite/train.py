@@ -31,7 +31,7 @@ from es_lite.training import Training
 from es_lite.weights import store, working
 from es_lite.weights.layerfile import LayerFile
 from es_lite.workers.guard import Guard
-from es_lite.workers.pool import Pool
+from es_lite.workers.pool import Pool, prepare
 from es_lite.workers.worker import Setup
 
 
@@ -173,7 +173,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--rebuild goes with --resume")
     transformers_logging.set_verbosity_error()
     try:
-        train(recipes.load(arguments.recipe, arguments.overrides), arguments.resume, arguments.rebuild)
+        recipe = recipes.load(arguments.recipe, arguments.overrides)
+        prepare()  # workers' imports, meanwhile
+        train(recipe, arguments.resume, arguments.rebuild)
     except (UserError, RunError) as error:
         print(f"es_lite: {error}", file=sys.stderr)
         return error.exit_code

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from multiprocessing.reduction import DupFd
@@ -48,6 +48,20 @@ class _Seat:
     """It has loaded what it needs: from then on the deadline counts."""
 
 
+def prepare() -> None:
+    """Starts the process that workers are forked from, which imports what they need while the caller goes on.
+
+    It is deaf to Ctrl-C from its first moment, not only from its own first line.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["es_lite.workers.preload"])
+    resource_tracker.ensure_running()  # or the next call would run it, which unblocks the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class Pool:
     """`count` worker processes. A context manager: none is left when it ends, however it ends."""
 
@@ -73,7 +87,6 @@ class Pool:
         self._warn = warn
         self._guard = guard
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["es_lite.workers.preload"])
         self._seats: list[_Seat] = []
         try:
             self._seats.extend(self._start() for _ in range(count))
@@ -187,22 +200,15 @@ class Pool:
         self.close()
 
     def _start(self) -> _Seat:
+        prepare()  # if it is not there, or no longer
         ours, theirs = self._context.Pipe()
         descriptor = None if self._descriptor is None else _Descriptor(self._descriptor)
-        # A thread count in the environment is read before the worker's own first line.
-        os.environ["OMP_NUM_THREADS"] = str(self._setup.threads)
         process = self._context.Process(
             target=worker.main,
             args=(theirs, self._setup, descriptor, _Descriptor(self._lock)),
             daemon=True,
         )
-        # The process that workers are forked from is deaf to Ctrl-C from its first moment, not only from its own first line.
-        resource_tracker.ensure_running()  # or `start` would run it, which unblocks the signal
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        process.start()
         theirs.close()
         # A stopped worker does not read: without a bound, sending it a large task would block for ever.
         with socket.socket(fileno=os.dup(ours.fileno())) as end:

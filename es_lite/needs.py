@@ -21,7 +21,7 @@ COORDINATOR_BYTES = 400 * 2**20
 SHARED_BYTES = 290 * 2**20
 """What workers share: the process that they are forked from, which has imported all that they need."""
 
-WORKER_BYTES = 180 * 2**20
+WORKER_BYTES = 260 * 2**20
 """What a worker has of its own beside, having run a model."""
 
 HIDDEN_BYTES = 256 * 2**20

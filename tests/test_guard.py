@@ -207,7 +207,7 @@ def test_under_a_real_limit_what_does_not_fit_resident_is_streamed(tmp_path, gro
     config |= {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128}
     one_thread = {"count": 1}
     recipe = write_recipe(tmp_path, model={"config": config}, workers=one_thread, run={"iterations": 2})
-    group.limit(1150 * MIB)
+    group.limit(1230 * MIB)
     with start(recipe, tmp_path / "small", prefix=group.command()) as live:
         finished = live.finish()
     assert finished.code == 0, finished.err

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from es_lite.algorithm import kernels
-from es_lite.weights.rawio import open_direct, write_fully
+from es_lite.weights.rawio import open_file, write_fully
 
 if TYPE_CHECKING:
     from es_lite.plan import Plan
@@ -59,7 +59,7 @@ def disk_rates(folder: Path) -> tuple[float, float]:
         path = Path(temporary) / "rate"
 
         def each(flags: int, act: Callable[[int, int], object]) -> float:
-            descriptor = open_direct(path, flags)
+            descriptor = open_file(path, flags, direct=True)
             start = time.perf_counter()
             for offset in range(0, DISK_BYTES, size):
                 act(descriptor, offset)

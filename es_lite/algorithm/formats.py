@@ -7,13 +7,14 @@ row of zeros has the scale 0. Values are taken to be finite.
 
 import numpy as np
 
-from es_lite.algorithm.jit import jit
+from es_lite.algorithm.jit import CHUNK, jit
 
 _u32, _f32 = np.uint32, np.float32
 
 LEVELS = np.float32(127)
 RECIPROCAL = np.float32(1 / 127)
-_MAGIC = np.float32(12582912.0)  # 1.5 * 2**23: adding and subtracting it rounds to a whole number, halves to even
+MAGIC = np.float32(12582912.0)
+"""1.5 · 2²³: adding and subtracting it rounds to a whole number, halves to even."""
 
 TINY = np.float32(1e-36)
 """A row below it counts as zeros: the reciprocal of its scale might not be finite."""
@@ -54,15 +55,15 @@ def round_bf16(out, bits):
 
 
 @jit
-def greatest(values, at_least):
-    """The greatest magnitude among values, or `at_least` where that is greater."""
+def greatest(values):
+    """The greatest magnitude among values."""
     lanes = np.zeros(32, _f32)
     whole = values.size // 32 * 32
     for low in range(0, whole, 32):
         part = values[low : low + 32]
         for k in range(32):
             lanes[k] = max(lanes[k], abs(part[k]))
-    top = at_least
+    top = _f32(0)
     for k in range(32):
         top = max(top, lanes[k])
     for i in range(whole, values.size):
@@ -71,18 +72,34 @@ def greatest(values, at_least):
 
 
 @jit
-def _quantise(out, scales, values, width):
-    for row in range(scales.size):
-        part, target = values[row * width : (row + 1) * width], out[row * width : (row + 1) * width]
-        scale = greatest(part, _f32(0))
-        scales[row] = scale
-        factor = _f32(1) / scale * LEVELS if scale > TINY else _f32(0)
-        for i in range(width):
-            target[i] = np.int8((part[i] * factor + _MAGIC) - _MAGIC)
+def factor_of(scale):
+    """What a row's elements are multiplied by to be levels."""
+    return _f32(1) / scale * LEVELS if scale > TINY else _f32(0)
 
 
 @jit
-def _dequantise(out, stored, scales, width, start):
+def _quantise(out, scales, values, width):
+    for row in range(scales.size):
+        part, target = values[row * width : (row + 1) * width], out[row * width : (row + 1) * width]
+        scale = greatest(part)
+        scales[row] = scale
+        factor = factor_of(scale)
+        for i in range(width):
+            target[i] = np.int8((part[i] * factor + MAGIC) - MAGIC)
+
+
+@jit
+def _dequantise_bf16(out, stored, scales, width, start):
+    value = np.empty(CHUNK, _f32)
+    bits = value.view(_u32)
+    for low in range(0, stored.size, CHUNK):
+        count = min(CHUNK, stored.size - low)
+        load(value, bits, stored[low : low + count], scales, width, start + low)
+        round_bf16(out[low : low + count], bits)
+
+
+@jit
+def _dequantise_fp32(out, stored, scales, width, start):
     load(out, out.view(_u32), stored, scales, width, start)
 
 
@@ -101,10 +118,16 @@ def quantise(out: np.ndarray, scales: np.ndarray, values: np.ndarray) -> None:
     _quantise(out, scales, values, values.size // scales.size)
 
 
+def dequantise(out: np.ndarray, stored: np.ndarray, *, scales: np.ndarray, width: int, start: int) -> None:
+    """Stored elements start … of a tensor as float32 [n], or rounded to bfloat16 bits, uint16 [n]: `perturb` with σ = 0."""
+    kernel = _dequantise_bf16 if out.dtype == np.uint16 else _dequantise_fp32
+    kernel(out, stored, scales, width, start)
+
+
 def as_float32(stored: np.ndarray, scales: np.ndarray = NO_SCALES, width: int = 1, start: int = 0) -> np.ndarray:
     """What stored elements start … of a tensor stand for, float32, exactly: bfloat16 bits, or int8 with the tensor's scales."""
     if not scales.size:
         return (stored.astype(np.uint32) << 16).view(np.float32)
     out = np.empty(stored.size, np.float32)
-    _dequantise(out, stored, scales, width, start)
+    dequantise(out, stored, scales=scales, width=width, start=start)
     return out

@@ -35,13 +35,19 @@ def make_words(words, first, tensor, pair, step, k0, k1):
 
 
 @jit
-def make_noise(epsilon, words, lanes, table, start, count, tensor, pair, step, k0, k1):
-    """ε of elements start … start + count - 1 into epsilon[:count]; `lanes` is `words` seen as uint16."""
+def make_lanes(words, lanes, start, count, tensor, pair, step, k0, k1):
+    """The 16 random bits of elements start … start + count - 1: a part of `lanes`, which is `words` seen as uint16."""
     counters = (start % 8 + count + 7) // 8
     make_words(words[: 4 * counters], start // 8, tensor, pair, step, k0, k1)
-    lanes = lanes[start % 8 :]
+    return lanes[start % 8 :]
+
+
+@jit
+def make_noise(epsilon, words, lanes, table, start, count, tensor, pair, step, k0, k1):
+    """ε of elements start … start + count - 1 into epsilon[:count]; `lanes` is `words` seen as uint16."""
+    drawn = make_lanes(words, lanes, start, count, tensor, pair, step, k0, k1)
     for i in range(count):
-        epsilon[i] = _f32(table[lanes[i]]) / _QUANTUM
+        epsilon[i] = _f32(table[drawn[i]]) / _QUANTUM
 
 
 @jit
@@ -99,21 +105,6 @@ def _perturb_rows_fp32(plus, minus, weights, scales, rows, sigma, table, tensor,
         other = minus[i] if minus.size else plus[i, :0]
         start = rows[i] * width
         _perturb_fp32(plus[i], other, weights[i], scales[i : i + 1], width, 0, start, sigma, table, tensor, pair, step, k0, k1)
-
-
-@jit
-def _dequantise_bf16(out, stored, scales, width, start):
-    value = np.empty(CHUNK, _f32)
-    bits = value.view(_u32)
-    for low in range(0, stored.size, CHUNK):
-        count = min(CHUNK, stored.size - low)
-        load(value, bits, stored[low : low + count], scales, width, start + low)
-        round_bf16(out[low : low + count], bits)
-
-
-@jit
-def _dequantise_fp32(out, stored, scales, width, start):
-    load(out, out.view(_u32), stored, scales, width, start)
 
 
 @jit
@@ -176,12 +167,6 @@ def perturb_rows(
     kernel = _perturb_rows_bf16 if plus.dtype == np.uint16 else _perturb_rows_fp32
     other = plus[:0] if minus is None else minus
     kernel(plus, other, weights, scales, rows, _f32(sigma), noise.table(), *_counter(seed, step, pair, tensor))
-
-
-def dequantise(out: np.ndarray, weights: np.ndarray, *, scales: np.ndarray, width: int, start: int) -> None:
-    """out = round(weights): `perturb` with σ = 0, without the noise."""
-    kernel = _dequantise_bf16 if out.dtype == np.uint16 else _dequantise_fp32
-    kernel(out, weights, scales, width, start)
 
 
 def fill(out: np.ndarray, *, seed: int, step: int, pair: int, tensor: int, scale: float, start: int = 0) -> None:

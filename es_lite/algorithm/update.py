@@ -13,9 +13,9 @@ member has: element i takes lane i % 8 of its words. So the update is a pure fun
 import numpy as np
 
 from es_lite.algorithm import noise
-from es_lite.algorithm.formats import LEVELS, TINY, greatest, load
+from es_lite.algorithm.formats import LEVELS, TINY, factor_of, greatest, load
 from es_lite.algorithm.jit import CHUNK, jit
-from es_lite.algorithm.kernels import make_noise, make_words
+from es_lite.algorithm.kernels import make_lanes, make_noise
 
 _u32, _f32 = np.uint32, np.float32
 
@@ -65,8 +65,7 @@ def _advance_bf16(theta, start, pairs, coefficients, decay, table, tensor, step,
         load(value, bits, part, none, 1, 0)
         for i in range(count):
             value[i] = (value[i] - decay * value[i]) + total[i]
-        make_words(words[: 4 * ((first % 8 + count + 7) // 8)], first // 8, tensor, _ROUNDING, step, k0, k1)
-        cut = lanes[first % 8 :]
+        cut = make_lanes(words, lanes, first, count, tensor, _ROUNDING, step, k0, k1)
         for i in range(count):
             part[i] = np.uint16((bits[i] + _u32(cut[i])) >> _u32(16))
 
@@ -88,18 +87,17 @@ def _advance_int8(theta, scales, width, start, pairs, coefficients, decay, table
             value = row_value[low : low + count]
             for i in range(count):
                 value[i] = (value[i] - decay * value[i]) + total[i]
-        scale, top = scales[row], greatest(row_value, _f32(0))
+        scale, top = scales[row], greatest(row_value)
         if scale <= TINY:
             scale = top
         while scale < top:
             scale = scale * GROWTH
         scales[row] = scale
-        factor = _f32(1) / scale * LEVELS if scale > TINY else _f32(0)
+        factor = factor_of(scale)
         for low in range(0, width, CHUNK):
             count = min(CHUNK, width - low)
             first = start + row * width + low
-            make_words(words[: 4 * ((first % 8 + count + 7) // 8)], first // 8, tensor, _ROUNDING, step, k0, k1)
-            cut = lanes[first % 8 :]
+            cut = make_lanes(words, lanes, first, count, tensor, _ROUNDING, step, k0, k1)
             value, out = row_value[low : low + count], stored[low : low + count]
             for i in range(count):
                 level = np.floor(value[i] * factor + (_f32(cut[i]) + _f32(0.5)) * _f32(1 / 65536))

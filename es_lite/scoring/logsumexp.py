@@ -7,11 +7,11 @@ LLVM vectorises (numba's `math.exp` is a call an element); sums run by halves, a
 import numpy as np
 import torch
 
+from es_lite.algorithm.formats import MAGIC
 from es_lite.algorithm.jit import Threads, jit
 
 _f32, _u32 = np.float32, np.uint32
 
-MAGIC = np.float32(12582912.0)  # 1.5 * 2**23: adding it rounds to a whole number
 LOG2_E = np.float32(1.4426950408889634)
 # The Taylor coefficients ln(2)^k / k! of 2^f; |f| <= 1/2 leaves a relative error under 2e-7.
 C1, C2, C3 = np.float32(0.6931471805599453), np.float32(0.2402265069591007), np.float32(0.05550410866482158)

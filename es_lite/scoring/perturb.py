@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from es_lite.algorithm import kernels
+from es_lite.algorithm import formats, kernels
 from es_lite.algorithm.jit import Threads
 from es_lite.scoring.logsumexp import RunningLogSumExp
 from es_lite.weights.layout import Layer, Tensor
@@ -125,7 +125,7 @@ class Scratch:
             stored = part.data[low:high]
             if sigma == 0:
                 for out in outs:
-                    kernels.dequantise(out[low:high], stored, scales=part.scales, width=width, start=start)
+                    formats.dequantise(out[low:high], stored, scales=part.scales, width=width, start=start)
                 return
             kernels.perturb(outs[0][low:high], minus, stored, sigma=sigma, start=start, scales=part.scales, width=width, **place)
 

@@ -19,7 +19,7 @@ from es_lite.algorithm.record import Record
 from es_lite.errors import RunError, UserError
 from es_lite.weights.layerfile import FileWriter, Front, LayerFile, Section
 from es_lite.weights.layout import Layout
-from es_lite.weights.rawio import ALIGNMENT, REMEDY, open_direct, read_aligned
+from es_lite.weights.rawio import ALIGNMENT, REMEDY, open_file, read_aligned
 from es_lite.weights.stored import stored_bytes
 
 BUFFERS = 3
@@ -147,8 +147,7 @@ class Conveyor:
         """The reader's thread."""
         try:
             for layer in self._layers():
-                flags = os.O_RDONLY | os.O_CLOEXEC
-                descriptor = open_direct(layer.file.path, flags) if self._direct else os.open(layer.file.path, flags)
+                descriptor = open_file(layer.file.path, os.O_RDONLY, self._direct)
                 try:
                     sections = cut(layer.file, self._layout)
                     for section in sections:

@@ -10,11 +10,11 @@ are known. The checksum is XXH3 (64 bit) of the matrices and the front's tensors
 to be. A file is replaced, never changed: written beside and renamed.
 """
 
+import copy
 import json
 import math
 import mmap
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,9 +23,10 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from es_lite.algorithm.formats import NO_SCALES
 from es_lite.errors import UserError
 from es_lite.weights.layout import Layer, Tensor
-from es_lite.weights.rawio import ALIGNMENT, REMEDY, open_direct, read_fully, write_fully
+from es_lite.weights.rawio import ALIGNMENT, REMEDY, open_file, read_fully, write_fully
 from es_lite.weights.stored import Part, Storage, dtype_of, scales_of
 
 _NAMES = {np.dtype(np.float32): "F32", np.dtype(np.uint16): "BF16", np.dtype(np.int8): "I8"}
@@ -51,6 +52,13 @@ class Front:
     scales: dict[str, np.ndarray]
     """float32 [rows] by the name of the tensor, for int8 tensors."""
     small: dict[str, Part]
+
+    def scales_of(self, tensor: Tensor) -> np.ndarray:
+        """The tensor's; empty where it has none."""
+        return self.scales.get(tensor.name, NO_SCALES)
+
+    def copy(self) -> "Front":
+        return copy.deepcopy(self)
 
 
 class LayerFile:
@@ -128,38 +136,31 @@ class LayerFile:
         written = self._header({"step": str(step), "xxh3": checksum}).ljust(self._header_bytes)
         if claimed != (self.layer.name, self.storage) or data[8 : 8 + self._header_bytes] != written:
             raise UserError(f"{self.path}: is not {self.layer.name} of this model in {self.storage} but {claimed}; {REMEDY}")
-        position = 8 + self._header_bytes
-        scales = {}
-        for tensor in self.scaled:
-            scales[tensor.name] = np.frombuffer(data, np.float32, tensor.rows, position).copy()
-            position += 4 * tensor.rows
-        small = {}
-        for tensor in self.small:
-            dtype = dtype_of(tensor, self.storage)
-            stored = np.frombuffer(data[position : position + tensor.size * dtype.itemsize], dtype).copy()
-            small[tensor.name] = Part(tensor, 0, stored, scales.get(tensor.name, np.zeros(0, np.float32)))
-            position += stored.nbytes
-        return Front(step, checksum, scales, small)
+        front, position = self.empty_front(), 8 + self._header_bytes
+        front.step, front.checksum = step, checksum
+        for array in self._front_arrays(front):
+            array[:] = np.frombuffer(data[position : position + array.nbytes], array.dtype)
+            position += array.nbytes
+        return front
 
     def empty_front(self) -> Front:
         """A front to be filled."""
-        scales = {tensor.name: np.zeros(tensor.rows, np.float32) for tensor in self.scaled}
-        small = {}
+        front = Front(0, "", {tensor.name: np.zeros(tensor.rows, np.float32) for tensor in self.scaled}, {})
         for tensor in self.small:
             stored = np.empty(tensor.size, dtype_of(tensor, self.storage))
-            small[tensor.name] = Part(tensor, 0, stored, scales.get(tensor.name, np.zeros(0, np.float32)))
-        return Front(0, "", scales, small)
+            front.small[tensor.name] = Part(tensor, 0, stored, front.scales_of(tensor))
+        return front
 
     def front(self, front: Front) -> bytes:
         """The front as it is written."""
         header = self._header({"step": str(front.step), "xxh3": front.checksum}).ljust(self._header_bytes)
-        return b"".join([len(header).to_bytes(8, "little"), header, *self._front_tensors(front)])
+        return b"".join([len(header).to_bytes(8, "little"), header, *map(np.ndarray.tobytes, self._front_arrays(front))])
 
     def checksum(self, matrices: "xxhash.xxh3_64", front: Front) -> str:
         """Of the file. matrices: fed with all their bytes, in order."""
         whole = matrices.copy()
-        for data in self._front_tensors(front):
-            whole.update(data)
+        for array in self._front_arrays(front):
+            whole.update(array.tobytes())
         whole.update(f"{self.layer.name} {self.storage} {front.step}".encode())
         return whole.hexdigest()
 
@@ -174,13 +175,14 @@ class LayerFile:
         for tensor, start, count in section.parts:
             dtype = dtype_of(tensor, self.storage)
             stored = data[position : position + count * dtype.itemsize].view(dtype)
-            parts.append(Part(tensor, start, stored, front.scales.get(tensor.name, np.zeros(0, np.float32))))
+            parts.append(Part(tensor, start, stored, front.scales_of(tensor)))
             position += stored.nbytes
         return parts
 
-    def _front_tensors(self, front: Front) -> Sequence[bytes]:
-        scales = [front.scales[tensor.name].tobytes() for tensor in self.scaled]
-        return [*scales, *(front.small[tensor.name].data.tobytes() for tensor in self.small)]
+    def _front_arrays(self, front: Front) -> list[np.ndarray]:
+        """The front's tensors in the file's order."""
+        scales = [front.scales[tensor.name] for tensor in self.scaled]
+        return [*scales, *(front.small[tensor.name].data for tensor in self.small)]
 
 
 def _scale_name(tensor: Tensor) -> str:
@@ -194,7 +196,7 @@ class FileReader:
     def __init__(self, file: LayerFile) -> None:
         self.file = file
         try:
-            self.descriptor = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+            self.descriptor = open_file(file.path, os.O_RDONLY, direct=False)
         except OSError as error:
             raise UserError(f"{file.path}: cannot be read ({error.strerror})") from None
         try:
@@ -213,8 +215,8 @@ class FileReader:
             return Part(tensor, start, small.data[start : start + count], small.scales)
         data = np.empty(count, dtype_of(tensor, self.file.storage))
         offset = self.file.front_bytes + self.file.offsets[tensor.name] + start * data.itemsize
-        read_fully(self.descriptor, memoryview(data).cast("B"), offset, self.file.path)
-        return Part(tensor, start, data, self.front.scales.get(tensor.name, np.zeros(0, np.float32)))
+        read_fully(self.descriptor, memoryview(data).cast("B"), offset, data.nbytes, self.file.path)
+        return Part(tensor, start, data, self.front.scales_of(tensor))
 
     def close(self) -> None:
         os.close(self.descriptor)
@@ -234,8 +236,7 @@ class FileWriter:
         self.file = file
         self._partial = file.path.with_name(file.path.name + ".next")
         self._hash = xxhash.xxh3_64()
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        self._descriptor = open_direct(self._partial, flags) if direct else os.open(self._partial, flags, 0o644)
+        self._descriptor = open_file(self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, direct)
 
     def write(self, section: Section, view: memoryview) -> None:
         """The section's bytes, in order. view: has room for them and to the next multiple of ALIGNMENT."""

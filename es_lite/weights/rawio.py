@@ -16,9 +16,10 @@ REMEDY = "add --rebuild to --resume: θ₀ and the journal make it again"
 """What to do about a layer's file that cannot be read."""
 
 
-def open_direct(path: Path, flags: int) -> int:
-    """A descriptor that goes past the page cache, where the system and the file system know how; else a plain one."""
-    if hasattr(os, "O_DIRECT"):
+def open_file(path: Path, flags: int, direct: bool) -> int:
+    """A descriptor; direct: it goes past the page cache, where the system and the file system know how."""
+    flags |= os.O_CLOEXEC
+    if direct and hasattr(os, "O_DIRECT"):
         try:
             return os.open(path, flags | os.O_DIRECT, 0o644)
         except OSError as error:
@@ -33,30 +34,22 @@ def write_fully(descriptor: int, view: memoryview, position: int) -> None:
         view, position = view[written:], position + written
 
 
-def read_fully(descriptor: int, view: memoryview, position: int, path: Path) -> None:
-    """Fills `view` from byte `position` on. Raises UserError where the file cannot be read, or ends before."""
-    while view:
-        try:
-            got = os.preadv(descriptor, [view], position)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from None
-        if got == 0:
-            raise UserError(f"{path}: ends too soon; {REMEDY}")
-        view, position = view[got:], position + got
-
-
-def read_aligned(descriptor: int, view: memoryview, position: int, size: int, path: Path) -> None:
-    """Reads `size` bytes from an aligned position on, in aligned pieces, which may reach beyond them; `view` has room for that.
+def read_fully(descriptor: int, view: memoryview, position: int, size: int, path: Path) -> None:
+    """The `size` bytes from `position` on into `view`; where that has more room, bytes beyond them may follow.
 
     Raises UserError where the file cannot be read, or ends before.
     """
     done = 0
     while done < size:
-        end = min(done + READ_BYTES, -(-size // ALIGNMENT) * ALIGNMENT)
         try:
-            got = os.preadv(descriptor, [view[done:end]], position + done)
+            got = os.preadv(descriptor, [view[done : done + READ_BYTES]], position + done)
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from None
         if got == 0:
             raise UserError(f"{path}: ends too soon; {REMEDY}")
         done += got
+
+
+def read_aligned(descriptor: int, view: memoryview, position: int, size: int, path: Path) -> None:
+    """`read_fully` from an aligned position, in aligned pieces; `view` has room for the next multiple of ALIGNMENT."""
+    read_fully(descriptor, view[: -(-size // ALIGNMENT) * ALIGNMENT], position, size, path)

@@ -16,9 +16,9 @@ import xxhash
 from es_lite.algorithm.jit import Threads
 from es_lite.algorithm.record import Record
 from es_lite.errors import RunError, UserError
-from es_lite.weights.layerfile import FileReader, FileWriter, Front, LayerFile, Section
+from es_lite.weights.layerfile import FileReader, FileWriter, LayerFile, Section
 from es_lite.weights.layout import Tensor
-from es_lite.weights.rawio import REMEDY, open_direct, read_aligned, read_fully
+from es_lite.weights.rawio import REMEDY, open_file, read_aligned, read_fully
 from es_lite.weights.source import Source
 from es_lite.weights.stored import SLICE, Part, Storage
 from es_lite.weights.working import WorkingCopy
@@ -96,8 +96,7 @@ def check(file: LayerFile, direct: bool = False) -> None:
     with FileReader(file) as reader:
         front = reader.front
     found = xxhash.xxh3_64()
-    flags = os.O_RDONLY | os.O_CLOEXEC
-    descriptor = open_direct(file.path, flags) if direct else os.open(file.path, flags)
+    descriptor = open_file(file.path, os.O_RDONLY, direct)
     try:
         view = memoryview(mmap.mmap(-1, CHECK_BYTES))
         for low in range(file.front_bytes, file.size, CHECK_BYTES):
@@ -116,13 +115,13 @@ class _Held:
         self._file = file
         self._reader = FileReader(file)
         self._hash = xxhash.xxh3_64()
-        self._found: Front = file.parse(file.front(self._reader.front), file.size)  # as read: the other one is changed
         self.front = self._reader.front
+        self._found = self.front.copy()  # as read: the other one is changed
 
     def read(self, section: Section) -> np.ndarray:
         """Its bytes, uint8."""
         data = np.empty(section.high - section.low, np.uint8)
-        read_fully(self._reader.descriptor, memoryview(data), section.low, self._file.path)
+        read_fully(self._reader.descriptor, memoryview(data), section.low, data.size, self._file.path)
         self._hash.update(data)
         return data
 

@@ -146,8 +146,8 @@ class Stream:
 
     def _meet(self, file: LayerFile) -> PassingLayer:
         with FileReader(file) as reader:
-            found = file.parse(file.front(reader.front), file.size)
-            return PassingLayer(file, reader.front, found, due(file, self._records, reader.front.step, self._step))
+            needed = due(file, self._records, reader.front.step, self._step)
+            return PassingLayer(file, reader.front, reader.front.copy(), needed)
 
     def _sections(self, layer: PassingLayer) -> Iterator[Filled]:
         """The sections of a layer beside the blocks, as they come."""

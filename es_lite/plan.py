@@ -125,8 +125,7 @@ def make(recipe: Recipe, config: PretrainedConfig, layout: Layout) -> Plan:
     files = needs.files
     stored, largest = sum(file.size for file in files), max(file.size for file in files)
     export = layout.size * (2 if recipe.run.checkpoint_dtype == "bf16" else 4)
-    folder = "master" if recipe.memory.master == "fp32" else "weights"
-    disk = {folder: stored + (1 if streamed else parts.workers) * largest}
+    disk = {recipe.memory.folder: stored + (1 if streamed else parts.workers) * largest}
     if recipe.run.checkpoint_every:
         disk["checkpoint"] = 2 * export
     if recipe.eval.every and recipe.eval.best:

@@ -145,6 +145,16 @@ class MemoryTable:
     residency: Literal["auto", "resident", "streamed"] = "auto"
     """The weights stay in memory, or pass through it layer by layer; "auto" streams what does not fit."""
 
+    @property
+    def storage(self) -> Literal["fp32", "bf16", "int8"]:
+        """What the layers' files hold, and updates are applied to."""
+        return "fp32" if self.master == "fp32" else self.weights
+
+    @property
+    def folder(self) -> str:
+        """Where the layers' files are in the run directory."""
+        return "master" if self.master == "fp32" else "weights"
+
 
 @dataclass(frozen=True)
 class EvalTable:

@@ -58,17 +58,16 @@ def cores(proc: Path = PROC) -> int:
 def memory_limit(recipe_limit: int = 0, proc: Path = PROC, held: int = 0) -> MemoryLimit:
     """What a run can take in all: the least of available memory, what each cgroup from this process's own up to the root
     has left, each with the bytes that the run has already (`held`), and `recipe_limit` (0 is none)."""
-    machine = psutil.virtual_memory()
-    left = [(MemoryLimit(machine.available, "available memory"), machine.total - machine.available), *cgroup_usage(proc)]
-    limits = [MemoryLimit(limit.bytes + min(held, used), limit.source) for limit, used in left]
+    limits = [MemoryLimit(left.bytes + min(held, used), left.source) for left, used in memory_usage(proc)]
     if recipe_limit:
         limits.append(MemoryLimit(recipe_limit, "memory.limit of the recipe"))
     return min(limits, key=lambda limit: limit.bytes)
 
 
-def cgroup_memory(proc: Path = PROC) -> list[MemoryLimit]:
-    """What each cgroup with a memory limit has left: the limit minus the usage that cannot be reclaimed."""
-    return [left for left, _ in cgroup_usage(proc)]
+def memory_usage(proc: Path = PROC) -> list[tuple[MemoryLimit, int]]:
+    """What the machine and each cgroup with a memory limit have left, and the bytes used that cannot be reclaimed."""
+    machine = psutil.virtual_memory()
+    return [(MemoryLimit(machine.available, "available memory"), machine.total - machine.available), *cgroup_usage(proc)]
 
 
 def cgroup_usage(proc: Path = PROC) -> list[tuple[MemoryLimit, int]]:
@@ -149,20 +148,14 @@ def io_bytes(pids: Iterable[int]) -> tuple[int, int]:
     return read, written
 
 
-class PeakPss:
-    """The highest PSS of a changing set of processes, measured by a thread while the `with` block runs.
+class Watcher:
+    """Calls `look` again and again, in a thread of its own, while the `with` block runs."""
 
-    Attributes:
-        peak_bytes: the highest PSS measured so far; last_bytes: the last.
-    """
-
-    def __init__(self, pids: Callable[[], list[int]], every_seconds: float = 0.5) -> None:
-        self.peak_bytes = self.last_bytes = 0
-        self._pids = pids
+    def __init__(self, name: str, look: Callable[[], object], every_seconds: float) -> None:
+        self._look = look
         self._every_seconds = every_seconds
-        self._lock = threading.Lock()
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="peak-pss", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name=name, daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -172,21 +165,35 @@ class PeakPss:
         self._stop.set()
         self._thread.join()
 
+    def _watch(self) -> None:
+        seconds = 0.0
+        while not self._stop.wait(seconds):
+            began = time.perf_counter()
+            with contextlib.suppress(Exception):  # a figure that cannot be had now must not end the run
+                self._look()
+            # For PSS the kernel walks every page table (milliseconds a GiB): never more than 2 % of a core.
+            seconds = max(self._every_seconds, 50 * (time.perf_counter() - began))
+
+
+class PeakPss(Watcher):
+    """The highest PSS of a changing set of processes.
+
+    Attributes:
+        peak_bytes: the highest PSS measured so far; last_bytes: the last.
+    """
+
+    def __init__(self, pids: Callable[[], list[int]], every_seconds: float = 0.5) -> None:
+        super().__init__("peak-pss", self.sample, every_seconds)
+        self.peak_bytes = self.last_bytes = 0
+        self._pids = pids
+        self._lock = threading.Lock()
+
     def sample(self) -> int:
         """Measures now: bytes of PSS."""
         now = pss_bytes(self._pids())
         with self._lock:
             self.last_bytes, self.peak_bytes = now, max(self.peak_bytes, now)
         return now
-
-    def _watch(self) -> None:
-        seconds = 0.0
-        while not self._stop.wait(seconds):
-            began = time.perf_counter()
-            with contextlib.suppress(Exception):  # a figure that cannot be had now must not end the run
-                self.sample()
-            # The kernel walks every page table (milliseconds a GiB): never more than 2 % of a core.
-            seconds = max(self._every_seconds, 50 * (time.perf_counter() - began))
 
 
 def gpu_memory() -> MemoryLimit | None:

@@ -27,8 +27,8 @@ from es_lite.runs.journal import Journal
 from es_lite.runs.metrics import Metrics
 from es_lite.scoring import diagnosis
 from es_lite.scoring.perturb import UNPERTURBED, Perturbation
-from es_lite.weights.layerfile import FileReader, LayerFile
-from es_lite.weights.layout import Layer, Layout, Tensor
+from es_lite.weights.layerfile import LayerFile
+from es_lite.weights.layout import Layer, Layout
 from es_lite.weights.store import Finished
 from es_lite.workers.pool import SMALLER, Pool
 from es_lite.workers.worker import Advance, Check, Score, Task
@@ -270,16 +270,10 @@ class Training:
         self.examined_sigma = sigma
         advice = [diagnosis.collapse_advice(centre, scores, sigma)]
         if self.planned.compute == "bf16":
-            moved = diagnosis.share_moved(self.layout, self._first_elements, sigma, self.recipe.run.seed)
+            moved = diagnosis.share_moved(self.files, sigma, self.recipe.run.seed)
             advice.append(diagnosis.rounding_advice(moved, sigma))
         for text in filter(None, advice):
             self.console.warn(text)
-
-    def _first_elements(self, tensor: Tensor, count: int) -> np.ndarray:
-        """float32 [count], as its layer's file stands."""
-        file = next(file for file in self.files if tensor in file.layer.tensors)
-        with FileReader(file) as reader:
-            return reader.part(tensor, 0, count).float32()
 
     @property
     def _pids(self) -> list[int]:

@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
+import pytest
 import tomli_w
+
+from es_lite import system
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -138,6 +141,28 @@ def start(
         if group(process.pid):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+@contextmanager
+def v1_cgroup() -> Iterator[Path]:
+    """A real memory cgroup of one's own, under this process's; skips the test where there can be none."""
+    own = next((f for f in system.cgroup_folders("memory") if (f / "memory.limit_in_bytes").exists()), None)
+    if own is None:
+        pytest.skip("no v1 memory cgroup is mounted")
+    folder = own / f"es_lite-test-{os.getpid()}-{time.monotonic_ns()}"
+    try:
+        folder.mkdir()
+    except OSError as error:
+        pytest.skip(f"cannot make a cgroup: {error}")
+    yield folder
+    end = time.monotonic() + 20
+    while folder.exists():  # its processes take a moment to go
+        try:
+            folder.rmdir()
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
 
 
 def group(leader: int) -> list[psutil.Process]:

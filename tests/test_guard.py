@@ -2,15 +2,13 @@
 
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from support import TINY, arguments, digest, finished_run, records, start, train, write_recipe
+from support import TINY, arguments, digest, finished_run, records, start, train, v1_cgroup, write_recipe
 
-from es_lite import system
 from es_lite import train as training
 from es_lite.system import MemoryLimit
 from es_lite.workers import guard as guards
@@ -91,22 +89,8 @@ class Group:
 
 @pytest.fixture
 def group() -> Iterator[Group]:
-    own = next((f for f in system.cgroup_folders("memory") if (f / "memory.limit_in_bytes").exists()), None)
-    if own is None:
-        pytest.skip("no v1 memory cgroup is mounted")
-    folder = own / f"es_lite-guard-{time.monotonic_ns()}"
-    try:
-        folder.mkdir()
-    except OSError as error:
-        pytest.skip(f"cannot make a cgroup: {error}")
-    yield Group(folder)
-    end = time.monotonic() + 20
-    while time.monotonic() < end:  # its processes take a moment to go
-        try:
-            folder.rmdir()
-            return
-        except OSError:
-            time.sleep(0.1)
+    with v1_cgroup() as folder:
+        yield Group(folder)
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +153,7 @@ def test_a_worker_that_the_kernel_ended_for_memory_is_not_replaced(recipe, refer
 def test_the_nearest_limit_decides(monkeypatch, left, short, critical):
     """MiB left under a cgroup's limit of a GiB, beside a machine with plenty."""
     nearest = MemoryLimit(left * MIB, "cgroup x")
-    monkeypatch.setattr(guards.system, "cgroup_usage", lambda: [(nearest, 1024 * MIB - left * MIB)])
+    monkeypatch.setattr(guards.system, "cgroup_usage", lambda proc=None: [(nearest, 1024 * MIB - left * MIB)])
     guard = Guard(0, lambda: 0)
     guard.look()
     assert (guard.short, guard.critical) == (short, critical)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+from support import v1_cgroup
 
 from es_lite import system
 from es_lite.system import MemoryLimit
@@ -285,16 +286,8 @@ def test_peak_outlives_what_caused_it_and_errors_end_nothing(child) -> None:
 
 @pytest.fixture
 def real_v1_cgroup() -> Iterator[Path]:
-    own = next((f for f in system.cgroup_folders("memory") if (f / "memory.limit_in_bytes").exists()), None)
-    if own is None:
-        pytest.skip("no v1 memory cgroup is mounted")
-    folder = own / f"es-lite-test-{os.getpid()}"
-    try:
-        folder.mkdir()
-    except OSError as error:
-        pytest.skip(f"cannot make a cgroup: {error}")
-    yield folder
-    folder.rmdir()
+    with v1_cgroup() as folder:
+        yield folder
 
 
 def test_a_real_v1_cgroup_bounds_its_process(real_v1_cgroup: Path) -> None:

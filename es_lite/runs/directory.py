@@ -36,7 +36,7 @@ class RunDirectory:
         not set, or holds a run of another recipe. Nothing that was there is changed then.
         """
         self.path = Path(recipe.run.dir).expanduser()
-        self.store = self.path / ("master" if recipe.memory.master == "fp32" else "weights")
+        self.store = self.path / recipe.memory.folder
         self.journal = self.path / "journal.jsonl"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoint = self.path / "checkpoint"

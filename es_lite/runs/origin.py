@@ -34,9 +34,8 @@ class Origin:
     @classmethod
     def of_recipe(cls, recipe: Recipe) -> "Origin":
         groups = tuple(Multipliers(group.pattern, group.sigma, group.alpha) for group in recipe.es.groups)
-        storage: Storage = "fp32" if recipe.memory.master == "fp32" else recipe.memory.weights
         nes, shared = recipe.es.scale == "nes", recipe.noise.shared
-        return cls(recipe.model.path, recipe.model.config, recipe.run.seed, groups, nes, shared, storage)
+        return cls(recipe.model.path, recipe.model.config, recipe.run.seed, groups, nes, shared, recipe.memory.storage)
 
     @classmethod
     def of_journal(cls, journal: Journal) -> "Origin":

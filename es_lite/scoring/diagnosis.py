@@ -1,11 +1,11 @@
 """Is σ of a useful size? Advice where rounding swallows it, or where the perturbed models collapse."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import numpy as np
 
 from es_lite.algorithm import formats, kernels
-from es_lite.weights.layout import Layout, Tensor
+from es_lite.weights.layerfile import FileReader, LayerFile
 
 SAMPLED = 4096
 """Elements looked at in each tensor."""
@@ -14,22 +14,21 @@ LEAST_MOVED = 0.5
 MOST_LOST_NATS = 0.5
 
 
-def share_moved(layout: Layout, read: Callable[[Tensor, int], np.ndarray], sigma: float, seed: int) -> float:
-    """Share of the perturbed weights that σ changes in bfloat16, estimated from each tensor's first elements.
-
-    read: the first so many elements of a tensor, float32.
-    """
+def share_moved(files: Sequence[LayerFile], sigma: float, seed: int) -> float:
+    """Share of the perturbed weights that σ changes in bfloat16, estimated from each tensor's first elements in its file."""
     moved, perturbed = 0.0, 0
-    for tensor in layout.tensors:
-        if tensor.sigma == 0:
-            continue
-        values = read(tensor, min(SAMPLED, tensor.size))
-        weights = np.empty(values.size, np.uint16)
-        formats.to_bf16(weights, values)
-        out = np.empty_like(weights)
-        kernels.perturb(out, None, weights, seed=seed, step=0, pair=0, tensor=tensor.number, sigma=sigma * tensor.sigma)
-        moved += tensor.size * float(np.mean(out != weights))
-        perturbed += tensor.size
+    for file in files:
+        with FileReader(file) as reader:
+            for tensor in file.layer.tensors:
+                if tensor.sigma == 0:
+                    continue
+                values = reader.part(tensor, 0, min(SAMPLED, tensor.size)).float32()
+                weights = np.empty(values.size, np.uint16)
+                formats.to_bf16(weights, values)
+                out = np.empty_like(weights)
+                kernels.perturb(out, None, weights, seed=seed, step=0, pair=0, tensor=tensor.number, sigma=sigma * tensor.sigma)
+                moved += tensor.size * float(np.mean(out != weights))
+                perturbed += tensor.size
     return moved / max(1, perturbed)
 
 

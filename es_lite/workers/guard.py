@@ -1,11 +1,6 @@
 """The memory guard: how much is left under every limit, watched while a run is under way."""
 
-import contextlib
-import threading
 from collections.abc import Callable
-from typing import Self
-
-import psutil
 
 from es_lite import system
 
@@ -18,8 +13,8 @@ LEAST_SHORT, LEAST_CRITICAL = 48 * 2**20, 16 * 2**20
 EVERY_SECONDS = 0.2
 
 
-class Guard:
-    """Watches the cgroups, the machine's memory and the recipe's own limit. A context manager: it watches within.
+class Guard(system.Watcher):
+    """Watches the cgroups, the machine's memory and the recipe's own limit.
 
     Attributes:
         short: there is so little left that a worker fewer would be right.
@@ -29,18 +24,16 @@ class Guard:
 
     def __init__(self, limit_bytes: int, used_bytes: Callable[[], int]) -> None:
         """limit_bytes: the recipe's memory.limit, 0 where there is none; used_bytes: what the process group uses of it."""
+        super().__init__("memory-guard", self.look, EVERY_SECONDS)
         self.short = self.critical = False
         self.reason = ""
         self._limit = limit_bytes
         self._used = used_bytes
         self._kills = system.oom_kills()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="memory-guard", daemon=True)
 
     def look(self) -> None:
         """Looks now."""
-        limits = [(system.MemoryLimit(psutil.virtual_memory().available, "available memory"), psutil.virtual_memory().total)]
-        limits += [(left, left.bytes + used) for left, used in system.cgroup_usage()]
+        limits = [(left, left.bytes + used) for left, used in system.memory_usage()]
         if self._limit:
             limits.append((system.MemoryLimit(max(0, self._limit - self._used()), "memory.limit of the recipe"), self._limit))
         # What lies between short (1) and critical (0), of the limit that is nearest.
@@ -53,16 +46,3 @@ class Guard:
         """Whether the kernel has ended a process of this cgroup for memory since the last call."""
         before, self._kills = self._kills, system.oom_kills()
         return self._kills > before
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(EVERY_SECONDS):
-            with contextlib.suppress(Exception):  # a figure that cannot be had now must not end the run
-                self.look()

@@ -1,8 +1,8 @@
 """The recipe of a run: TOML tables into frozen dataclasses, with every mistake reported at once.
 
-A field's type says what it takes, and its `Check` what values are possible. `load` collects all
+A field's type says what it accepts, and its `Check` which values are possible. `Recipe.load` collects all
 problems (unknown names with the nearest right one, wrong types, impossible values, contradictions)
-and raises one `UserError` that lists them. The names are listed in docs/recipe.md.
+and raises one `UserError` that lists them. docs/recipe.md lists the keys.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ import tomli_w
 
 from es_lite import typed_toml
 from es_lite.errors import UserError
+from es_lite.quantities import parse_size
 from es_lite.typed_toml import Check
 
 
@@ -38,11 +39,13 @@ class RunTable:
     dir: str = ""
     """The run directory; "" stands for runs/<name of the recipe file>."""
     seed: Annotated[int, SEED] = 0
-    """The key of all noise, of the drawing of samples and of a random model's weights."""
+    """Determines all noise, which samples are drawn, and a random model's weights."""
     iterations: Annotated[int, at_least(0)] = 100
-    """Steps of the whole run, those before a resume included."""
+    """Steps of the whole run, including those before a resume."""
+    minutes: Annotated[float, at_least(0)] = 0.0
+    """The command ends before the step that would exceed this many minutes, with a checkpoint; 0 is off."""
     checkpoint_every: Annotated[int, at_least(0)] = 0
-    """Steps between checkpoints; 0 writes none."""
+    """Steps between checkpoints; 0 writes one only if the run is stopped."""
     checkpoint_dtype: Literal["bf16", "fp32"] = "bf16"
     """Type of the tensors in checkpoint/ and best/."""
 
@@ -62,9 +65,9 @@ class DataTable:
     lines: Annotated[int, at_least(0)] = 0
     """Read at most this many lines; 0 reads all."""
     samples: Literal["lines", "joined"] = "joined"
-    """One sample a line, or lines joined and cut at fitness.max_length."""
+    """Each line is a sample, or lines are joined and cut at fitness.max_length."""
     tokenizer: str = ""
-    """"" is the model's own; "bpe" is trained on the corpus and kept with the run; else a folder or hub name."""
+    """"" is the model's own; "bpe" is trained on the corpus and kept with the run; otherwise a folder or hub name."""
     vocab_size: Annotated[int, at_least(257)] = 8192
     """Size of a trained "bpe"; 257 (256 bytes and an end) is a model of bytes."""
 
@@ -78,7 +81,7 @@ class FitnessTable:
     max_length: Annotated[int, at_least(2)] = 256
     """Tokens of the longest sample."""
     micro_batch: Annotated[int, at_least(1)] = 16
-    """Samples that pass a layer together."""
+    """Samples that are computed together in a layer."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ class ESTable:
     """Members 2p and 2p+1 are θ ± σε of pair p."""
     alpha_decay: Annotated[float, FACTOR] = 1.0
     alpha_decay_every: Annotated[int, at_least(0)] = 0
-    """α is multiplied by alpha_decay every so many steps; 0 is off."""
+    """α is multiplied by alpha_decay every alpha_decay_every steps; 0 is off."""
     sigma_decay: Annotated[float, FACTOR] = 1.0
     sigma_decay_every: Annotated[int, at_least(0)] = 0
     weight_decay: Annotated[float, at_least(0)] = 0.0
@@ -123,21 +126,22 @@ class NoiseTable:
 @dataclass(frozen=True)
 class WorkersTable:
     count: Annotated[int | str, COUNT_OR_AUTO] = "auto"
-    """Worker processes, or where weights are streamed lanes of one; "auto" is one a core, fewer where memory is short."""
+    """Worker processes or, if weights are streamed, lanes of one; "auto" is one per core, fewer if memory is short."""
     threads: Annotated[int | str, COUNT_OR_AUTO] = "auto"
-    """Threads of a worker; "auto" is 1, with a GPU one a core."""
+    """Threads of a worker; "auto" is 1, or with a device one per core."""
     deadline: Annotated[float, at_least(0)] = 0.0
     """Seconds after which a worker's task counts as hung; 0 is what the slowest machine would take, at least 600."""
     compute: Literal["auto", "bf16", "fp32"] = "auto"
-    """The type that layers are computed in; "auto" is bf16 on a GPU or where the CPU has AVX512-BF16 or AMX, else fp32."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """"cuda": one process scores the whole population on the GPU; the update stays on the CPU."""
+    """The type that layers are computed in; "auto" is bf16 on a GPU or if the CPU has AVX512-BF16 or AMX, else fp32."""
+    device: Literal["cpu", "cuda", "torch"] = "cpu"
+    """"cuda": one process scores the whole population on the GPU; the update stays on the CPU. "torch": the same code on the CPU,
+    to test it."""
 
 
 @dataclass(frozen=True)
 class MemoryTable:
     limit: Annotated[str, SIZE] = ""
-    """What the whole process group may use; "" is what the machine and its cgroups leave."""
+    """What all processes together may use; "" is what the machine and its cgroups leave."""
     weights: Literal["bf16", "int8"] = "bf16"
     """Type of the weights that are scored from; "int8" is row-wise absmax."""
     master: Literal["fp32", "none"] = "fp32"
@@ -146,8 +150,13 @@ class MemoryTable:
     """The weights stay in memory, or pass through it layer by layer; "auto" streams what does not fit."""
 
     @property
+    def limit_bytes(self) -> int:
+        """0 if there is none."""
+        return parse_size(self.limit)
+
+    @property
     def storage(self) -> Literal["fp32", "bf16", "int8"]:
-        """What the layers' files hold, and updates are applied to."""
+        """What the layers' files hold and updates are applied to."""
         return "fp32" if self.master == "fp32" else self.weights
 
     @property
@@ -188,58 +197,43 @@ class Recipe:
     eval: EvalTable = field(default_factory=EvalTable)
     log: LogTable = field(default_factory=LogTable)
 
+    @classmethod
+    def load(cls, path: Path, overrides: typing.Sequence[str] = ()) -> "Recipe":
+        """The recipe in the TOML file `path`, with `table.key=value` overrides through the same checks.
 
-def load(path: Path, overrides: typing.Sequence[str] = ()) -> Recipe:
-    """The recipe in the TOML file `path`, with `table.key=value` overrides through the same checks.
+        Raises UserError, which lists every problem with its key, what was expected and the nearest right name.
+        """
+        try:
+            document = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such recipe; the ones that come with es_lite are in recipes/") from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise UserError(f"{path}: not valid TOML: {error}") from None
+        problems: list[str] = []
+        for override in overrides:
+            _apply(document, override, problems)
+        recipe = _recipe(document, problems)
+        if problems:
+            listing = "\n".join(f"  {problem}" for problem in problems)
+            raise UserError(f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)}\n{listing}")
+        if not recipe.run.dir:
+            recipe = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, dir=f"runs/{path.stem}"))
+        return recipe
 
-    Raises:
-        UserError: listing every problem, each with its key, what was expected and the nearest right name.
-    """
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such recipe; the ones that come with es_lite are in recipes/") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from None
-    problems: list[str] = []
-    for override in overrides:
-        _apply(document, override, problems)
-    recipe = _recipe(document, problems)
-    if problems:
-        listing = "\n".join(f"  {problem}" for problem in problems)
-        raise UserError(f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)}\n{listing}")
-    if not recipe.run.dir:
-        recipe = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, dir=f"runs/{path.stem}"))
-    return recipe
+    def dumps(self) -> str:
+        """The recipe as TOML, every default written out; `load` gives it back."""
+        return tomli_w.dumps(dataclasses.asdict(self))
 
-
-def dumps(recipe: Recipe) -> str:
-    """The recipe as TOML, every default written out; `load` gives it back."""
-    return tomli_w.dumps(dataclasses.asdict(recipe))
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "8 GiB", "512MiB", "2 GB" or "1000000"; 0 where it is not a size."""
-    units = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", text)
-    if not match or match[2].upper() not in units:
-        return 0
-    try:
-        return int(float(match[1]) * units[match[2].upper()])
-    except (ValueError, OverflowError):
-        return 0
-
-
-def differences(old: Recipe, new: Recipe) -> list[str]:
-    """Each key that differs, as `table.key: old -> new`."""
-    return [
-        f"{table}.{key}: {before!r} -> {getattr(getattr(new, table), key)!r}"
-        for table, keys in dataclasses.asdict(old).items()
-        for key in keys
-        if (before := getattr(getattr(old, table), key)) != getattr(getattr(new, table), key)
-    ]
+    def changes(self, new: "Recipe") -> list[str]:
+        """Each key that differs in `new`, as `table.key: old -> new`."""
+        return [
+            f"{table}.{key}: {before!r} -> {getattr(getattr(new, table), key)!r}"
+            for table, keys in dataclasses.asdict(self).items()
+            for key in keys
+            if (before := getattr(getattr(self, table), key)) != getattr(getattr(new, table), key)
+        ]
 
 
 def _compiles(pattern: str) -> bool:

@@ -1,10 +1,10 @@
-"""θ₀ and the journal to a Hugging Face folder, bit for bit what the run had.
+"""The command: computes a run's weights from θ₀ and its journal, bit for bit what the run had, as a Hugging Face folder.
 
     python -m es_lite.replay RUN --out DIR [--model PATH] [--step T] [--dtype bf16|fp32]
 
 RUN is a run directory or a journal alone: a fine-tune that was shared as a file of kilobytes. A random θ₀ comes from the
-journal's seed; a pretrained one from where the run found it, or from --model, and must be the very same. Of a run directory's
-other files, only the tokenizer is taken along.
+journal's seed; a pretrained one from where the run found it, or from --model, and must be the very same. Of the run directory's
+other files, only the tokenizer is used.
 """
 
 import argparse
@@ -18,44 +18,48 @@ from transformers.utils import logging as transformers_logging
 
 from es_lite.algorithm.jit import Threads
 from es_lite.errors import RunError, UserError
-from es_lite.runs import origin as origins
+from es_lite.model.configuration import locate
+from es_lite.model.layout import Layer
+from es_lite.model.origin import Origin
 from es_lite.runs.export import export, model_card
 from es_lite.runs.journal import Journal
-from es_lite.runs.origin import Origin
 from es_lite.system import cores
-from es_lite.weights.source import locate
-from es_lite.weights.store import Replayed
+from es_lite.weights.layer_format import LayerFormat
+from es_lite.weights.reading import LayerReader
 
 
 def replay(run: Path, out: Path, model_path: str = "", steps: int | None = None, dtype: str = "bf16") -> None:
     """Writes the model after `steps` steps (all of the journal's by default) to the folder `out`.
 
-    Raises UserError where the journal is damaged, or θ₀ is not the one it was written from, or `out` exists.
+    Raises UserError if the journal is damaged, if θ₀ is not the one that it began with, or if `out` exists.
     """
     journal = Journal.open(run / "journal.jsonl" if run.is_dir() else run)
     steps = len(journal.records) if steps is None else steps
     if not 0 <= steps <= len(journal.records):
-        raise UserError(f"--step {steps}: {journal.path} has the steps 0 to {len(journal.records)}")
+        raise UserError(f"--step {steps}: {journal.path} has steps 0 to {len(journal.records)}")
     if out.exists():
         raise UserError(f"{out}: exists already; choose another folder")
-    origin = Origin.of_journal(journal)
+    origin = Origin.of_header(journal.header, journal.path)
     if model_path and not origin.path:
         raise UserError(f"--model {model_path}: this run started from random weights, which its journal's seed gives")
     origin = replace(origin, path=model_path or origin.path)
     model, layout = origin.skeleton()
     threads = Threads(cores())
     theta_0 = origin.source(model, layout, threads)
-    origins.check(journal, origin, layout, theta_0)
-    replayed = Replayed(theta_0, origin.storage, journal.records[:steps], threads)
+    origin.check(journal.header, journal.path, layout, theta_0)
+
+    def reader(layer: Layer) -> LayerReader:
+        return LayerReader.of_theta_0(LayerFormat(layer, origin.storage), theta_0, journal.records[:steps], threads)
+
     tokenizer = _tokenizer(run, origin)
     if tokenizer is None:
-        print("es_lite: no tokenizer beside the journal; add the run's to the folder", file=sys.stderr)
-    card = model_card(steps, "", origin.path, None)
-    export(out, model, layout, lambda layer: replayed, tokenizer, dtype, card, {"step": steps})
+        print("es_lite: there is no tokenizer with the journal; copy the run's into the folder", file=sys.stderr)
+    card = model_card(steps, "", origin.path, "")
+    export(out, model, layout, reader, tokenizer, dtype, card, {"step": steps})
 
 
 def _tokenizer(run: Path, origin: Origin) -> PreTrainedTokenizerBase | None:
-    """The run's own tokenizer, or the model's; None where there is neither, as beside a journal alone."""
+    """The run's own tokenizer, or the model's; None if there is neither, as with a journal alone."""
     for folder in ([run / "tokenizer"] if run.is_dir() else []) + ([locate(origin.path)] if origin.path else []):
         if (folder / "tokenizer_config.json").exists():
             return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
@@ -69,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="a run directory, or a journal.jsonl")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--model", default="", help="where the pretrained model is, if not where the run found it")
-    parser.add_argument("--step", type=int, help="stop after so many steps; default: all")
+    parser.add_argument("--step", type=int, help="stop after this many steps; default: all")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     arguments = parser.parse_args(argv)
     transformers_logging.set_verbosity_error()

@@ -2,160 +2,267 @@
 
     python -m es_lite.train RECIPE [--set table.key=value ...] [--resume [--rebuild]]
 
-`train` is a run from top to bottom, `Training.step` (training.py) the papers' algorithm. The journal gets a step's record
-before any weight changes; the weights catch up with the journal, wherever they were left.
+`train` is a run from top to bottom, `Run.step` the papers' algorithm (EA4LLM, algorithm 1; Evolution Strategies at Scale,
+algorithm 2). The journal gets a step's record before any weight changes; wherever the weights were left, the engine brings them
+to the journal's end.
 """
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import numpy as np
 from transformers.utils import logging as transformers_logging
 
-from es_lite import data, plan, system
-from es_lite import recipe as recipes
+from es_lite import system
 from es_lite.algorithm.jit import Threads
-from es_lite.data import Corpus
-from es_lite.errors import RunError, UserError
+from es_lite.algorithm.noise.kinds import kind_of
+from es_lite.algorithm.record import Record
+from es_lite.engine.base import Engine, Execution
+from es_lite.engine.local import LocalEngine
+from es_lite.engine.pool import SMALLER, prepare
+from es_lite.errors import DamagedFile, RunError, UserError
+from es_lite.fitness import diagnosis
+from es_lite.fitness.base import Dataset, Fitness, Items
+from es_lite.fitness.kinds import fitness_of
+from es_lite.model.origin import Origin
+from es_lite.planning.plan import Plan
+from es_lite.planning.rates import estimate
+from es_lite.quantities import GIB
 from es_lite.recipe import Recipe
-from es_lite.runs import origin as origins
 from es_lite.runs.console import Console
 from es_lite.runs.directory import RunDirectory
 from es_lite.runs.journal import Journal
 from es_lite.runs.metrics import Metrics
-from es_lite.runs.origin import Origin
-from es_lite.tokenizer import load_tokenizer
-from es_lite.training import Training
-from es_lite.weights import store, working
-from es_lite.weights.layerfile import LayerFile
-from es_lite.workers.guard import Guard
-from es_lite.workers.pool import Pool, prepare
-from es_lite.workers.worker import Setup
+from es_lite.runs.milestones import Milestones
+from es_lite.runs.pace import Pace
+from es_lite.scoring.perturbation import UNPERTURBED, Perturbation
+from es_lite.weights.store import Store
 
 
 def train(recipe: Recipe, resume: bool = False, rebuild: bool = False) -> None:
-    """Runs `recipe` to its last step, or on from where its run directory stands.
+    """Runs `recipe` to its last step, or continues from where its run directory stands.
 
     rebuild: layer files that are damaged are made again from θ₀ and the journal, instead of ending the run.
 
-    Raises UserError for what the user must change, RunError where the run cannot go on; after either, the run
-    directory resumes.
+    Raises UserError for what the user must change, RunError if the run cannot continue; after either, the run
+    directory can be resumed.
     """
     # What is to be trained, and whether it fits, before anything is loaded or written.
-    origin = Origin.of_recipe(recipe)
+    origin, fitness = Origin.of_recipe(recipe), fitness_of(recipe.fitness.kind)
     model, layout = origin.skeleton()
-    planned = plan.make(recipe, model.config, layout)
-    if problem := plan.shortfall(planned):
-        raise UserError(f"{problem}\n\n{planned.text()}")
+    plan = Plan.of(recipe, fitness, model.config, layout)
+    if problem := plan.shortfall():
+        raise UserError(problem)
 
     with RunDirectory(recipe, resume) as run:
-        print(f"{layout.size:,} parameters in {len(layout.layers)} layers, run directory {run.path}", flush=True)
-        print(planned.text(), flush=True)
-        tokenizer, train_set, held_out = read_data(recipe, model, run.path)
-        data.draw(len(train_set), recipe.fitness.samples, recipe.run.seed, 0)  # says at once if M is too large
-
-        # θ₀, the journal, and where each layer stands.
+        # The items, θ₀, the journal, and where each layer stands.
+        dataset = fitness.open(recipe, model.config, run.path)
         theta_0 = origin.source(model, layout, Threads(1))
-        files = origin.files(run.store, layout)
-        drawn_from = data.fingerprint(train_set, held_out)
-        fresh = not run.journal.exists()
-        if not fresh:
+        header = {"data": dataset.fingerprint(), "compute": plan.execution.compute, "versions": system.versions()}
+        if run.journal.exists():
             journal = Journal.open(run.journal)
-            origins.check(journal, origin, layout, theta_0)
-            if journal.header["data"] != drawn_from:
-                raise UserError(f"{recipe.data.path}: the text or its tokenizer has changed since {run.path} began; set it back")
-            if journal.header["compute"] != planned.compute:
-                print(
-                    f"warning: the run began in {journal.header['compute']}, this machine goes on in {planned.compute}",
-                    file=sys.stderr,
-                )
+            origin.check(journal.header, journal.path, layout, theta_0)
+            check_data(journal, header, recipe)
         else:
             if resume:
                 print(f"nothing to resume in {run.path}: starting at step 0", flush=True)
-            header = {"data": drawn_from, "compute": planned.compute, "versions": system.versions()}
             journal = Journal.create(run.journal, origin.header(layout, theta_0) | header)
+        store = Store(run.store, layout, origin.storage)
         if rebuild:
-            remove_damaged(files)
-        standing = [store.standing(file) for file in files]
-        if max(standing) > len(journal.records):
-            raise UserError(
-                f"{run.store}: a layer stands at step {max(standing)}, but {run.journal} ends at step "
-                f"{len(journal.records)}; restore the journal, or remove {run.store} to make it again from the journal"
-            )
+            for error in store.remove_damaged():
+                print(f"removed, to be made again from θ₀ and the journal: {error}", flush=True)
+        check_steps(store, journal)
         run.keep(recipe)
 
-        descriptor = None if planned.streamed else working.allocate(layout, recipe.memory.weights)
-        setup = Setup(
-            origin=origin,
-            layout=layout,
-            store=run.store,
-            weights=recipe.memory.weights,
-            direct=planned.direct,
-            compute=planned.compute,
-            device=recipe.workers.device,
-            lanes=planned.lanes,
-            threads=planned.threads,
-            micro_batch=recipe.fitness.micro_batch,
-        )
+        expected = estimate(plan.work, plan.execution, recipe.noise.kind, run.path)
+        remaining = max(0, recipe.run.iterations - len(journal.records))
+        print(f"{plan.summary(expected, remaining)}\n\n{plan.details(expected)}\n", flush=True)
+        pace = Pace(expected.score_seconds, expected.update_seconds, recipe.run.minutes)
         with (
             Console(recipe.run.iterations, len(journal.records)) as console,
-            system.PeakPss(system.family) as pss,
-            Guard(recipes.parse_size(recipe.memory.limit), lambda: pss.last_bytes) as guard,
-            Pool(setup, descriptor, run.lock, planned.processes, recipe.workers.deadline, console.warn, guard) as pool,
+            LocalEngine(recipe, origin, layout, store, plan.execution, run.lock, console.warn) as engine,
         ):
-            training = Training(
+            under_way = Run(recipe, fitness, dataset, engine, plan.execution, journal, store, console, pace)
+            milestones = Milestones(
                 recipe=recipe,
-                planned=planned,
-                model=model,
-                layout=layout,
-                files=files,
-                standing=min(standing),
-                tokenizer=tokenizer,
-                train_set=train_set,
-                held_out=held_out,
                 run=run,
                 journal=journal,
                 metrics=Metrics(run.metrics, recipe.log.tensorboard),
                 console=console,
-                pool=pool,
-                pss=pss,
+                model=model,
+                layout=layout,
+                store=store,
+                tokenizer=dataset.tokenizer,
+                threads=plan.execution.workers * plan.execution.threads,
+                evaluate=under_way.evaluate,
+                reference=dataset.reference,
+                memory=under_way.memory,
+                unit=f"{fitness.measures}, {fitness.unit}",
             )
-            training.prepare(fresh)
-            training.catch_up()
-            while training.done < recipe.run.iterations and not console.stopping:
-                training.step()
-            training.checkpoint_if_due(last=True)
-            resumable = f"; add --resume to go on from step {training.done}" if training.done < recipe.run.iterations else ""
-            console.say(f"{training.done} of {recipe.run.iterations} steps done{resumable}")
+            under_way.begin()
+            milestones.catch_up()
+            while under_way.done < recipe.run.iterations and not console.stopping:
+                milestones.after_step(under_way.step(milestones.sigma(under_way.done), milestones.alpha(under_way.done)))
+                if engine.shortage and under_way.done < recipe.run.iterations:
+                    raise RunError(
+                        f"stopped after step {under_way.done}, memory is short: {engine.shortage}; nothing is lost: {SMALLER}"
+                    )
+                if pace.exhausted and under_way.done < recipe.run.iterations:
+                    console.say(f"the next step would exceed run.minutes = {recipe.run.minutes:g}")
+                    console.stopping = True
+            milestones.checkpoint_if_due(last=True)
+            more = under_way.done < recipe.run.iterations
+            resumable = f"; add --resume to continue from step {under_way.done}" if more else ""
+            console.say(f"{under_way.done} of {recipe.run.iterations} steps done{resumable}")
 
 
-def remove_damaged(files: Sequence[LayerFile]) -> None:
-    """Removes the layers' files that are not what was written; they are then made again. Says which."""
-    for file in files:
-        if file.path.exists():
-            try:
-                store.check(file)
-            except UserError as error:
-                file.path.unlink()
-                print(f"removed, to be made again from θ₀ and the journal: {error}", flush=True)
+@dataclass
+class Run:
+    """A run under way: a step of the algorithm, and what it needs."""
+
+    recipe: Recipe
+    fitness: Fitness
+    dataset: Dataset
+    engine: Engine
+    execution: Execution
+    journal: Journal
+    store: Store
+    console: Console
+    pace: Pace
+    examined_sigma: float | None = None
+    """The σ whose size was last examined."""
+
+    @property
+    def done(self) -> int:
+        """Steps that the journal holds."""
+        return len(self.journal.records)
+
+    def begin(self) -> None:
+        """Brings the weights to the journal's end, and checks what there is of them."""
+        self.console.say("bringing the weights to the journal's end")
+        with self.console.progress("weights", 100, "percent") as progress:
+            self.engine.advance(self.journal.records, progress)
+            self.engine.check(progress)
+
+    def step(self, sigma: float, alpha: float) -> dict[str, float]:
+        """One iteration. Returns its metrics."""
+        es, seed, t = self.recipe.es, self.recipe.run.seed, self.done
+        started, before = time.perf_counter(), self.engine.usage()
+
+        # Score the population on the step's items; if σ is new, score θ itself too.
+        items = self.dataset.draw(t)
+        signs = (1, -1) if es.antithetic else (1,)
+        pairs = range(es.population // len(signs))
+        perturbations = [Perturbation(seed, t, pair, sigma, signs, self.recipe.noise.kind) for pair in pairs]
+        new_sigma = sigma != self.examined_sigma
+        means = self._score([*perturbations, UNPERTURBED] if new_sigma else perturbations, items).mean(axis=1)
+        scores = means[: es.population]
+        scored = time.perf_counter()
+        if new_sigma:
+            self._examine(sigma, float(means[-1]), scores)
+
+        # Decide: scores to utilities to coefficients. Once the journal has them, the step is done, whatever happens.
+        finite = np.isfinite(scores)
+        if not finite.all():
+            self.console.warn(f"step {t + 1}: {np.sum(~finite)} of {scores.size} scores are not finite; they do not count")
+        try:
+            record = Record.from_scores(
+                t,
+                scores,
+                seed=seed,
+                kind=self.recipe.noise.kind,
+                sigma=sigma,
+                alpha=alpha,
+                shaping_kind=es.shaping,
+                scale=es.scale,
+                antithetic=es.antithetic,
+                weight_decay=es.weight_decay,
+            )
+        except ValueError as error:
+            raise RunError(f"step {t + 1}: {error}; nothing has changed. es.sigma or es.alpha may be too large") from None
+        self.journal.append(record, [score if np.isfinite(score) else None for score in scores.tolist()])
+
+        # Move θ.
+        with self.console.progress(f"step {t + 1}: update", 100, "percent") as progress:
+            self.engine.advance([record], progress)
+        updated = time.perf_counter()
+
+        self.pace.stepped(updated - started)
+        after, tokens = self.engine.usage(), es.population * items.scored_tokens
+        return {
+            "tokens": tokens,
+            "tokens_per_second": tokens / (updated - started),
+            "step_seconds": updated - started,
+            "score_seconds": scored - started,
+            "update_seconds": updated - scored,
+            **self.memory(),
+            "read_gib": max(0, after.read_bytes - before.read_bytes) / GIB,
+            "written_gib": max(0, after.written_bytes - before.written_bytes) / GIB,
+            "workers": self.engine.workers,
+        }
+
+    def evaluate(self) -> float:
+        """Mean score of θ on the held-out items; the same number on any number of workers."""
+        with self.console.progress("evaluation", 100, "percent") as progress:
+            return float(self.engine.score([UNPERTURBED], self.dataset.held_out(), progress).mean())
+
+    def memory(self) -> dict[str, float]:
+        """Metrics of the memory in use."""
+        usage = self.engine.usage()
+        return {"pss_gib": usage.pss_bytes / GIB, "peak_pss_gib": usage.peak_pss_bytes / GIB}
+
+    def _score(self, perturbations: Sequence[Perturbation], items: Items) -> np.ndarray:
+        """float64 [members, items]; corrects the expected duration in the first step."""
+        began = time.perf_counter()
+        members = sum(perturbation.members for perturbation in perturbations)
+        what = f"step {self.done + 1}/{self.recipe.run.iterations}"
+        with self.console.progress(what, members, "member", self.pace.step_seconds) as show:
+
+            def progress(share: float) -> None:
+                if self.pace.correct(share, time.perf_counter() - began):
+                    self.console.say(f"as measured now, {self.pace.outlook(self.recipe.run.iterations - self.done)}")
+                show(share)
+
+            return self.engine.score(perturbations, items, progress)
+
+    def _examine(self, sigma: float, centre: float, scores: np.ndarray) -> None:
+        """Warns if σ is too small or too large to be of use; centre: θ's own score."""
+        self.examined_sigma = sigma
+        advice = [diagnosis.collapse_advice(self.fitness, centre, scores, sigma)]
+        if self.execution.compute == "bf16":
+            noise = kind_of(self.recipe.noise.kind)
+            advice.append(
+                diagnosis.rounding_advice(diagnosis.share_moved(self.store.files, noise, sigma, self.recipe.run.seed), sigma)
+            )
+        for text in filter(None, advice):
+            self.console.warn(text)
 
 
-def read_data(recipe: Recipe, model: PreTrainedModel, run_dir: Path) -> tuple[PreTrainedTokenizerBase, Corpus, Corpus | None]:
-    """The tokenizer, the samples to train on, and those held out (None where eval is off)."""
-    table, length = recipe.data, recipe.fitness.max_length
-    texts = data.read_texts(table.path, table.lines)
-    tokenizer = load_tokenizer(table, recipe.model.path, run_dir, texts)
-    corpus = data.tokenize(texts, tokenizer, table.samples, length)
-    held_out = None
-    if recipe.eval.every and recipe.eval.path:
-        held_out = data.tokenize(data.read_texts(recipe.eval.path, 0), tokenizer, table.samples, length)
-    elif recipe.eval.every:
-        corpus, held_out = data.split(corpus, recipe.eval.fraction)
-    for part in filter(None, (corpus, held_out)):
-        data.check_vocabulary(part, model.config.get_text_config().vocab_size)
-    return tokenizer, corpus, held_out
+def check_data(journal: Journal, header: dict, recipe: Recipe) -> None:
+    """Raises UserError if the items are not those that the run began with; warns if the compute type is not."""
+    if journal.header["data"] != header["data"]:
+        raise UserError(
+            f"{recipe.data.path}: the text or its tokenizer has changed since {journal.path.parent} began; restore it"
+        )
+    if journal.header["compute"] != header["compute"]:
+        print(
+            f"warning: the run began in {journal.header['compute']}, this machine continues in {header['compute']}",
+            file=sys.stderr,
+        )
+
+
+def check_steps(store: Store, journal: Journal) -> None:
+    """Raises UserError if a layer is ahead of the journal."""
+    last = max(store.steps())
+    if last > len(journal.records):
+        raise UserError(
+            f"{store.folder}: a layer stands at step {last}, but {journal.path} ends at step "
+            f"{len(journal.records)}; restore the journal, or remove {store.folder} to make it again from the journal"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -164,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("recipe", type=Path, help="a TOML file; the ones that come with es_lite are in recipes/")
     parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE", dest="overrides", help="override a key")
-    parser.add_argument("--resume", action="store_true", help="go on from where the run directory stands")
+    parser.add_argument("--resume", action="store_true", help="continue from where the run directory stands")
     parser.add_argument(
         "--rebuild", action="store_true", help="with --resume: make damaged layer files again from θ₀ and the journal"
     )
@@ -173,14 +280,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--rebuild goes with --resume")
     transformers_logging.set_verbosity_error()
     try:
-        recipe = recipes.load(arguments.recipe, arguments.overrides)
+        recipe = Recipe.load(arguments.recipe, arguments.overrides)
         prepare()  # workers' imports, meanwhile
         train(recipe, arguments.resume, arguments.rebuild)
+    except DamagedFile as error:
+        print(f"es_lite: {error}; add --rebuild to --resume: θ₀ and the journal make it again", file=sys.stderr)
+        return error.exit_code
     except (UserError, RunError) as error:
         print(f"es_lite: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("es_lite: stopped at once; add --resume to go on", file=sys.stderr)
+        print("es_lite: stopped immediately; add --resume to continue", file=sys.stderr)
         return 130
     return 0
 

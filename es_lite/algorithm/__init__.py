@@ -1,1 +1,1 @@
-"""Pure functions: noise and its kernels, shaping, schedules, the record of a step. Imports nothing of the project."""
+"""Pure functions: noise, formats, the update, shaping, schedules, the record of a step. Touches no file, process or model."""

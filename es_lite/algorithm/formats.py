@@ -1,13 +1,18 @@
-"""The formats that weights are stored in, to and from float32: bfloat16 bits (uint16), int8 with a scale a row.
+"""The formats that weights are stored in, to and from float32: bfloat16 bits (uint16), and int8 with one scale per row.
 
 int8 is row-wise absmax, as bitsandbytes' `int8_vectorwise_quant` makes it: a row's scale is its greatest magnitude, an
-element is round(x · ((1 / scale) · 127)), halves to even, and stands for element · scale · (1/127), every operation in float32. A
-row of zeros has the scale 0. Values are taken to be finite.
+element is stored as round(x · ((1 / scale) · 127)), halves to even, and its value is element · scale · (1/127), each operation
+in float32. A row of zeros has the scale 0. Values are assumed to be finite.
 """
+
+from typing import Literal
 
 import numpy as np
 
 from es_lite.algorithm.jit import CHUNK, jit
+
+Storage = Literal["fp32", "bf16", "int8"]
+"""What tensors are stored as. In "int8", vectors (norms, biases) are bfloat16."""
 
 _u32, _f32 = np.uint32, np.float32
 
@@ -17,17 +22,17 @@ MAGIC = np.float32(12582912.0)
 """1.5 · 2²³: adding and subtracting it rounds to a whole number, halves to even."""
 
 TINY = np.float32(1e-36)
-"""A row below it counts as zeros: the reciprocal of its scale might not be finite."""
+"""A row whose magnitudes are below this counts as zeros: the reciprocal of its scale might not be finite."""
 
 NO_SCALES = np.zeros(0, np.float32)
-"""The scales of what has none."""
+"""The scales of a tensor that has none."""
 
 
 @jit
 def load(values, bits, stored, scales, width, start):
     """Elements start … of a stored tensor into values[: stored.size]; `bits` is `values` seen as uint32.
 
-    scales: of all the tensor's rows of `width` elements, where it is int8; empty where it is bfloat16.
+    scales: of all the tensor's rows of `width` elements, if it is int8; empty if it is bfloat16.
     """
     if scales.size == 0:
         for i in range(stored.size):
@@ -73,7 +78,7 @@ def greatest(values):
 
 @jit
 def factor_of(scale):
-    """What a row's elements are multiplied by to be levels."""
+    """What the elements of a row are multiplied by to become levels."""
     return _f32(1) / scale * LEVELS if scale > TINY else _f32(0)
 
 
@@ -125,7 +130,7 @@ def dequantise(out: np.ndarray, stored: np.ndarray, *, scales: np.ndarray, width
 
 
 def as_float32(stored: np.ndarray, scales: np.ndarray = NO_SCALES, width: int = 1, start: int = 0) -> np.ndarray:
-    """What stored elements start … of a tensor stand for, float32, exactly: bfloat16 bits, or int8 with the tensor's scales."""
+    """The exact values of stored elements start … of a tensor, float32: of bfloat16 bits, or of int8 with the tensor's scales."""
     if not scales.size:
         return (stored.astype(np.uint32) << 16).view(np.float32)
     out = np.empty(stored.size, np.float32)

@@ -1,4 +1,4 @@
-"""How the kernels are compiled, and how their work is cut among threads."""
+"""How kernels are compiled, and how their work is divided among threads."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -9,18 +9,18 @@ CHUNK = 2048
 """Elements that a kernel works through at a time: a multiple of 8; its buffers (28 KiB) fit a first-level cache."""
 
 jit = numba.njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
-"""Plain IEEE arithmetic: no fastmath. Compiled code is kept beside the module, or in the user's cache folder."""
+"""Plain IEEE arithmetic: no fastmath. Compiled code is cached next to the module, or in the user's cache folder."""
 
 
 class Threads:
-    """Cuts the elements of a kernel call among a worker's threads; the bits do not depend on how many."""
+    """Divides the elements of a kernel call among a worker's threads; the bits do not depend on how many there are."""
 
     def __init__(self, count: int) -> None:
         self.count = count
         self._pool = ThreadPoolExecutor(count) if count > 1 else None
 
     def each(self, size: int, work: Callable[[int, int], None], least: int = 16 * CHUNK) -> None:
-        """Calls work(low, high) so that the ranges cover 0 … size; work of less than two times `least` is not cut."""
+        """Calls work(low, high) for ranges that cover 0 … size; work of less than twice `least` is not divided."""
         if self._pool is None or size < 2 * least:
             work(0, size)
             return

@@ -2,5 +2,5 @@
 
 
 def decayed(value: float, factor: float, every: int, step: int) -> float:
-    """`value` multiplied by `factor` every `every` steps, at step `step` (from 0); every = 0 is off."""
+    """`value` at step `step` (from 0) if it is multiplied by `factor` every `every` steps; every = 0 is off."""
     return value * factor ** (step // every) if every else value

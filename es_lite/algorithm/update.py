@@ -1,93 +1,69 @@
 """The update of a step, θ ← (θ - decay·θ) + Σ_p c_p·ε_p, on weights in any of the formats they are stored in (numba).
 
-float32 takes it as it is. bfloat16 and int8, where there is no full-precision copy, round it stochastically: up with the
+float32 takes it as it is. bfloat16 and int8, if there is no full-precision copy, are rounded stochastically: up with the
 probability of what is cut off, so that updates far below a format's resolution still move the weights as
-much as they should on average. The rounding's random 16 bits come from the noise's counter with the pair ROUNDING, which no
-member has: element i takes lane i % 8 of its words. So the update is a pure function of the stored bits and the record.
+much as they should on average. The rounding's random 16 bits come from the noise's counter with the reserved pair ROUNDING:
+element i takes lane i % 8 of its words. So the update is a pure function of the stored bits and the record.
 
     bfloat16   the 16 bits that are cut off, plus the random 16 bits, carry or not: exactly unbiased
-    int8       floor(x·((1/scale)·127) + (random + ½)/65536), the row's scale having grown first where the row would clip:
+    int8       floor(x·((1/scale)·127) + (random + ½)/65536), after the row's scale has grown if the row would be clipped:
                by factors of 17/16, the fewest for which no magnitude is above it. Scales never shrink.
+
+The sum Σ_p c_p·ε_p is the noise kind's; it is made in blocks that stay in the second-level cache.
 """
 
 import numpy as np
 
-from es_lite.algorithm import noise
-from es_lite.algorithm.formats import LEVELS, TINY, factor_of, greatest, load
+from es_lite.algorithm.formats import LEVELS, NO_SCALES, TINY, factor_of, greatest, load
 from es_lite.algorithm.jit import CHUNK, jit
-from es_lite.algorithm.kernels import make_lanes, make_noise
+from es_lite.algorithm.noise.kernels import draw_lanes, words_buffer, words_of
+from es_lite.algorithm.noise.kinds import NoiseKind
+from es_lite.algorithm.noise.place import ROUNDING, Place
 
 _u32, _f32 = np.uint32, np.float32
 
-ROUNDING = 2**32 - 1
-"""The pair number whose words round the update; no member's pair reaches it."""
-
-_ROUNDING = np.uint32(ROUNDING)
+BLOCK = 32 * CHUNK
+"""Elements whose sum is made at a time: a quarter of a megabyte."""
 
 GROWTH = np.float32(17 / 16)
 """A row's scale grows by this factor at a time."""
 
 
 @jit
-def _total(total, epsilon, words, lanes, start, count, pairs, coefficients, table, tensor, step, k0, k1):
-    """Σ_p coefficients[p]·ε_{pairs[p]} of elements start … into total[:count], in the order given."""
-    total[:count] = _f32(0)
-    for p in range(pairs.size):
-        make_noise(epsilon, words, lanes, table, start, count, tensor, pairs[p], step, k0, k1)
-        for i in range(count):
-            total[i] += coefficients[p] * epsilon[i]
+def _apply_fp32(theta, total, decay):
+    for i in range(theta.size):
+        theta[i] = (theta[i] - decay * theta[i]) + total[i]
 
 
 @jit
-def _advance_fp32(theta, start, pairs, coefficients, decay, table, tensor, step, k0, k1):
-    words = np.empty(CHUNK // 2 + 4, _u32)
-    lanes = words.view(np.uint16)
-    epsilon, total = np.empty(CHUNK, _f32), np.empty(CHUNK, _f32)
-    for low in range(0, theta.size, CHUNK):
-        count = min(CHUNK, theta.size - low)
-        _total(total, epsilon, words, lanes, start + low, count, pairs, coefficients, table, tensor, step, k0, k1)
-        part = theta[low : low + count]
-        for i in range(count):
-            part[i] = (part[i] - decay * part[i]) + total[i]
-
-
-@jit
-def _advance_bf16(theta, start, pairs, coefficients, decay, table, tensor, step, k0, k1, none):
-    words = np.empty(CHUNK // 2 + 4, _u32)
-    lanes = words.view(np.uint16)
-    epsilon, total, value = np.empty(CHUNK, _f32), np.empty(CHUNK, _f32), np.empty(CHUNK, _f32)
+def _apply_bf16(theta, total, decay, start, none, tensor, pair, step, k0, k1):
+    words, lanes = words_buffer()
+    value = np.empty(CHUNK, _f32)
     bits = value.view(_u32)
     for low in range(0, theta.size, CHUNK):
         count = min(CHUNK, theta.size - low)
-        first = start + low
-        _total(total, epsilon, words, lanes, first, count, pairs, coefficients, table, tensor, step, k0, k1)
-        part = theta[low : low + count]
+        part, moved = theta[low : low + count], total[low : low + count]
         load(value, bits, part, none, 1, 0)
         for i in range(count):
-            value[i] = (value[i] - decay * value[i]) + total[i]
-        cut = make_lanes(words, lanes, first, count, tensor, _ROUNDING, step, k0, k1)
+            value[i] = (value[i] - decay * value[i]) + moved[i]
+        cut = draw_lanes(words, lanes, start + low, count, tensor, pair, step, k0, k1)
         for i in range(count):
             part[i] = np.uint16((bits[i] + _u32(cut[i])) >> _u32(16))
 
 
 @jit
-def _advance_int8(theta, scales, width, start, pairs, coefficients, decay, table, tensor, step, k0, k1):
+def _apply_int8(theta, scales, total, decay, start, tensor, pair, step, k0, k1):
     """theta: whole rows; scales: theirs alone."""
-    words = np.empty(CHUNK // 2 + 4, _u32)
-    lanes = words.view(np.uint16)
-    epsilon, total, row_value = np.empty(CHUNK, _f32), np.empty(CHUNK, _f32), np.empty(width, _f32)
-    row_bits = row_value.view(_u32)
+    words, lanes = words_buffer()
+    width = theta.size // scales.size
+    value = np.empty(width, _f32)
+    bits = value.view(_u32)
     for row in range(scales.size):
-        stored = theta[row * width : (row + 1) * width]
-        load(row_value, row_bits, stored, scales, width, row * width)
-        for low in range(0, width, CHUNK):
-            count = min(CHUNK, width - low)
-            first = start + row * width + low
-            _total(total, epsilon, words, lanes, first, count, pairs, coefficients, table, tensor, step, k0, k1)
-            value = row_value[low : low + count]
-            for i in range(count):
-                value[i] = (value[i] - decay * value[i]) + total[i]
-        scale, top = scales[row], greatest(row_value)
+        stored, moved = theta[row * width : (row + 1) * width], total[row * width : (row + 1) * width]
+        load(value, bits, stored, scales, width, row * width)
+        for i in range(width):
+            value[i] = (value[i] - decay * value[i]) + moved[i]
+        scale, top = scales[row], greatest(value)
         if scale <= TINY:
             scale = top
         while scale < top:
@@ -96,37 +72,42 @@ def _advance_int8(theta, scales, width, start, pairs, coefficients, decay, table
         factor = factor_of(scale)
         for low in range(0, width, CHUNK):
             count = min(CHUNK, width - low)
-            first = start + row * width + low
-            cut = make_lanes(words, lanes, first, count, tensor, _ROUNDING, step, k0, k1)
-            value, out = row_value[low : low + count], stored[low : low + count]
+            cut = draw_lanes(words, lanes, start + row * width + low, count, tensor, pair, step, k0, k1)
+            part, out = value[low : low + count], stored[low : low + count]
             for i in range(count):
-                level = np.floor(value[i] * factor + (_f32(cut[i]) + _f32(0.5)) * _f32(1 / 65536))
+                level = np.floor(part[i] * factor + (_f32(cut[i]) + _f32(0.5)) * _f32(1 / 65536))
                 out[i] = np.int8(min(max(level, -LEVELS), LEVELS))
 
 
 def advance(
     theta: np.ndarray,
-    *,
-    seed: int,
-    step: int,
-    tensor: int,
+    noise: NoiseKind,
+    place: Place,
     pairs: np.ndarray,
     coefficients: np.ndarray,
     decay: float,
+    *,
     start: int = 0,
-    scales: np.ndarray | None = None,
+    scales: np.ndarray = NO_SCALES,
 ) -> None:
     """θ ← (θ - decay·θ) + Σ_p coefficients[p]·ε_{pairs[p]}, in place; the sum runs in the order given, in float32.
 
     theta: elements start … of the tensor, float32 [n], bfloat16 bits, uint16 [n], or int8 [n], whole rows whose scales,
-    float32 [rows], change too; pairs: uint32 [P]; coefficients: float32 [P].
+    float32 [rows], change too. place: its pair is not used. pairs: uint32 [P]; coefficients: float32 [P].
     """
-    k0, k1 = noise.key(seed)
-    common = pairs, coefficients, _f32(decay), noise.table(), _u32(tensor), _u32(step), _u32(k0), _u32(k1)
-    if theta.dtype == np.float32:
-        _advance_fp32(theta, start, *common)
-    elif theta.dtype == np.uint16:
-        _advance_bf16(theta, start, *common, np.zeros(0, np.float32))
-    else:
-        assert scales is not None and theta.dtype == np.int8
-        _advance_int8(theta, scales, theta.size // scales.size, start, *common)
+    rounding = words_of(place._replace(pair=ROUNDING))
+    width = theta.size // scales.size if scales.size else 1
+    block = max(1, BLOCK // width) * width
+    total = np.empty(min(block, theta.size), np.float32)
+    for low in range(0, theta.size, block):
+        part = theta[low : low + block]
+        moved, first = total[: part.size], start + low
+        noise.total(moved, place, pairs, coefficients, start=first)
+        if theta.dtype == np.float32:
+            _apply_fp32(part, moved, _f32(decay))
+        elif theta.dtype == np.uint16:
+            _apply_bf16(part, moved, _f32(decay), first, NO_SCALES, *rounding)
+        else:
+            assert theta.dtype == np.int8
+            rows = scales[low // width : (low + part.size) // width]
+            _apply_int8(part, rows, moved, _f32(decay), first, *rounding)

@@ -1,1 +1,1 @@
-"""What a run leaves behind: its directory, the journal, metrics, checkpoints."""
+"""What a run leaves behind: its directory, the journal, metrics, checkpoints; and what it prints."""

@@ -1,4 +1,4 @@
-"""What the person at the terminal sees: bars on a terminal, a line a step without one; Ctrl-C once and twice."""
+"""What the person at the terminal sees: bars on a terminal, lines in a log; Ctrl-C once and twice."""
 
 import contextlib
 import os
@@ -11,85 +11,77 @@ from typing import Any
 
 from tqdm import tqdm
 
+from es_lite.quantities import duration
+
 SAME_SIGNAL_SECONDS = 0.3
-"""A second signal so soon is the first one again: `timeout` and some shells signal a process and then its group."""
+"""A second signal this soon is the first one again: `timeout` and some shells signal a process and then its group."""
+
+SILENCE_SECONDS = 20.0
+"""In a log, a long piece of work says how far it is when nothing has been printed for this long."""
 
 
 class Console:
     """Progress and messages of a run, on standard error and output. A context manager that restores the signals.
 
-    `stopping` is set by a first Ctrl-C or SIGTERM: the run ends at the step's end. A second raises
-    KeyboardInterrupt at once.
+    A first Ctrl-C or SIGTERM sets `stopping`: the run ends after this step. A second raises KeyboardInterrupt at once.
     """
 
     def __init__(self, steps: int, done: int) -> None:
         self.stopping = False
-        self._first = 0.0
+        self._steps = steps
+        self._first_signal = 0.0
+        self._printed = time.monotonic()
         self._live = sys.stderr.isatty()
         self._bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, disable=not self._live)
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        if self._live:
-            self._bar.write(text, file=sys.stdout)
-        else:
-            print(text, flush=True)
+        self._print(text, sys.stdout)
 
     def warn(self, text: str) -> None:
-        if self._live:
-            self._bar.write(f"warning: {text}", file=sys.stderr)
-        else:
-            print(f"warning: {text}", file=sys.stderr, flush=True)
-
-    def tasks(self, what: str, count: int) -> Callable[[int], None]:
-        """A bar below the main one for `count` tasks; call the result as each is done."""
-        if not self._live:
-            return lambda index: None
-        bar = tqdm(total=count, desc=what, leave=False, position=1, dynamic_ncols=True)
-
-        def done(_: int) -> None:
-            bar.update()
-            if bar.n == count:
-                bar.close()
-
-        return done
+        self._print(f"warning: {text}", sys.stderr)
 
     @contextlib.contextmanager
-    def parameters(self, what: str, count: int) -> Iterator[Callable[[int], None]]:
-        """A bar below the main one for `count` parameters that pass; call what it gives with how many more have."""
-        with tqdm(
-            total=count,
-            desc=what,
-            leave=False,
-            position=1,
-            dynamic_ncols=True,
-            unit="",
-            unit_scale=True,
-            disable=not self._live,
-        ) as bar:
-            yield bar.update
+    def progress(self, what: str, count: int, unit: str, expected_seconds: float = 0.0) -> Iterator[Callable[[float], None]]:
+        """Shows how far a piece of work is, of `count` units; call what this returns with the share that is done.
 
-    def step(self, metrics: dict[str, Any], steps: int) -> None:
-        """A finished step (or the evaluation before the first)."""
+        expected_seconds: how long it may take, used until the share says more; 0: unknown.
+        """
+        began = time.monotonic()
+        disable = not self._live
+        with tqdm(total=count, desc=what, unit=unit, leave=False, position=1, dynamic_ncols=True, disable=disable) as bar:
+
+            def show(share: float) -> None:
+                if self._live:
+                    bar.update(int(share * count) - bar.n)
+                elif time.monotonic() - self._printed > SILENCE_SECONDS:
+                    elapsed = time.monotonic() - began
+                    left = elapsed / share - elapsed if share > 0.02 else max(0.0, expected_seconds - elapsed)
+                    tail = f", about {duration(left)} left" if left else ""
+                    self.say(f"{what}: {int(share * count)} of {count} {unit}s done in {duration(elapsed)}{tail}")
+
+            yield show
+
+    def stepped(self, metrics: dict[str, Any]) -> None:
+        """A finished step."""
         evaluation = metrics.get("eval_score")
-        tail = f" | eval {evaluation:.4f}" if evaluation is not None else ""
-        if metrics["step"] and "score_mean" in metrics:
-            text = (
-                f"step {metrics['step']}/{steps} | score {metrics['score_mean']:.4f} ± {metrics['score_std']:.4f}{tail} | "
-                f"{metrics['step_seconds']:.1f} s (update {metrics['update_seconds']:.1f}) | "
-                f"{metrics['tokens_per_second']:.{0 if metrics['tokens_per_second'] >= 10 else 1}f} tokens/s | "
-                f"{metrics['pss_gib']:.2f} GiB"
-            )
-        else:
-            text = f"step {metrics['step']}/{steps}{tail}"
-        if not self._live:
-            print(text, flush=True)
-            return
-        if evaluation is not None:
-            self._bar.write(text, file=sys.stdout)
-        self._bar.set_postfix_str(text.split(" | ", 1)[-1])
-        if "score_mean" in metrics:
+        rate = metrics["tokens_per_second"]
+        figures = [
+            f"score {metrics['score_mean']:.4f} ± {metrics['score_std']:.4f}",
+            *([f"eval {evaluation:.4f}"] if evaluation is not None else []),
+            f"{metrics['step_seconds']:.1f} s (update {metrics['update_seconds']:.1f})",
+            f"{rate:.{0 if rate >= 10 else 1}f} tokens/s",
+            f"{metrics['pss_gib']:.2f} GiB",
+        ]
+        if self._live:
+            self._bar.set_postfix_str(" | ".join(figures))
             self._bar.update()
+        if not self._live or evaluation is not None:
+            self.say(f"step {metrics['step']}/{self._steps} | {' | '.join(figures)}")
+
+    def evaluated(self, metrics: dict[str, Any]) -> None:
+        """An evaluation before the first step, or one that a crash prevented."""
+        self.say(f"step {metrics['step']}/{self._steps} | eval {metrics['eval_score']:.4f}")
 
     def __enter__(self) -> "Console":
         self._before = {number: signal.signal(number, self._interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -100,12 +92,19 @@ class Console:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def _print(self, text: str, file: Any) -> None:
+        self._printed = time.monotonic()
+        if self._live:
+            self._bar.write(text, file=file)
+        else:
+            print(text, file=file, flush=True)
+
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self.stopping and now - self._first > SAME_SIGNAL_SECONDS:
+        if self.stopping and now - self._first_signal > SAME_SIGNAL_SECONDS:
             raise KeyboardInterrupt
         if self.stopping:
             return
-        self.stopping, self._first = True, now
+        self.stopping, self._first_signal = True, now
         # Straight to the descriptor: a handler may interrupt a print, which cannot be entered twice.
-        os.write(2, b"\nstopping at the end of this step; once more stops at once (nothing is lost)\n")
+        os.write(2, b"\nstopping after this step; press Ctrl-C again to stop immediately (nothing is lost)\n")

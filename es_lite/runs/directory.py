@@ -1,38 +1,35 @@
 """The run directory: one run's files, held by one process at a time, tied to one recipe."""
 
 import fcntl
-import os
 import shutil
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import IO
 
-from es_lite import recipe as recipes
 from es_lite.errors import UserError
+from es_lite.files import finish_replacement, remove_unfinished, write_durably
 from es_lite.recipe import Recipe
-from es_lite.weights.store import remove_partial
 
 CHANGEABLE = (
-    *("run.iterations", "run.checkpoint_every", "run.checkpoint_dtype"),
+    *("run.dir", "run.iterations", "run.minutes", "run.checkpoint_every", "run.checkpoint_dtype"),
     *("workers.count", "workers.threads", "workers.deadline", "workers.device"),
-    *("memory.limit", "memory.residency", "eval.samples", "eval.best", "log."),
+    *("memory.limit", "memory.residency", "eval.samples", "eval.best", "log.tensorboard"),
 )
 """Keys that may differ on --resume: none changes what a step means (threads or a GPU may change a score's last bits)."""
 
 LOCK_SECONDS = 5.0
 
 BEFORE_THE_RECIPE = {"master", "weights", "lock", "recipe.toml.next"}
-"""What a run that was killed at its very start leaves."""
+"""What a run leaves that was killed before it wrote its recipe."""
 
 
 class RunDirectory:
-    """A locked run directory. A context manager: the lock goes with the process, however it ends."""
+    """A locked run directory. A context manager: the lock ends with the process, however it ends."""
 
     def __init__(self, recipe: Recipe, resume: bool) -> None:
-        """Opens or makes recipe.run.dir.
+        """Opens or creates recipe.run.dir.
 
-        Raises UserError where it cannot be written, is in use, holds something else, holds a run and `resume` is
+        Raises UserError if it cannot be written, is in use, holds something else, holds a run and `resume` is
         not set, or holds a run of another recipe. Nothing that was there is changed then.
         """
         self.path = Path(recipe.run.dir).expanduser()
@@ -41,69 +38,68 @@ class RunDirectory:
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoint = self.path / "checkpoint"
         self.best = self.path / "best"
+        self.tokenizer = self.path / "tokenizer"
         try:
             present = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
             foreign = "recipe.toml" not in present and not present <= BEFORE_THE_RECIPE
             if foreign or (self.path.exists() and not self.path.is_dir()):
-                raise UserError(f"{self.path}: is there already and is not a run directory; choose another run.dir")
+                raise UserError(f"{self.path}: exists and is not a run directory; choose another run.dir")
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock: IO[str] = (self.path / "lock").open("w")
+            self.lock: IO[str] = (self.path / "lock").open("w")
+            """Held by this process, and by workers for as long as they live."""
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror}); choose another run.dir") from None
         self._hold()
         try:
             self._check(recipe, resume)
             if not self.journal.exists():
-                shutil.rmtree(self.path / "tokenizer", ignore_errors=True)  # of a run that was refused before it began
+                shutil.rmtree(self.tokenizer, ignore_errors=True)  # of a run that was refused before it began
                 self.keep(recipe)
             self.store.mkdir(exist_ok=True)
         except OSError as error:
-            self._lock.close()
+            self.lock.close()
             raise UserError(f"{self.store}: cannot be made ({error.strerror}); choose another run.dir") from None
         except BaseException:
-            self._lock.close()
+            self.lock.close()
             raise
-        remove_partial(self.store)
-        for folder in (self.checkpoint, self.best):
-            settle(folder)
+        remove_unfinished(self.store)
+        for folder in (self.checkpoint, self.best, self.tokenizer):
+            finish_replacement(folder)
 
     def _hold(self) -> None:
-        """Takes the lock; waits a little, since the workers of a run that was just killed take a moment to go."""
+        """Takes the lock; waits a little, since the workers of a run that was just killed take a moment to end."""
         until = time.monotonic() + LOCK_SECONDS
         while True:
             try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
             except OSError:
                 if time.monotonic() > until:
-                    self._lock.close()
+                    self.lock.close()
                     raise UserError(
                         f"{self.path}: in use by a live run; wait for it, stop it, or choose another run.dir"
                     ) from None
                 time.sleep(0.1)
 
-    @property
-    def lock(self) -> int:
-        """Descriptor of the lock. Whoever holds a copy of it keeps the directory in use."""
-        return self._lock.fileno()
-
     def keep(self, recipe: Recipe) -> None:
-        """Writes recipe.toml, once everything that was there has been found to agree with it."""
-        _write_atomically(self.path / "recipe.toml", recipes.dumps(recipe))
+        """Writes recipe.toml; called when everything that was there has been found to agree with it."""
+        path = self.path / "recipe.toml"
+        try:
+            write_durably(path, recipe.dumps())
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
     def _check(self, recipe: Recipe, resume: bool) -> None:
         if not self.journal.exists():
             if any(self.store.glob("*.safetensors")):
                 raise UserError(
-                    f"{self.store}: has layers, but there is no {self.journal}; restore it, or choose another run.dir"
+                    f"{self.store}: has layer files, but there is no {self.journal}; restore it, or choose another run.dir"
                 )
             return
         if not resume:
-            raise UserError(f"{self.path}: holds a run already; go on with it by --resume, or choose another run.dir")
+            raise UserError(f"{self.path}: holds a run already; add --resume to continue it, or choose another run.dir")
         changed = [
-            line
-            for line in recipes.differences(recipes.load(self.path / "recipe.toml"), recipe)
-            if not line.startswith((*CHANGEABLE, "run.dir"))
+            line for line in Recipe.load(self.path / "recipe.toml").changes(recipe) if line.partition(":")[0] not in CHANGEABLE
         ]
         if changed:
             listing = "\n".join(f"  {line}" for line in changed)
@@ -112,41 +108,5 @@ class RunDirectory:
     def __enter__(self) -> "RunDirectory":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._lock.close()
-
-
-def replace_folder(folder: Path, partial: Path) -> None:
-    """Puts `partial` in the place of `folder`, so that a crash leaves the old or the new one whole (see `settle`)."""
-    old = folder.with_name(folder.name + ".old")
-    if folder.exists():
-        folder.rename(old)
-    try:
-        partial.rename(folder)
-    except OSError:
-        if old.exists():
-            old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def settle(folder: Path) -> None:
-    """Ends a replacement that a crash interrupted, and removes what an unfinished export left."""
-    old = folder.with_name(folder.name + ".old")
-    if old.exists() and not folder.exists():
-        old.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-    shutil.rmtree(folder.with_name(folder.name + ".next"), ignore_errors=True)
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".next")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    def __exit__(self, *_: object) -> None:
+        self.lock.close()

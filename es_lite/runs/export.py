@@ -1,42 +1,30 @@
 """A Hugging Face folder of the model as it stands: weights, configuration, tokenizer, model card."""
 
-import contextlib
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from es_lite.data.tokenizer import save_tokenizer
 from es_lite.errors import RunError
-from es_lite.runs.directory import replace_folder
-from es_lite.tokenizer import save_tokenizer
-from es_lite.weights.layout import Layer, Layout, Tensor
-from es_lite.weights.stored import slices
-from es_lite.weights.tensorfile import Writer
+from es_lite.files import new_folder
+from es_lite.model.layout import Layer, Layout
+from es_lite.model.sliced_safetensors import Writer
+from es_lite.weights.parts import slices
+from es_lite.weights.reading import LayerReader
 
 SHARD_BYTES = 5 * 10**9
 
 STATE = "es_lite.json"
 
 
-class Readable(Protocol):
-    """A layer's parameters at the step to export."""
-
-    def read(self, tensor: Tensor, start: int, count: int) -> np.ndarray:
-        """float32 [count]; whole rows."""
-        ...
-
-    def close(self) -> None: ...
-
-
 def export(
     folder: Path,
     model: PreTrainedModel,
     layout: Layout,
-    open_layer: Callable[[Layer], Readable],
+    open_layer: Callable[[Layer], LayerReader],
     tokenizer: PreTrainedTokenizerBase | None,
     dtype: str,
     card: str,
@@ -44,41 +32,37 @@ def export(
 ) -> None:
     """Writes `folder`, replacing it whole or not at all; a slice of a tensor at a time, whatever the model's size.
 
-    dtype: "bf16" (rounded to nearest even) or "fp32". A model file holds whole layers, up to SHARD_BYTES where it can.
-    state: written as es_lite.json, which tells what step the folder holds.
-    Raises RunError where the disk does not take it.
+    open_layer: the layers at the step to export. dtype: "bf16" (rounded to nearest even) or "fp32". A model file holds whole
+    layers, up to SHARD_BYTES if it can. state: written as es_lite.json, which says which step the folder holds.
+    Raises RunError if the disk is full.
     """
-    partial = folder.with_name(folder.name + ".next")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _weights(partial, layout, open_layer, {"bf16": "BF16", "fp32": "F32"}[dtype])
-        config = model.config
-        config.architectures = [type(model).__name__]
-        config.dtype = {"bf16": "bfloat16", "fp32": "float32"}[dtype]
-        config.use_cache = True
-        config.save_pretrained(partial)
-        config.use_cache = False
-        model.generation_config.save_pretrained(partial)
-        if tokenizer is not None:
-            save_tokenizer(tokenizer, partial)
-        (partial / "README.md").write_text(card, encoding="utf-8")
-        (partial / STATE).write_text(json.dumps(state) + "\n", encoding="utf-8")
-        replace_folder(folder, partial)
+        with new_folder(folder) as partial:
+            _weights(partial, layout, open_layer, {"bf16": "BF16", "fp32": "F32"}[dtype])
+            config = model.config
+            config.architectures = [type(model).__name__]
+            config.dtype = {"bf16": "bfloat16", "fp32": "float32"}[dtype]
+            config.use_cache = True
+            config.save_pretrained(partial)
+            config.use_cache = False
+            model.generation_config.save_pretrained(partial)
+            if tokenizer is not None:
+                save_tokenizer(tokenizer, partial)
+            (partial / "README.md").write_text(card, encoding="utf-8")
+            (partial / STATE).write_text(json.dumps(state) + "\n", encoding="utf-8")
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise RunError(f"{folder}: cannot be written ({error.strerror}); the journal and the layers are whole") from None
+        raise RunError(f"{folder}: cannot be written ({error.strerror}); the journal and the layers are complete") from None
 
 
 def step_of(folder: Path) -> int | None:
-    """The step that an exported folder holds; None where there is no such folder."""
+    """The step that an exported folder holds; None if there is no such folder."""
     try:
         return json.loads((folder / STATE).read_text(encoding="utf-8"))["step"]
     except (OSError, ValueError, KeyError):
         return None
 
 
-def _weights(folder: Path, layout: Layout, open_layer: Callable[[Layer], Readable], dtype: str) -> None:
+def _weights(folder: Path, layout: Layout, open_layer: Callable[[Layer], LayerReader], dtype: str) -> None:
     shards = _shards(layout.layers, 2 if dtype == "BF16" else 4)
     names = ["model.safetensors"]
     if len(shards) > 1:
@@ -90,10 +74,10 @@ def _weights(folder: Path, layout: Layout, open_layer: Callable[[Layer], Readabl
         shapes = {tensor.name: tensor.shape for layer in shard for tensor in layer.tensors}
         with Writer(folder / name, shapes, dtype, {"format": "pt"}) as writer:
             for layer in shard:
-                with contextlib.closing(open_layer(layer)) as opened:
+                with open_layer(layer) as reader:
                     for tensor in layer.tensors:
                         for start, count in slices(tensor):
-                            writer.write(opened.read(tensor, start, count))
+                            writer.write(reader.part(tensor, start, count).float32())
 
 
 def _shards(layers: Sequence[Layer], itemsize: int) -> list[list[Layer]]:
@@ -108,16 +92,20 @@ def _shards(layers: Sequence[Layer], itemsize: int) -> list[list[Layer]]:
     return shards
 
 
-def model_card(steps: int, recipe_toml: str, base: str, score: float | None) -> str:
-    """README.md of an exported model. base: model.path, "" for a random start; recipe_toml: "" leaves it out."""
+def model_card(steps: int, recipe_toml: str, base: str, result: str) -> str:
+    """README.md of an exported model.
+
+    base: model.path, "" for a random start; recipe_toml: the recipe, "" to leave it out; result: the held-out score in words,
+    or "".
+    """
     header = "---\nlibrary_name: transformers\ntags:\n- es_lite\n- evolution-strategies\n"
     if base and not Path(base).expanduser().exists():
         header += f"base_model: {base}\n"
-    result = f"\nHeld-out score (mean log-probability of a token, nats): {score:.4f}.\n" if score is not None else ""
-    origin = f"started from `{base}`" if base else "started at random"
+    origin = f"started from `{base}`" if base else "started from random weights"
+    score = f"\nHeld-out score: {result}.\n" if result else ""
     recipe = f"\nThe recipe:\n\n```toml\n{recipe_toml}```\n" if recipe_toml else ""
     return (
         f"{header}---\n\n# Trained by es_lite\n\nAll parameters of this model were trained by evolution strategies, without "
-        f"gradients: {steps} steps, {origin}.\n{result}{recipe}\n"
+        f"gradients: {steps} steps, {origin}.\n{score}{recipe}\n"
         "Methods: EA4LLM (arXiv 2510.10603), Evolution Strategies at Scale (arXiv 2509.24372).\n"
     )

@@ -1,13 +1,12 @@
 """The journal: the append-only file from which, with θ₀, the weights of every step can be computed.
 
-One JSON object a line. Line 1 is the header: the model's fingerprint, the noise's version, whatever the
-records need to be read. Each further line is the record of a step, in order. The last key of every line is
-"check": the CRC-32, as 8 hex digits, of the line up to it, continued from the line before, so that no
+One JSON object per line. Line 1 is the header: the model's fingerprint, the noise's version, whatever is needed to
+read the records. Each further line is the record of a step, in order. The last key of every line is
+"check": the CRC-32, as 8 hex digits, of the line up to it, continued from the line before, so no
 line can be changed, lost or moved unnoticed. A line without its newline at the end of the file was torn by a
-crash: it is dropped, and its step is done again.
+crash: it is dropped, and its step is done again. docs/journal.md is the specification.
 """
 
-import errno
 import json
 import os
 import zlib
@@ -15,9 +14,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from es_lite.algorithm import noise
+from es_lite.algorithm.noise.kinds import kind_of
+from es_lite.algorithm.noise.philox import VERSION
 from es_lite.algorithm.record import Record
 from es_lite.errors import RunError, UserError
+from es_lite.files import NewFile, open_file, write_fully
 
 FORMAT = "es_lite journal 1"
 
@@ -28,7 +29,7 @@ class Journal:
     def __init__(self, path: Path, header: dict[str, Any], records: list[Record], check: int, size: int) -> None:
         self.path = path
         self.scores: list[list[float | None]] = []
-        """Of the steps in `records`, as `append` was given them."""
+        """The scores of the steps in `records`, as `append` was given them."""
         self.header = header
         self.records = records
         self._check = check
@@ -36,29 +37,31 @@ class Journal:
 
     @classmethod
     def create(cls, path: Path, header: dict[str, Any]) -> "Journal":
-        """A new journal with this header, which is on disk when this returns."""
-        partial = path.with_name(path.name + ".next")
-        journal = cls(partial, {"format": FORMAT, "noise": noise.VERSION, **header}, [], 0, 0)
+        """A new journal with this header, which is on disk when this returns. Raises RunError if it cannot be written."""
+        header = {"format": FORMAT, "noise": VERSION, **header}
+        line, check = _line(header, 0)
+        new = None
         try:
-            partial.unlink(missing_ok=True)
-            journal._append(journal.header)
-            partial.replace(path)
-            _sync_directory(path.parent)
+            new = NewFile(path)
+            new.append(line)
+            new.commit(durable=True)
         except OSError as error:
+            if new:
+                new.discard()
             raise RunError(f"{path}: cannot be written ({error.strerror})") from None
-        journal.path = path
-        return journal
+        return cls(path, header, [], check, len(line))
 
     @classmethod
     def open(cls, path: Path) -> "Journal":
-        """The journal at `path`, a torn last line left out (and overwritten by the next record).
+        """The journal at `path`, without a torn last line (which the next record overwrites).
 
-        Raises UserError where it is missing, not a journal of this version, or broken before its end.
+        Raises UserError if it is missing, not a journal of this version, damaged before its end, or has records that this
+        version cannot apply.
         """
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}); a run directory has a journal") from None
+            raise UserError(f"{path}: cannot be read ({error.strerror}); expected the journal of a run") from None
         whole = data[: data.rfind(b"\n") + 1]
         check, lines = 0, []
         for number, line in enumerate(whole.splitlines(keepends=True), start=1):
@@ -66,28 +69,27 @@ class Journal:
                 document, check = _parse(line, check)
             except ValueError as error:
                 raise UserError(
-                    f"{path}: line {number} is damaged ({error}); every line before a journal's end counts: "
-                    "restore the file from a copy"
+                    f"{path}: line {number} is damaged ({error}); every line of a journal is needed: restore the file from a copy"
                 ) from None
             lines.append(document)
         if not lines or lines[0].get("format") != FORMAT:
-            raise UserError(f"{path}: is not an {FORMAT!r}; it may be of another version of es_lite")
-        if lines[0]["noise"] != noise.VERSION:
-            raise UserError(f"{path}: its noise is {lines[0]['noise']!r}, this version makes {noise.VERSION!r}")
+            raise UserError(f"{path}: is not an {FORMAT!r}; another version of es_lite may have written it")
+        if lines[0]["noise"] != VERSION:
+            raise UserError(f"{path}: its noise is {lines[0]['noise']!r}, but this version of es_lite makes {VERSION!r}")
         records = []
         for number, document in enumerate(lines[1:]):
-            if document.get("step") != number:
-                raise UserError(f"{path}: line {number + 2} should be step {number}; restore the file from a copy")
-            document["coefficients"] = tuple(document["coefficients"])
-            records.append(Record(**{key: document[key] for key in Record.__dataclass_fields__}))
+            try:
+                records.append(_record(document, number))
+            except ValueError as error:
+                raise UserError(f"{path}: line {number + 2}: {error}") from None
         journal = cls(path, lines[0], records, check, len(whole))
         journal.scores = [document["scores"] for document in lines[1:]]
         return journal
 
     def append(self, record: Record, scores: list[float | None]) -> None:
-        """Adds the record of the next step; it is on disk when this returns. scores are kept for the reader.
+        """Adds the record of the next step; it is on disk when this returns. scores: for people who read the journal.
 
-        Raises RunError where it cannot be written; the journal is then as it was.
+        Raises RunError if it cannot be written; the journal is then as it was.
         """
         assert record.step == len(self.records)
         self._append({**asdict(record), "scores": scores})
@@ -95,15 +97,12 @@ class Journal:
         self.scores.append(scores)
 
     def _append(self, document: dict[str, Any]) -> None:
-        body = json.dumps(document, separators=(",", ":"))[:-1].encode()
-        check = zlib.crc32(body, self._check)
-        line = body + f',"check":"{check:08x}"}}\n'.encode()
+        line, check = _line(document, self._check)
         try:
-            descriptor = os.open(self.path, os.O_WRONLY | (0 if self._size else os.O_CREAT), 0o644)
+            descriptor = open_file(self.path, os.O_WRONLY)
             try:
                 os.ftruncate(descriptor, self._size)
-                if os.pwrite(descriptor, line, self._size) < len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                write_fully(descriptor, memoryview(line), self._size)
                 os.fsync(descriptor)
             except OSError:
                 os.ftruncate(descriptor, self._size)
@@ -115,8 +114,30 @@ class Journal:
         self._check, self._size = check, self._size + len(line)
 
 
+def _line(document: dict[str, Any], check: int) -> tuple[bytes, int]:
+    """The line of an object, and its check, continued from `check`."""
+    body = json.dumps(document, separators=(",", ":"))[:-1].encode()
+    check = zlib.crc32(body, check)
+    return body + f',"check":"{check:08x}"}}\n'.encode(), check
+
+
+def _record(document: dict[str, Any], step: int) -> Record:
+    """The record in a line's object. Raises ValueError, in words, if this version cannot apply it."""
+    if document.get("step") != step:
+        raise ValueError(f"expected step {step}, found {document.get('step')}; restore the file from a copy")
+    if unknown := document.keys() - Record.__dataclass_fields__.keys() - {"scores"}:
+        raise ValueError(
+            f"the record has {', '.join(sorted(unknown))}, which this version of es_lite does not know and which may change what "
+            "the step does; use the version that wrote it"
+        )
+    kind_of(document["kind"])
+    return Record(
+        **{key: document[key] for key in Record.__dataclass_fields__} | {"coefficients": tuple(document["coefficients"])}
+    )
+
+
 def _parse(line: bytes, check: int) -> tuple[dict[str, Any], int]:
-    """The object of a line, without its check, and the check; ValueError where they do not agree."""
+    """The object of a line, without its check, and the check. Raises ValueError if they do not agree."""
     body, mark, tail = line.rpartition(b',"check":"')
     if not mark or len(tail) != 11:
         raise ValueError("it has no check")
@@ -124,11 +145,3 @@ def _parse(line: bytes, check: int) -> tuple[dict[str, Any], int]:
     if tail != f'{check:08x}"}}\n'.encode():
         raise ValueError("its check does not agree")
     return json.loads(body + b"}"), check
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""metrics.jsonl, one JSON object a step, and the same to TensorBoard where it is installed."""
+"""metrics.jsonl, one JSON object per step, and the same in TensorBoard if it is installed."""
 
 import contextlib
 import json
@@ -31,11 +31,11 @@ class Metrics:
                 self._board.flush()
         except OSError as error:
             raise RunError(
-                f"{self._path}: cannot be written ({error.strerror}); the journal has the step, resume when there is room"
+                f"{self._path}: cannot be written ({error.strerror}); the journal has the step: free some space, add --resume"
             ) from None
 
     def lines(self) -> list[dict[str, Any]]:
-        """What has been written so far; a line that is not JSON is left out."""
+        """What has been written so far; lines that are not JSON are left out."""
         lines = []
         for line in self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []:
             with contextlib.suppress(ValueError):

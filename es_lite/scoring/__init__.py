@@ -1,1 +1,1 @@
-"""The perturbed forward of a model and the log-probabilities it gives."""
+"""The forward of a model under perturbed weights that only ever exist a layer at a time."""

@@ -1,8 +1,8 @@
-"""Scratch on a device: layers are copied there while it still computes the one before, and perturbed there.
+"""Scratch on a device: a layer is copied there while the device still computes the one before, and perturbed there.
 
-Weights rest on the host, in the working copy or a stream's buffer. A layer is put in one of two pinned buffers and copied
-from there on a stream of its own; the computation waits for the copy, not the host for the computation. All else is torch
-operations on tensors of the device, so that the same code runs on the CPU, where its results are compared with the kernels'.
+Weights stay on the host, in the working copy or a stream's buffer. A layer is put in one of two pinned buffers and copied
+from there on a CUDA stream of its own; the computation waits for the copy, but the host does not wait for the computation. The
+rest is torch operations on tensors of the device, so the same code runs on the CPU (workers.device = "torch").
 """
 
 import contextlib
@@ -11,15 +11,15 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from es_lite.algorithm import torch_noise
 from es_lite.algorithm.jit import Threads
-from es_lite.scoring.perturb import Perturbation, place_of, sigma_of
-from es_lite.weights.layout import Tensor
-from es_lite.weights.stored import Part
+from es_lite.algorithm.noise import on_device
+from es_lite.model.layout import Tensor
+from es_lite.scoring.perturbation import Perturbation
+from es_lite.weights.parts import Part
 
 
 class _Staging:
-    """A pinned buffer, and the copy out of it that must end before it is filled again."""
+    """A pinned buffer, and the copy out of it, which must end before the buffer is filled again."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -37,17 +37,17 @@ class _Staging:
         for array, offset in zip(arrays, offsets, strict=False):
             host[offset : offset + array.nbytes] = array.reshape(-1).view(np.uint8)
         with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
-            there = self._memory[: int(offsets[-1])].to(self._device, non_blocking=True, copy=True)
+            copy = self._memory[: int(offsets[-1])].to(self._device, non_blocking=True, copy=True)
             if self._copied and stream:
                 self._copied.record(stream)
         if stream:
             torch.cuda.current_stream(self._device).wait_stream(stream)
-            there.record_stream(torch.cuda.current_stream(self._device))
-        return [there[offset : offset + array.nbytes] for array, offset in zip(arrays, offsets, strict=False)]
+            copy.record_stream(torch.cuda.current_stream(self._device))
+        return [copy[offset : offset + array.nbytes] for array, offset in zip(arrays, offsets, strict=False)]
 
 
 class DeviceScratch:
-    """`Scratch` with tensors of a device: what it gives is valid until its next call."""
+    """`Scratch` with tensors on a device: what it returns is valid until the next call."""
 
     def __init__(self, device: torch.device, compute: torch.dtype) -> None:
         self.device = device
@@ -56,16 +56,16 @@ class DeviceScratch:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._buffers = [torch.empty(0, dtype=compute, device=device) for _ in range(2)]
         self._last: object = None
-        self._there: list[tuple[Tensor, int, torch.Tensor, torch.Tensor | None]] = []
+        self._uploaded: list[tuple[Tensor, int, torch.Tensor, torch.Tensor | None]] = []
 
     def tensors(self, perturbation: Perturbation, parts: dict[str, Part]) -> list[dict[str, torch.Tensor]]:
-        """For each member: name → tensor of the compute type. The weights are copied once for perturbations in a row."""
+        """For each member: name → tensor of the compute type. The weights are copied once for consecutive perturbations."""
         if self._last is not parts:
-            self._last, self._there = parts, self._upload(list(parts.values()))
+            self._last, self._uploaded = parts, self._upload(list(parts.values()))
         members: list[dict[str, torch.Tensor]] = [{} for _ in perturbation.signs]
         buffers = self._reserve(perturbation.members, sum(part.data.size for part in parts.values()))
         offset = 0
-        for name, (tensor, start, stored, scales) in zip(parts, self._there, strict=True):
+        for name, (tensor, start, stored, scales) in zip(parts, self._uploaded, strict=True):
             outs = [buffer[offset : offset + stored.numel()] for buffer in buffers]
             self._perturb(perturbation, outs, tensor, start, stored, scales)
             for member, out in zip(members, outs, strict=True):
@@ -76,8 +76,8 @@ class DeviceScratch:
     def block(self, perturbation: Perturbation, part: Part) -> list[torch.Tensor]:
         """For each member: some rows of a tensor, [rows, ...]."""
         if self._last is not part:
-            self._last, self._there = part, self._upload([part])
-        tensor, start, stored, scales = self._there[0]
+            self._last, self._uploaded = part, self._upload([part])
+        tensor, start, stored, scales = self._uploaded[0]
         outs = self._reserve(perturbation.members, stored.numel())
         self._perturb(perturbation, outs, tensor, start, stored, scales)
         return [out.view(-1, *tensor.shape[1:]) for out in outs]
@@ -108,10 +108,10 @@ class DeviceScratch:
         """The parts on the device: (tensor, start, stored elements, scales of their rows)."""
         arrays = [array for part in parts for array in (part.data, part.own_scales)]
         self._stagings.reverse()
-        there = iter(self._stagings[0].upload(arrays, self._stream))
+        copies = iter(self._stagings[0].upload(arrays, self._stream))
         found = []
         for part in parts:
-            stored, scales = next(there), next(there).view(torch.float32)
+            stored, scales = next(copies), next(copies).view(torch.float32)
             stored = stored.view(torch.int8 if part.data.dtype == np.int8 else torch.bfloat16)
             found.append((part.tensor, part.start, stored, scales if scales.numel() else None))
         return found
@@ -125,13 +125,13 @@ class DeviceScratch:
         stored: torch.Tensor,
         scales: torch.Tensor | None,
     ) -> None:
-        sigma = sigma_of(perturbation, tensor)
+        sigma = perturbation.sigma_of(tensor)
         if sigma == 0:
             for out in outs:
-                out.copy_(torch_noise.as_float32(stored, scales, tensor.width))
+                out.copy_(on_device.as_float32(stored, scales, tensor.width))
             return
-        place = place_of(perturbation, tensor)
-        torch_noise.perturb(outs, stored, scales, tensor.width, elements, sigma=sigma, **place)
+        draw, place = perturbation.noise.on_device, perturbation.place_of(tensor)
+        on_device.perturb(outs, stored, scales, tensor.width, elements, draw, place, sigma)
 
     def _reserve(self, members: int, size: int) -> list[torch.Tensor]:
         for index in range(members):

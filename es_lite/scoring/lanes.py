@@ -1,4 +1,4 @@
-"""Computations on the same weights side by side in one process: micro-batches and members of a perturbed layer."""
+"""Concurrent computations on the same weights in one process: micro-batches and members of a perturbed layer."""
 
 import queue
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from es_lite.algorithm.jit import Threads
 
 
 class Lanes:
-    """`count` lanes of `threads` threads each. How many lanes there are does not change a bit of what is computed."""
+    """`count` lanes of `threads` threads each. The number of lanes does not change a bit of what is computed."""
 
     def __init__(self, count: int, threads: int) -> None:
         self.count = count

@@ -1,4 +1,4 @@
-"""A running log-sum-exp over blocks of the vocabulary, so that no [tokens, vocabulary] tensor exists.
+"""A running log-sum-exp over blocks of the vocabulary, so no [tokens, vocabulary] tensor is ever made.
 
 Per token: the greatest logit so far and Σ exp(logit - greatest), float32. The exponential is a polynomial that
 LLVM vectorises (numba's `math.exp` is a call an element); sums run by halves, always in the same order.
@@ -110,7 +110,7 @@ def _update_fp32(greatest, total, chosen, logits, targets, first):
 
 
 class RunningLogSumExp:
-    """log Σ exp of `count` tokens' logits, fed block by block, and the logit of each token's target."""
+    """log Σ exp of each token's logits, fed block by block, and the logit of each token's target."""
 
     def __init__(self, targets: np.ndarray) -> None:
         """targets: int32 [tokens], the true next tokens."""

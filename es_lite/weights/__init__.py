@@ -1,1 +1,1 @@
-"""A model as layers: their layout, where they come from, the master on disk, the shared working copy, `advance`."""
+"""The weights: layer files on disk, the working copy in memory, or layers that stream through it."""

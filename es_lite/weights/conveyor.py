@@ -1,26 +1,25 @@
-"""Sections of layers on their way from their files into buffers and back: a reader's and a writer's thread.
+"""Sections of layers on their way from their files into buffers and back: a reader thread and a writer thread.
 
-Three buffers go round: one is being filled, one is in use, one is being written. A buffer holds a block; the vocabulary's
-matrices pass in sections of about that size. Sections come in the order they are used in.
+Three buffers circulate: one is being filled, one is in use, one is being written. A buffer holds a block; the vocabulary's
+matrices pass in sections of about that size. Sections come in the order in which they are used.
 """
 
 import contextlib
 import mmap
-import os
 import queue
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
-import xxhash
 
-from es_lite.algorithm.record import Record
-from es_lite.errors import RunError, UserError
-from es_lite.weights.layerfile import FileWriter, Front, LayerFile, Section
-from es_lite.weights.layout import Layout
-from es_lite.weights.rawio import ALIGNMENT, REMEDY, open_file, read_aligned
-from es_lite.weights.stored import stored_bytes
+from es_lite.errors import RunError
+from es_lite.files import ALIGNMENT, aligned
+from es_lite.model.layout import Layout
+from es_lite.weights.layer_file import FileWriter, LayerFile
+from es_lite.weights.layer_format import Section
+from es_lite.weights.parts import stored_bytes
+from es_lite.weights.reading import LayerReader
 
 BUFFERS = 3
 
@@ -28,36 +27,30 @@ VOCABULARY_ROWS = 2048
 """Sections of a vocabulary's matrix are multiples of this many rows, which the head takes at a time."""
 
 
-def cut(file: LayerFile, layout: Layout) -> list[Section]:
+def sections_of(file: LayerFile, layout: Layout) -> list[Section]:
     """The sections that a layer passes in: a block whole, a vocabulary's matrix in parts of about a block's size."""
-    if file.layer.block or not file.matrices:
-        return [file.whole]
-    return file.sections(max(stored_bytes(block, file.storage) for block in layout.blocks), VOCABULARY_ROWS)
+    if file.layer.block or not file.format.matrices:
+        return [file.format.whole]
+    largest = max(stored_bytes(block, file.format.storage) for block in layout.blocks)
+    return file.format.sections(largest, VOCABULARY_ROWS)
 
 
 def buffer_bytes(files: Sequence[LayerFile], layout: Layout) -> int:
     """Size of one of the BUFFERS."""
-    largest = max(section.high - section.low for file in files for section in cut(file, layout))
-    return max(ALIGNMENT, -(-largest // ALIGNMENT) * ALIGNMENT)
+    largest = max(section.bytes for file in files for section in sections_of(file, layout))
+    return max(ALIGNMENT, aligned(largest))
 
 
-@dataclass
+@dataclass(frozen=True)
 class PassingLayer:
-    """A layer on its way through."""
+    """A layer on its way through memory."""
 
     file: LayerFile
-    front: Front
-    """Brought level as the layer passes."""
-    found: Front
-    """As it was read."""
-    needed: list[Record]
-    """What brings it level; where there is any, it is written."""
-    hash: xxhash.xxh3_64 = field(default_factory=xxhash.xxh3_64)
-    """Of what was read."""
+    reader: LayerReader
 
 
 class Buffer:
-    """Page-aligned memory that goes round: free again when all that hold it have released it."""
+    """Page-aligned memory that circulates: free again when all who hold it have released it."""
 
     def __init__(self, size: int) -> None:
         memory = mmap.mmap(-1, size)
@@ -82,12 +75,12 @@ class Filled:
 
 
 class Conveyor:
-    """One pass: `take` gives the sections in order, `send` has one written, `release` ends its use."""
+    """One pass: `take` returns the sections in order, `send` has one written, `release` ends its use."""
 
     def __init__(
         self, buffers: Sequence[Buffer], layers: Callable[[], Iterable[PassingLayer]], layout: Layout, direct: bool, step: int
     ) -> None:
-        """layers: those that pass, in order, met as the reader gets to them. step: at which they are written."""
+        """layers: those that pass, in order, opened when the reader gets to them. step: the step that they are written at."""
         self._layers = layers
         self._layout = layout
         self._direct = direct
@@ -108,7 +101,7 @@ class Conveyor:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Waits until all that was sent is in its file. Raises RunError where the disk did not take it."""
+        """Waits until everything that was sent is in its file. Raises RunError if the disk is full."""
         self._free.put(None)  # for a reader that waits: the pass was cut short
         self._written.put(None)
         self._reader.join()
@@ -117,7 +110,7 @@ class Conveyor:
             raise self._failure
 
     def take(self) -> Filled:
-        """The next section. Raises UserError where its file is damaged, RunError where the disk gives or takes no more."""
+        """The next section. Raises DamagedFile if its file is damaged, RunError if an earlier layer could not be written."""
         item = self._ready.get()
         if isinstance(item, BaseException):
             raise item
@@ -127,12 +120,12 @@ class Conveyor:
         return item
 
     def send(self, filled: Filled) -> None:
-        """Has the section written, as it is from now on; a layer's last one puts its new file in place."""
+        """Has the section written as it is from now on; with the last one of a layer, the layer's new file is put in place."""
         filled.buffer.holders += 1  # before the writer can see it
         self._written.put(filled)
 
     def release(self, filled: Filled) -> None:
-        """Ends the use of a section that was taken; once more does nothing."""
+        """Ends the use of a section that was taken; a second call does nothing."""
         if filled.held:
             filled.held = False
             self._drop(filled.buffer)
@@ -147,24 +140,17 @@ class Conveyor:
         """The reader's thread."""
         try:
             for layer in self._layers():
-                descriptor = open_file(layer.file.path, os.O_RDONLY, self._direct)
-                try:
-                    sections = cut(layer.file, self._layout)
+                with layer.reader as reader:
+                    sections = sections_of(layer.file, self._layout)
                     for section in sections:
                         buffer = self._free.get()
                         if buffer is None:
                             return
-                        size = section.high - section.low
-                        read_aligned(descriptor, memoryview(buffer.array), section.low, size, layer.file.path)
-                        layer.hash.update(buffer.array[:size])
+                        reader.load(section, buffer.array[: aligned(section.bytes)])
                         last = section is sections[-1]
                         if last:
-                            layer.file.check(layer.hash, layer.found)
+                            reader.verify()
                         self._ready.put(Filled(layer, section, last, buffer))
-                finally:
-                    os.close(descriptor)
-        except OSError as error:
-            self._ready.put(UserError(f"{error.filename}: cannot be read ({error.strerror}); {REMEDY}"))
         except BaseException as error:
             self._ready.put(error)
 
@@ -172,18 +158,18 @@ class Conveyor:
         """The writer's thread."""
         writer: FileWriter | None = None
         while filled := self._written.get():
-            layer = filled.layer
+            file = filled.layer.file
             if not self._failure:
                 try:
-                    writer = writer or FileWriter(layer.file, self._direct)
+                    writer = writer or FileWriter(file, self._direct)
                     writer.write(filled.section, memoryview(filled.buffer.array))
                     if filled.last:
-                        writer.finish(layer.front, self._step)
+                        writer.finish(filled.layer.reader.front, self._step)
                         writer = None
                 except OSError as error:
                     self._failure = RunError(
-                        f"{layer.file.path}: cannot be written ({error.strerror}); the journal has the step, and the layer "
-                        "is as it was: resume when there is room"
+                        f"{file.path}: cannot be written ({error.strerror}); the journal has the step and the layer is as it "
+                        "was: free some space, then add --resume"
                     )
             self._drop(filled.buffer)
         if writer:

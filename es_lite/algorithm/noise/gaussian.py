@@ -1,0 +1,191 @@
+"""Gaussian noise, the kind "gaussian": its definition, in numpy, and the kernels that use it.
+
+ε of an element is T[u] / 4096, where u are the element's 16 random bits (`philox`) and T[u] is the normal quantile of
+(u + ½) / 65536 rounded to 1/4096. No logarithm or cosine is computed when noise is drawn, so no two machines differ.
+
+The kernels draw, scale, add and round in one pass over the weights, bit for bit as `epsilon` defines it. Weights come as they
+are stored (`formats`): bfloat16 bits, or int8 with the scales of their rows. Arithmetic is plain IEEE float32, without fused
+multiply-add or fastmath. All kernels release the interpreter lock and can make any slice of a tensor alone.
+"""
+
+import functools
+import hashlib
+from statistics import NormalDist
+
+import numpy as np
+
+from es_lite.algorithm.formats import NO_SCALES, load, round_bf16
+from es_lite.algorithm.jit import CHUNK, jit
+from es_lite.algorithm.noise import philox
+from es_lite.algorithm.noise.kernels import draw_lanes, words_buffer, words_of
+from es_lite.algorithm.noise.place import Place
+
+NAME = "gaussian"
+
+TABLE_SHA256 = "1ea009ce409dac97d6bd609266910f809c5fb912f78e16bd89145b08174d6fc5"
+
+QUANTUM = 4096
+"""Table entries are multiples of 1/QUANTUM."""
+
+_f32, _QUANTUM = np.float32, np.float32(QUANTUM)
+
+
+@functools.cache
+def table() -> np.ndarray:
+    """T, int16 [65536], read-only. Raises RuntimeError if this machine's arithmetic gives another table."""
+    normal = NormalDist()
+    quantiles = np.array([round(normal.inv_cdf((u + 0.5) / 65536) * QUANTUM) for u in range(65536)], dtype="<i2")
+    if hashlib.sha256(quantiles.tobytes()).hexdigest() != TABLE_SHA256:
+        raise RuntimeError("the table of normal quantiles differs from its definition: this Python's inv_cdf is unusual")
+    quantiles.flags.writeable = False
+    return quantiles
+
+
+def epsilon(place: Place, start: int, count: int) -> np.ndarray:
+    """The definition: ε of elements start … start + count - 1, float32 [count], exact multiples of 1/4096."""
+    return table()[philox.lanes(place, start, count)].astype(np.float32) / np.float32(QUANTUM)
+
+
+@jit
+def _draw(epsilon, words, lanes, table, start, count, tensor, pair, step, k0, k1):
+    """ε of elements start … start + count - 1 into epsilon[:count]; `lanes` is `words` seen as uint16."""
+    drawn = draw_lanes(words, lanes, start, count, tensor, pair, step, k0, k1)
+    for i in range(count):
+        epsilon[i] = _f32(table[drawn[i]]) / _QUANTUM
+
+
+@jit
+def _perturb_bf16(plus, minus, weights, scales, width, offset, start, sigma, table, tensor, pair, step, k0, k1):
+    words, lanes = words_buffer()
+    epsilon, value, base = np.empty(CHUNK, _f32), np.empty(CHUNK, _f32), np.empty(CHUNK, _f32)
+    base_bits, value_bits = base.view(np.uint32), value.view(np.uint32)
+    for low in range(0, weights.size, CHUNK):
+        count = min(CHUNK, weights.size - low)
+        _draw(epsilon, words, lanes, table, start + low, count, tensor, pair, step, k0, k1)
+        load(base, base_bits, weights[low : low + count], scales, width, offset + low)
+        for i in range(count):
+            epsilon[i] = sigma * epsilon[i]
+            value[i] = base[i] + epsilon[i]
+        round_bf16(plus[low : low + count], value_bits)
+        if minus.size:
+            for i in range(count):
+                value[i] = base[i] - epsilon[i]
+            round_bf16(minus[low : low + count], value_bits)
+
+
+@jit
+def _perturb_fp32(plus, minus, weights, scales, width, offset, start, sigma, table, tensor, pair, step, k0, k1):
+    words, lanes = words_buffer()
+    epsilon, base = np.empty(CHUNK, _f32), np.empty(CHUNK, _f32)
+    base_bits = base.view(np.uint32)
+    for low in range(0, weights.size, CHUNK):
+        count = min(CHUNK, weights.size - low)
+        _draw(epsilon, words, lanes, table, start + low, count, tensor, pair, step, k0, k1)
+        load(base, base_bits, weights[low : low + count], scales, width, offset + low)
+        part = plus[low : low + count]
+        for i in range(count):
+            part[i] = base[i] + sigma * epsilon[i]
+        if minus.size:
+            part = minus[low : low + count]
+            for i in range(count):
+                part[i] = base[i] - sigma * epsilon[i]
+
+
+@jit
+def _perturb_rows_bf16(plus, minus, weights, scales, rows, sigma, table, tensor, pair, step, k0, k1):
+    width = weights.shape[1]
+    for i in range(rows.size):
+        other = minus[i] if minus.size else plus[i, :0]
+        start = rows[i] * width
+        _perturb_bf16(plus[i], other, weights[i], scales[i : i + 1], width, 0, start, sigma, table, tensor, pair, step, k0, k1)
+
+
+@jit
+def _perturb_rows_fp32(plus, minus, weights, scales, rows, sigma, table, tensor, pair, step, k0, k1):
+    width = weights.shape[1]
+    for i in range(rows.size):
+        other = minus[i] if minus.size else plus[i, :0]
+        start = rows[i] * width
+        _perturb_fp32(plus[i], other, weights[i], scales[i : i + 1], width, 0, start, sigma, table, tensor, pair, step, k0, k1)
+
+
+@jit
+def _fill(out, start, scale, table, tensor, pair, step, k0, k1):
+    words, lanes = words_buffer()
+    epsilon = np.empty(CHUNK, _f32)
+    for low in range(0, out.size, CHUNK):
+        count = min(CHUNK, out.size - low)
+        _draw(epsilon, words, lanes, table, start + low, count, tensor, pair, step, k0, k1)
+        part = out[low : low + count]
+        for i in range(count):
+            part[i] = scale * epsilon[i]
+
+
+@jit
+def _total(out, start, pairs, coefficients, table, tensor, step, k0, k1):
+    words, lanes = words_buffer()
+    epsilon = np.empty(CHUNK, _f32)
+    for low in range(0, out.size, CHUNK):
+        count = min(CHUNK, out.size - low)
+        part = out[low : low + count]
+        part[:] = _f32(0)
+        for p in range(pairs.size):
+            _draw(epsilon, words, lanes, table, start + low, count, tensor, pairs[p], step, k0, k1)
+            for i in range(count):
+                part[i] += coefficients[p] * epsilon[i]
+
+
+def perturb(
+    plus: np.ndarray,
+    minus: np.ndarray | None,
+    weights: np.ndarray,
+    place: Place,
+    sigma: float,
+    *,
+    start: int = 0,
+    scales: np.ndarray = NO_SCALES,
+    width: int = 1,
+) -> None:
+    """plus = round(weights + σε) and, if given, minus = round(weights - σε), the noise drawn once.
+
+    weights: elements start … start + n - 1 of the tensor, bfloat16 bits, uint16 [n], or int8 [n] with the scales, float32, of
+    all the tensor's rows of `width` elements. plus, minus: [n], uint16 for bfloat16 (rounded to nearest even) or
+    float32 (the exact sum in float32). σ is rounded to float32 first.
+    """
+    kernel = _perturb_bf16 if plus.dtype == np.uint16 else _perturb_fp32
+    other = plus[:0] if minus is None else minus
+    kernel(plus, other, weights, scales, width, start, start, _f32(sigma), table(), *words_of(place))
+
+
+def perturb_rows(
+    plus: np.ndarray,
+    minus: np.ndarray | None,
+    weights: np.ndarray,
+    rows: np.ndarray,
+    place: Place,
+    sigma: float,
+    *,
+    scales: np.ndarray = NO_SCALES,
+) -> None:
+    """`perturb` of some rows of a matrix alone.
+
+    weights: those rows, uint16 or int8 [R, W], with their scales, float32 [R], if they are int8; rows: their numbers in the
+    matrix, int64 [R]; plus, minus: [R, W].
+    """
+    kernel = _perturb_rows_bf16 if plus.dtype == np.uint16 else _perturb_rows_fp32
+    other = plus[:0] if minus is None else minus
+    kernel(plus, other, weights, scales, rows, _f32(sigma), table(), *words_of(place))
+
+
+def total(out: np.ndarray, place: Place, pairs: np.ndarray, coefficients: np.ndarray, *, start: int = 0) -> None:
+    """out = Σ_p coefficients[p]·ε_{pairs[p]} of elements start …, float32 [n]; the sum runs in the order given, in float32.
+
+    place: its pair is not used. pairs: uint32 [P]; coefficients: float32 [P].
+    """
+    tensor, _, step, k0, k1 = words_of(place)
+    _total(out, start, pairs, coefficients, table(), tensor, step, k0, k1)
+
+
+def fill(out: np.ndarray, place: Place, scale: float, *, start: int = 0) -> None:
+    """out = scale·ε of elements start …, float32 [n]: the weights of a random model."""
+    _fill(out, start, _f32(scale), table(), *words_of(place))

@@ -1,0 +1,52 @@
+"""`philox` compiled (numba): the same words and lanes, at the speed of the vector units.
+
+A kernel works through its elements in chunks that stay in the first-level cache. Words are made in a loop of their own, apart
+from any table look-up, so that LLVM vectorises it. Parts of arrays are sliced before a loop and indexed from 0 in it: an index
+`low + i`, which might be negative, is not vectorised. Lanes are the words seen as uint16 (little-endian).
+"""
+
+import numpy as np
+
+from es_lite.algorithm.jit import CHUNK, jit
+from es_lite.algorithm.noise.philox import KEY_INCREMENTS, MULTIPLIERS, ROUNDS
+from es_lite.algorithm.noise.place import Place
+
+_u32, _u64 = np.uint32, np.uint64
+_M0, _M1 = (np.uint64(multiplier) for multiplier in MULTIPLIERS)
+_W0, _W1 = (np.uint32(increment) for increment in KEY_INCREMENTS)
+
+Words = tuple[np.uint32, np.uint32, np.uint32, np.uint32, np.uint32]
+"""A place as the kernels take it: tensor, pair, step and the two words of the key."""
+
+
+def words_of(place: Place) -> Words:
+    k0, k1 = place.key
+    return _u32(place.tensor), _u32(place.pair), _u32(place.step), _u32(k0), _u32(k1)
+
+
+@jit
+def words_buffer():
+    """Room for the words of CHUNK elements from any start on: (uint32, the same seen as uint16 lanes)."""
+    words = np.empty(CHUNK // 2 + 4, _u32)
+    return words, words.view(np.uint16)
+
+
+@jit
+def draw_words(words, first, tensor, pair, step, k0, k1):
+    """The words of counters first, first + 1, …: four each into `words`."""
+    for i in range(words.size // 4):
+        c0, c1, c2, c3 = _u32(first + i), tensor, pair, step
+        a, b = k0, k1
+        for _ in range(ROUNDS):
+            p0, p1 = _u64(c0) * _M0, _u64(c2) * _M1
+            c0, c1, c2, c3 = _u32(p1 >> _u64(32)) ^ c1 ^ a, _u32(p1), _u32(p0 >> _u64(32)) ^ c3 ^ b, _u32(p0)
+            a, b = _u32(a + _W0), _u32(b + _W1)
+        words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3] = c0, c1, c2, c3
+
+
+@jit
+def draw_lanes(words, lanes, start, count, tensor, pair, step, k0, k1):
+    """The 16 random bits of elements start … start + count - 1: the part of `lanes` that begins with them."""
+    counters = (start % 8 + count + 7) // 8
+    draw_words(words[: 4 * counters], start // 8, tensor, pair, step, k0, k1)
+    return lanes[start % 8 :]

@@ -1,0 +1,72 @@
+"""The kinds of noise by name. A kind is one file that has the operations of `NoiseKind`."""
+
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from es_lite.algorithm.noise import gaussian, on_device
+from es_lite.algorithm.noise.place import Place
+
+
+class NoiseKind(Protocol):
+    """What scoring and the update do with a kind of noise; shapes and types are those of `gaussian`'s functions."""
+
+    name: str
+
+    def perturb(
+        self,
+        plus: np.ndarray,
+        minus: np.ndarray | None,
+        weights: np.ndarray,
+        place: Place,
+        sigma: float,
+        *,
+        start: int,
+        scales: np.ndarray,
+        width: int,
+    ) -> None:
+        """plus = round(weights + σε), minus = round(weights - σε) of a slice of a tensor."""
+        ...
+
+    def perturb_rows(
+        self,
+        plus: np.ndarray,
+        minus: np.ndarray | None,
+        weights: np.ndarray,
+        rows: np.ndarray,
+        place: Place,
+        sigma: float,
+        *,
+        scales: np.ndarray,
+    ) -> None:
+        """The same of some rows of a matrix."""
+        ...
+
+    def total(self, out: np.ndarray, place: Place, pairs: np.ndarray, coefficients: np.ndarray, *, start: int) -> None:
+        """out = Σ_p c_p ε_p of a slice of a tensor."""
+        ...
+
+    def on_device(self, elements: torch.Tensor, place: Place) -> torch.Tensor:
+        """ε of the elements of a tensor, by torch operations on their device (`on_device.gaussian`)."""
+        ...
+
+
+class Gaussian:
+    """Independent standard normal noise for every element."""
+
+    name = gaussian.NAME
+    perturb = staticmethod(gaussian.perturb)
+    perturb_rows = staticmethod(gaussian.perturb_rows)
+    total = staticmethod(gaussian.total)
+    on_device = staticmethod(on_device.gaussian)
+
+
+KNOWN: dict[str, NoiseKind] = {Gaussian.name: Gaussian()}
+
+
+def kind_of(name: str) -> NoiseKind:
+    """Raises ValueError, naming the kind, if this version does not know it."""
+    if name not in KNOWN:
+        raise ValueError(f"noise of the kind {name!r}, which this version of es_lite does not know (it knows {', '.join(KNOWN)})")
+    return KNOWN[name]

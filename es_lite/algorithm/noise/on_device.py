@@ -1,0 +1,94 @@
+"""The noise by torch's integer operations, on any device: the same bits as the numpy definitions, and the perturbation from it.
+
+Philox works on unsigned 32-bit words; torch has signed 64-bit integers everywhere. A product of two words wraps around in
+them without harm: its low and high halves are masked out of the same 64 bits. Each arithmetic operation is a call of its own, so
+no compiler fuses a multiplication with an addition: the sums are the kernels', bit for bit.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+from es_lite.algorithm.formats import RECIPROCAL
+from es_lite.algorithm.noise import gaussian as definition
+from es_lite.algorithm.noise.philox import KEY_INCREMENTS, LANES, MULTIPLIERS, ROUNDS
+from es_lite.algorithm.noise.place import Place
+
+CHUNK = 2**22
+"""Elements made at a time: for every 8 of them, 10 words of 8 bytes are in use at once."""
+
+_LOW = 0xFFFFFFFF
+
+
+@functools.cache
+def _table(device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(definition.table().copy()).to(device)
+
+
+def philox4x32(counters: torch.Tensor, place: Place) -> torch.Tensor:
+    """Words of the counters, int64 [n]: int64 [n, 4], each from 0 to 2³² - 1."""
+    c0 = counters & _LOW
+    c1, c2, c3 = (torch.full_like(c0, word) for word in (place.tensor, place.pair, place.step))
+    k0, k1 = place.key
+    for _ in range(ROUNDS):
+        p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+        c0, c1, c2, c3 = ((p1 >> 32) & _LOW) ^ c1 ^ k0, p1 & _LOW, ((p0 >> 32) & _LOW) ^ c3 ^ k1, p0 & _LOW
+        k0, k1 = (k0 + KEY_INCREMENTS[0]) & _LOW, (k1 + KEY_INCREMENTS[1]) & _LOW
+    return torch.stack([c0, c1, c2, c3], dim=-1)
+
+
+def lanes(elements: torch.Tensor, place: Place) -> torch.Tensor:
+    """The 16 random bits of the elements of a tensor, int64 [n].
+
+    elements: their indices, int64 [n]: n is a multiple of 8, and each 8 in a row begin at a multiple of 8.
+    """
+    words = philox4x32(elements[::LANES] // LANES, place)
+    return torch.stack([words & 0xFFFF, words >> 16], dim=-1).reshape(-1)
+
+
+def gaussian(elements: torch.Tensor, place: Place) -> torch.Tensor:
+    """ε of the elements (as in `lanes`), float32 [n], exact multiples of 1/4096."""
+    return _table(elements.device)[lanes(elements, place)].to(torch.float32) / definition.QUANTUM
+
+
+def as_float32(stored: torch.Tensor, scales: torch.Tensor | None, width: int, first: int = 0) -> torch.Tensor:
+    """The values of stored elements first, first + 1, …, float32 [n].
+
+    stored: bfloat16 [n], or int8 [n] with the scales, float32 [rows], of rows of `width` elements.
+    """
+    if scales is None:
+        return stored.to(torch.float32)
+    rows = torch.arange(first, first + stored.numel(), device=stored.device) // width
+    return stored.to(torch.float32) * scales[rows] * float(RECIPROCAL)
+
+
+def perturb(
+    outs: list[torch.Tensor],
+    stored: torch.Tensor,
+    scales: torch.Tensor | None,
+    width: int,
+    elements: torch.Tensor | int,
+    draw: Callable[[torch.Tensor, Place], torch.Tensor],
+    place: Place,
+    sigma: float,
+) -> None:
+    """outs[0] = round(weights + σε) and, if given, outs[1] = round(weights - σε), the noise drawn once; any type of outs.
+
+    stored, scales, width: as in `as_float32`. elements: the index of the first in its tensor, or of each of them, int64 [n], as
+    in `lanes`. draw: the kind's ε of such elements.
+    """
+    sigma = float(torch.tensor(sigma, dtype=torch.float32))
+    for low in range(0, stored.numel(), CHUNK):
+        high = min(low + CHUNK, stored.numel())
+        base = as_float32(stored[low:high], scales, width, low)
+        if isinstance(elements, torch.Tensor):
+            epsilon = draw(elements[low:high], place)
+        else:  # whole counters: from the first element's to the last one's
+            first = elements + low
+            whole = torch.arange(first // LANES * LANES, -(-(elements + high) // LANES) * LANES, device=stored.device)
+            epsilon = draw(whole, place)[first % LANES : first % LANES + high - low]
+        moved = epsilon.mul_(sigma)
+        outs[0][low:high] = base + moved
+        for out in outs[1:]:
+            out[low:high] = base - moved

@@ -1,0 +1,1 @@
+"""From text to items: documents, tokens, samples, and which of them a step draws."""

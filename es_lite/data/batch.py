@@ -1,0 +1,59 @@
+"""Batches of samples: which samples a step draws, and how they are packed."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from es_lite.data.corpus import Corpus
+from es_lite.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """B samples, longest first, padded with 0 on the right to the longest's T tokens."""
+
+    tokens: np.ndarray
+    """int32 [B, T]."""
+    lengths: np.ndarray
+    """int32 [B]."""
+
+    def __len__(self) -> int:
+        """B."""
+        return self.lengths.size
+
+    @property
+    def scored_tokens(self) -> int:
+        """Tokens that are predicted: all but the first of each sample."""
+        return int(np.sum(self.lengths - 1))
+
+    def part(self, low: int, high: int) -> "Batch":
+        """Samples low … high - 1."""
+        return Batch(self.tokens[low:high, : self.lengths[low]], self.lengths[low:high])
+
+
+def spread(corpus: Corpus, count: int) -> np.ndarray:
+    """int64 [at most `count`]: samples at even distances, the first among them."""
+    count = min(count, len(corpus))
+    return np.arange(count) * len(corpus) // count
+
+
+def draw(samples: int, m: int, seed: int, step: int) -> np.ndarray:
+    """int64 [m]: distinct numbers below `samples`, a pure function of the arguments, the same everywhere.
+
+    numpy promises that a generator's raw words never change, and no more than that: so they are what is sorted.
+    """
+    if m > samples:
+        raise UserError(f"fitness.samples = {m}: the corpus has only {samples} samples; lower it or give more text")
+    counter = np.array([0, 0, 0, step], np.uint64)  # the lowest word counts the blocks within a step
+    words = np.random.Philox(key=seed, counter=counter).random_raw(samples)
+    return np.argsort(words, kind="stable")[:m]
+
+
+def pack(corpus: Corpus, indices: np.ndarray) -> Batch:
+    """The samples `indices` [B], B > 0; those of equal length stay in their order."""
+    lengths = corpus.starts[indices + 1] - corpus.starts[indices]
+    order = np.argsort(-lengths, kind="stable")
+    indices, lengths = indices[order], lengths[order].astype(np.int32)
+    tokens = np.zeros((len(lengths), lengths[0]), np.int32)
+    tokens[np.arange(lengths[0]) < lengths[:, None]] = np.concatenate([corpus.sample(i) for i in indices])
+    return Batch(tokens, lengths)

@@ -1,0 +1,231 @@
+"""A corpus: text files to documents, tokens and samples.
+
+Token ids are int32. Text that cannot be used raises `UserError`.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, groupby, islice
+from operator import itemgetter
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from es_lite.errors import UserError
+
+BUILTIN = "builtin:python-reference"
+SUFFIXES = (".txt", ".jsonl")
+
+# A tokenizer's own result takes hundreds of bytes a token, and one text only one core: so long texts go block by block.
+BLOCK_CHARACTERS = 2**16
+BATCH_BLOCKS = 64
+
+Document = list[str]
+"""The lines of a .txt with their ends, or the text of a .jsonl record as one item: with data.samples = "lines",
+each item is a sample. Joined, they are the text."""
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """Samples of at least 2 tokens, one after the other."""
+
+    tokens: np.ndarray
+    """int32 [total]."""
+    starts: np.ndarray
+    """int64 [samples + 1]: sample i is tokens[starts[i]:starts[i + 1]]."""
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def sample(self, i: int) -> np.ndarray:
+        """int32 [length]."""
+        return self.tokens[self.starts[i] : self.starts[i + 1]]
+
+
+def read_texts(path: str, lines: int) -> list[Document]:
+    """The documents of a .txt (one) or .jsonl file (one a record), of a folder of them, or of `BUILTIN`.
+
+    Where `lines` is above 0, reading stops after that many lines or records in total. Blank documents are left out.
+    """
+    try:
+        pieces = islice(_pieces(path), lines or None)
+        documents = [[piece for _, piece in group] for _, group in groupby(pieces, key=itemgetter(0))]
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: cannot be read ({error.strerror})") from None
+    documents = [document for document in documents if any(map(str.strip, document))]
+    if not documents:
+        raise UserError(f"{path}: there is no text in it" + (f", up to line {lines} (data.lines)" if lines else ""))
+    return documents
+
+
+def tokenize(
+    texts: Iterable[Document], tokenizer: PreTrainedTokenizerBase, samples: Literal["lines", "joined"], max_length: int
+) -> Corpus:
+    """The samples of `texts`, each of 2 to `max_length` tokens.
+
+    "lines": an item of a document each, cut to `max_length`, and the end token where there is room for it. "joined":
+    all documents, the end token between them, cut in windows of `max_length`. What is shorter than 2 is dropped. A
+    tokenizer without an end token goes without.
+    """
+    end = np.array([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id], np.int32)
+    if samples == "lines":
+        lines = (piece.removesuffix("\n") for document in texts for piece in document if piece.strip())
+        cut = (np.concatenate([ids[:max_length], end])[:max_length] for ids in _encode(lines, tokenizer))
+        parts = [ids for ids in cut if len(ids) >= 2]
+        lengths = np.array([len(ids) for ids in parts], np.int64)
+    else:
+        blocks = [list(_blocks(document)) for document in texts]
+        encoded = _encode(chain.from_iterable(blocks), tokenizer)
+        parts = [ids for document in blocks for ids in (*islice(encoded, len(document)), end)][:-1]
+        windows, rest = divmod(sum(map(len, parts)), max_length)
+        lengths = np.array([max_length] * windows + [rest] * (rest >= 2), np.int64)
+    if not len(lengths):
+        raise UserError("data.path: not one sample of 2 tokens in the text; give more text")
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    return Corpus(np.concatenate(parts)[: starts[-1]], starts)
+
+
+def check_vocabulary(corpus: Corpus, vocab_size: int) -> None:
+    """Raises `UserError` where a token has no row in an embedding of `vocab_size` rows."""
+    largest = int(corpus.tokens.max())
+    if largest >= vocab_size:
+        raise UserError(
+            f"data.tokenizer: makes the token {largest}, but the model's vocab_size is {vocab_size}; take the model's "
+            f'own tokenizer (data.tokenizer = ""), or give model.config a vocab_size of {largest + 1} or more'
+        )
+
+
+def split(corpus: Corpus, fraction: float) -> tuple[Corpus, Corpus]:
+    """To train on, and held out: the last `fraction` of the samples, rounded up."""
+    samples = len(corpus)
+    held_out = math.ceil(round(samples * fraction, 6))  # 100 * 0.07 is 7.000000000000001
+    if fraction > 0:
+        held_out = max(1, held_out)
+    if held_out >= samples:
+        raise UserError(
+            f"eval.fraction = {fraction}: holds out all of the {samples} samples, which leaves none to train on; "
+            "take a smaller fraction, more text, or a text of its own for eval.path"
+        )
+    return _part(corpus, 0, samples - held_out), _part(corpus, samples - held_out, samples)
+
+
+def unigram_score(train: Corpus, held_out: Corpus, vocab_size: int) -> float:
+    """What knowing only the tokens' frequencies scores: the line to pass for a model that has learned more.
+
+    The mean over the held-out samples of the mean log-probability of tokens 2 to last, under add-one-smoothed
+    frequencies of `train`.
+    """
+    counts = np.bincount(train.tokens, minlength=vocab_size) + 1
+    scores = np.log(counts / counts.sum())[held_out.tokens]
+    firsts = held_out.starts[:-1]
+    scores[firsts] = 0.0
+    return float(np.mean(np.add.reduceat(scores, firsts) / (np.diff(held_out.starts) - 1)))
+
+
+def fingerprint(*parts: Corpus | None) -> str:
+    """SHA-256 of the samples: what a run trains on and is evaluated on."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if part is not None:
+            digest.update(part.starts.astype("<i8").tobytes() + part.tokens.astype("<i4").tobytes())
+        digest.update(b"|")
+    return digest.hexdigest()
+
+
+def _pieces(path: str) -> Iterator[tuple[object, str]]:
+    """The items of all documents, each with what tells its document from the one before."""
+    if path.startswith("builtin:"):
+        yield from _builtin(path)
+        return
+    for file in _files(path):
+        for number, line in _lines(file):
+            if file.suffix.lower() == ".txt":
+                yield file, line
+            elif line.strip():
+                yield (file, number), _text_of_record(line, f"{file}:{number}")
+
+
+def _builtin(path: str) -> Iterator[tuple[str, str]]:
+    if path != BUILTIN:
+        raise UserError(f'{path}: no such corpus; the one that is built in is "{BUILTIN}"')
+    from pydoc_data.topics import topics  # 0.7 MB of text that comes with Python
+
+    for topic in sorted(topics):
+        for line in topics[topic].splitlines(keepends=True):
+            yield topic, line
+
+
+def _files(path: str) -> list[Path]:
+    kinds = "a .txt or .jsonl file, a folder of such files"
+    place = Path(path).expanduser()
+    if not path or not place.exists():
+        raise UserError(f'"{path}": no such file or folder; data.path and eval.path take {kinds}, or "{BUILTIN}"')
+    if place.is_dir():
+        files = sorted(file for file in place.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+        if not files:
+            raise UserError(f"{place}: no .txt or .jsonl file in this folder")
+        return files
+    if place.suffix.lower() not in SUFFIXES:
+        raise UserError(f'{place}: unknown kind of file "{place.suffix}"; expected {kinds}')
+    return [place]
+
+
+def _lines(file: Path) -> Iterator[tuple[int, str]]:
+    """Line numbers, from 1, and lines, their ends made a single newline."""
+    with file.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            if b"\0" in line:
+                raise UserError(f"{file}:{number}: has a NUL byte: a binary file, or UTF-16; expected UTF-8 text")
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{file}:{number}: not UTF-8 ({error.reason}); convert the file to UTF-8") from None
+            yield number, text[:-2] + "\n" if text.endswith("\r\n") else text
+
+
+def _text_of_record(line: str, where: str) -> str:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({error}); expected one object a line") from None
+    text = record.get("text") if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise UserError(f'{where}: expected an object with a string under "text"')
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f'{where}: "text" has half a surrogate pair (\\ud800 to \\udfff), not a character') from None
+    return text
+
+
+def _blocks(document: Document) -> Iterator[str]:
+    """The document's text, cut at line ends in blocks of at least `BLOCK_CHARACTERS`."""
+    block: list[str] = []
+    size = 0
+    for line in document:
+        block.append(line)
+        size += len(line)
+        if size >= BLOCK_CHARACTERS:
+            yield "".join(block)
+            block, size = [], 0
+    if block:
+        yield "".join(block)
+
+
+def _encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[np.ndarray]:
+    """int32 [tokens] of each text."""
+    texts = iter(texts)
+    while batch := list(islice(texts, BATCH_BLOCKS)):
+        # verbose = False: a text longer than the model's context is cut here, so it is nothing to warn of
+        for ids in tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]:
+            yield np.array(ids, np.int32)
+
+
+def _part(corpus: Corpus, first: int, last: int) -> Corpus:
+    starts = corpus.starts[first : last + 1]
+    return Corpus(corpus.tokens[starts[0] : starts[-1]], starts - starts[0])

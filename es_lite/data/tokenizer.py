@@ -1,0 +1,85 @@
+"""The tokenizer of a run: the model's, one from a folder or the hub, or a byte-level BPE trained on the corpus."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from es_lite.data.corpus import Document
+from es_lite.errors import RunError, UserError
+from es_lite.files import new_folder
+from es_lite.recipe import DataTable
+
+END = "<|endoftext|>"
+
+
+def load_tokenizer(table: DataTable, model_path: str, run_dir: Path, texts: Iterable[Document]) -> PreTrainedTokenizerBase:
+    """The tokenizer that `table` names; a "bpe" is trained on `texts` once, then always read from run_dir/tokenizer.
+
+    A "bpe" has an eos_token; one that was pretrained may have none.
+
+    Raises:
+        UserError: there is no such tokenizer, or it is broken.
+    """
+    if table.tokenizer != "bpe":
+        key, name = ("data.tokenizer", table.tokenizer) if table.tokenizer else ("model.path", model_path)
+        return _open(name, f"{key} = {name!r}")
+    folder = run_dir / "tokenizer"
+    if not folder.exists():
+        _save(train_bpe(texts, table.vocab_size), folder)
+    return _open(str(folder), f"{folder} (made by this run: delete it, and it is made again)")
+
+
+def train_bpe(texts: Iterable[Document], vocab_size: int) -> PreTrainedTokenizerBase:
+    """A byte-level BPE of the end token (0), the 256 bytes (1 … 256) and merges: `vocab_size` entries in all.
+
+    The same texts give the same tokenizer. A small text has fewer merges to give, and then there are fewer entries.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(("".join(document) for document in texts), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, clean_up_tokenization_spaces=False)
+
+
+def _open(name: str, where: str) -> PreTrainedTokenizerBase:
+    folder = Path(name).expanduser()
+    if name and folder.is_dir():
+        name = str(folder)
+    elif not name or name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"{where}: no such tokenizer folder (and not a hub name such as Qwen/Qwen3-0.6B)")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # a broken file is any of a dozen kinds, one of them a bare Exception
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(f"{where}: no tokenizer can be loaded from it: {type(error).__name__}: {reason}") from None
+    # With a config.json, but without the tokenizer's files, transformers makes one that has special tokens only.
+    if len(tokenizer) <= len(tokenizer.all_special_ids) + 1:
+        raise UserError(f"{where}: has no vocabulary; a tokenizer folder has a tokenizer.json, or what it is made from")
+    return tokenizer
+
+
+def _save(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """All of `folder` or, after a crash, none of it."""
+    try:
+        with new_folder(folder, durable=True) as partial:
+            save_tokenizer(tokenizer, partial)
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be written ({error.strerror or error})") from None
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Its files into `folder`. Raises OSError where they cannot be written."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:  # the Rust side has no class of its own for a full disk
+        raise OSError(None, str(error)) from None

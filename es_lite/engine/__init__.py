@@ -1,0 +1,1 @@
+"""Who scores and advances: the processes of this machine."""

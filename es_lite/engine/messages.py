@@ -1,0 +1,91 @@
+"""What passes between the engine and its workers: tasks and answers.
+
+Every task is a pure function of its fields, the weights at its step and θ₀, so one that was lost with its
+worker is simply given to another.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from es_lite.algorithm.record import Record
+from es_lite.fitness.base import Items
+from es_lite.scoring.perturbation import Perturbation
+
+
+@dataclass(frozen=True)
+class Score:
+    """Score `items` under each perturbation: float64 [members, items]."""
+
+    perturbations: Sequence[Perturbation]
+    items: Items
+    pass_items: int
+    records: Sequence[Record] = ()
+    step: int = 0
+    """Streamed: the step that the layers are brought to as they pass, by `records`."""
+
+
+@dataclass(frozen=True)
+class Advance:
+    """Bring a layer's file, and its part of a working copy, to `step`, by `records` (weights.store.advance)."""
+
+    layer: int
+    records: Sequence[Record]
+    step: int
+
+
+@dataclass(frozen=True)
+class AdvanceSections:
+    """A share of the same: sections low … high - 1 of the layer."""
+
+    layer: int
+    records: Sequence[Record]
+    step: int
+    low: int
+    high: int
+
+
+@dataclass(frozen=True)
+class Finish:
+    """Complete what all shares of a layer have done."""
+
+    layer: int
+    records: Sequence[Record]
+    step: int
+
+
+@dataclass(frozen=True)
+class Check:
+    """Read a layer's file and compare its checksum."""
+
+    layer: int
+
+
+Task = Score | Advance | AdvanceSections | Finish | Check
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A worker's first message: it has started."""
+
+
+@dataclass(frozen=True)
+class Working:
+    """The task is under way; this share of it is done."""
+
+    share: float
+
+
+@dataclass(frozen=True)
+class Done:
+    value: Any
+
+
+@dataclass(frozen=True)
+class Failed:
+    """No worker can do the task; `error` ends the run."""
+
+    error: Exception
+
+
+Answer = Ready | Working | Done | Failed

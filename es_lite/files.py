@@ -1,0 +1,179 @@
+"""Reading and writing files whole, optionally past the page cache, and replacing files and folders safely.
+
+Nothing is changed in place: a new file or folder is written next to the old one (its name plus ".next") and renamed over it, so
+a crash leaves the old one or the new one, each complete.
+"""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+ALIGNMENT = 4096
+"""Direct reads and writes use offsets and sizes that are multiples of this."""
+
+READ_BYTES = 16 * 2**20
+"""Largest single read request."""
+
+NEXT, OLD = ".next", ".old"
+
+
+def open_file(path: Path, flags: int, direct: bool = False) -> int:
+    """A file descriptor. direct: bypass the page cache if the system and the file system can."""
+    flags |= os.O_CLOEXEC
+    if direct and hasattr(os, "O_DIRECT"):
+        with contextlib.suppress(OSError):  # a file system without direct access; any other failure happens again below
+            return os.open(path, flags | os.O_DIRECT, 0o644)
+    return os.open(path, flags, 0o644)
+
+
+def write_fully(descriptor: int, view: memoryview, position: int) -> None:
+    """Writes all of `view` at `position`. Raises OSError."""
+    while view:
+        written = os.pwrite(descriptor, view, position)
+        view, position = view[written:], position + written
+
+
+def read_fully(descriptor: int, view: memoryview, position: int, size: int) -> None:
+    """Reads `size` bytes from `position` into `view`; if `view` is larger, bytes beyond them may follow.
+
+    Raises OSError, also when the file ends before that.
+    """
+    done = 0
+    while done < size:
+        got = os.preadv(descriptor, [view[done : done + READ_BYTES]], position + done)
+        if got == 0:
+            raise OSError(None, "it ends too soon")
+        done += got
+
+
+def aligned(size: int) -> int:
+    """The next multiple of ALIGNMENT."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def next_to(path: Path) -> Path:
+    """Where the new version of `path` is written."""
+    return path.with_name(path.name + NEXT)
+
+
+class NewFile:
+    """A new version of the file `path`, written next to it: `commit` puts it in place, `discard` removes it.
+
+    As a context manager, it commits when the block succeeds and discards when it raises. All methods raise OSError.
+    """
+
+    def __init__(self, path: Path, direct: bool = False, keep: bool = False) -> None:
+        """direct: bypass the page cache if possible; what is written is then aligned memory.
+
+        keep: what another process has already written to the new version stays.
+        """
+        self._path = path
+        self._size = 0
+        self._descriptor = open_file(next_to(path), os.O_RDWR | os.O_CREAT | (0 if keep else os.O_TRUNC), direct)
+
+    @property
+    def descriptor(self) -> int:
+        return self._descriptor
+
+    def append(self, data: bytes | memoryview) -> None:
+        view = memoryview(data).cast("B")
+        self.write(view, self._size)
+        self._size += len(view)
+
+    def write(self, view: memoryview, position: int) -> None:
+        write_fully(self._descriptor, view, position)
+
+    def commit(self, size: int | None = None, durable: bool = False) -> None:
+        """Replaces the old file. size: cut or extend the new one to that; durable: it survives a power cut from now on."""
+        if size is not None:
+            os.ftruncate(self._descriptor, size)
+        if durable:
+            os.fsync(self._descriptor)
+        self.close()
+        next_to(self._path).replace(self._path)
+        if durable:
+            _sync(self._path.parent)
+
+    def discard(self) -> None:
+        """Removes the new version; the old file is as it was."""
+        self.close()
+        next_to(self._path).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Leaves the new version where it is, for another process to continue."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def __enter__(self) -> "NewFile":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.commit()
+        else:
+            self.discard()
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Replaces the file `path`; when this returns it is on disk. Raises OSError; the old file is then as it was."""
+    new = NewFile(path)
+    try:
+        new.append(text.encode())
+        new.commit(durable=True)
+    except BaseException:
+        new.discard()
+        raise
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path, durable: bool = False) -> Iterator[Path]:
+    """An empty folder to be filled, which replaces `folder` when the block succeeds and vanishes when it raises.
+
+    A crash between the renames leaves a state that `finish_replacement` repairs.
+    """
+    partial, old = next_to(folder), folder.with_name(folder.name + OLD)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        if durable:
+            for file in partial.iterdir():
+                _sync(file)
+        if folder.exists():
+            folder.rename(old)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def finish_replacement(folder: Path) -> None:
+    """Completes or undoes a replacement of `folder` that a crash interrupted."""
+    old = folder.with_name(folder.name + OLD)
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(next_to(folder), ignore_errors=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes the new files in `folder` that a killed process did not complete."""
+    for path in folder.glob("*" + NEXT):
+        path.unlink()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

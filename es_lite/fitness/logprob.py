@@ -1,0 +1,89 @@
+"""Log-probability of text, the fitness "logprob" (EA4LLM, section 3).
+
+An item is a sample of text. Its score is the mean log-probability of its true next tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from es_lite.data import batch, corpus
+from es_lite.data.batch import Batch
+from es_lite.data.corpus import Corpus
+from es_lite.data.tokenizer import load_tokenizer
+from es_lite.fitness.base import ItemMemory, Items
+from es_lite.recipe import Recipe
+from es_lite.scoring.heads import VOCABULARY_BLOCK
+from es_lite.scoring.model import PerturbedModel
+from es_lite.scoring.perturbation import Perturbation
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples that a run trains on and is evaluated on."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train: Corpus
+    held_out_corpus: Corpus | None
+    """None if the recipe asks for no evaluations."""
+    recipe: Recipe
+    vocab_size: int
+    """Of the model."""
+
+    def draw(self, step: int) -> Batch:
+        drawn = batch.draw(len(self.train), self.recipe.fitness.samples, self.recipe.run.seed, step)
+        return batch.pack(self.train, drawn)
+
+    def held_out(self) -> Batch:
+        assert self.held_out_corpus is not None
+        return batch.pack(self.held_out_corpus, batch.spread(self.held_out_corpus, self.recipe.eval.samples))
+
+    def fingerprint(self) -> str:
+        return corpus.fingerprint(self.train, self.held_out_corpus)
+
+    def reference(self) -> dict[str, float]:
+        """unigram_score: what knowing only the tokens' frequencies scores; vocab_size."""
+        assert self.held_out_corpus is not None
+        score = corpus.unigram_score(self.train, self.held_out_corpus, self.vocab_size)
+        return {"vocab_size": self.vocab_size, "unigram_score": score}
+
+
+class LogProb:
+    """The fitness "logprob"."""
+
+    name = "logprob"
+    measures = "mean log-probability of a token"
+    unit = "nats"
+    largest_loss = 0.5
+
+    def open(self, recipe: Recipe, config: PretrainedConfig, run_dir: Path) -> Samples:
+        table, length = recipe.data, recipe.fitness.max_length
+        texts = corpus.read_texts(table.path, table.lines)
+        tokenizer = load_tokenizer(table, recipe.model.path, run_dir, texts)
+        train = corpus.tokenize(texts, tokenizer, table.samples, length)
+        held_out = None
+        if recipe.eval.every and recipe.eval.path:
+            held_out = corpus.tokenize(corpus.read_texts(recipe.eval.path, 0), tokenizer, table.samples, length)
+        elif recipe.eval.every:
+            train, held_out = corpus.split(train, recipe.eval.fraction)
+        vocab_size = config.get_text_config().vocab_size
+        for part in filter(None, (train, held_out)):
+            corpus.check_vocabulary(part, vocab_size)
+        samples = Samples(tokenizer, train, held_out, recipe, vocab_size)
+        samples.draw(0)  # reports at once if there are fewer samples than a step draws
+        return samples
+
+    def memory(self, recipe: Recipe, text: PretrainedConfig, itemsize: int) -> ItemMemory:
+        width, length, micro = text.hidden_size, recipe.fitness.max_length, recipe.fitness.micro_batch
+        intermediate = getattr(text, "intermediate_size", None) or 4 * width
+        block = micro * length * (3 * intermediate * itemsize + 8 * width * 4)
+        logits = micro * length * 2 * VOCABULARY_BLOCK * itemsize
+        # Hidden states: a layer's input and output, and the head's selection of them.
+        return ItemMemory(tokens=length, hidden=3 * length * width * itemsize, activations=block + logits)
+
+    def score(self, model: PerturbedModel, perturbations: Sequence[Perturbation], items: Items, pass_items: int) -> np.ndarray:
+        assert isinstance(items, Batch)
+        return model.log_probabilities(perturbations, items, pass_items)

@@ -1,0 +1,78 @@
+"""A model's configuration: from a folder, the hub, a config.json, a table of keys, or one of the paper's sizes."""
+
+import json
+from pathlib import Path
+
+from transformers import AutoConfig, PretrainedConfig
+
+from es_lite.errors import UserError
+
+_QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8}
+
+
+def _qwen3(layers: int, hidden: int, heads: int, intermediate: int, **other: object) -> dict[str, object]:
+    sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads, "intermediate_size": intermediate}
+    return _QWEN3 | {"max_position_embeddings": 32768, "tie_word_embeddings": False} | sizes | other
+
+
+SIZES: dict[str, dict[str, object]] = {
+    "qwen3-0.5b": _qwen3(24, 1024, 8, 4096, num_key_value_heads=4, tie_word_embeddings=True),
+    "qwen3-1.7b": _qwen3(28, 2048, 16, 6144, tie_word_embeddings=True),
+    "qwen3-4b": _qwen3(36, 4096, 32, 9728, tie_word_embeddings=True),
+    "qwen3-8b": _qwen3(36, 4096, 32, 12288),
+    "qwen3-14b": _qwen3(40, 5120, 40, 17408),
+    "qwen3-32b": _qwen3(64, 8192, 64, 25600, max_position_embeddings=40960),
+}
+"""The configurations of EA4LLM."""
+
+
+def locate(path: str) -> Path:
+    """The local folder of a Hugging Face folder or hub name; downloads it if it is not there yet."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if path.count("/") != 1 or path.startswith((".", "/", "~")):
+        raise UserError(f"model.path = {path!r}: no such folder (and not a hub name such as Qwen/Qwen3-0.6B)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"]))
+    except Exception as error:  # the hub's client raises many kinds, from no network to a private model
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"model.path = {path!r}: no such folder, and it cannot be downloaded from the hub: {reason}") from None
+
+
+def configuration(path: str, config: str | dict) -> PretrainedConfig:
+    """The configuration of the model folder `path` or, if that is "", of `config`: a size of the paper, a config.json, or keys."""
+    if path:
+        where, document = f"model.path = {path!r}", read_json(locate(path) / "config.json")
+    elif isinstance(config, dict):
+        where, document = "model.config", dict(config)
+    elif config in SIZES:
+        where, document = f"model.config = {config!r}", dict(SIZES[config])
+    elif config.endswith(".json"):
+        where, document = f"model.config = {config!r}", read_json(Path(config).expanduser())
+    else:
+        raise UserError(f"model.config = {config!r}: expected {', '.join(SIZES)}, a .json file or a table")
+    kind = document.pop("model_type", None)
+    if kind is None:
+        raise UserError(f'{where}: has no model_type, for instance "qwen3"')
+    if "auto_map" in document:
+        raise UserError(f"{where}: needs code from the model's folder, which es_lite never runs")
+    try:
+        return AutoConfig.for_model(kind, **document)
+    except Exception as error:  # each configuration class has checks, and exceptions, of its own
+        raise UserError(f"{where}: not a configuration that transformers accepts: {error}") from None
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in `path`. Raises UserError if there is none."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; a model folder has config.json and safetensors files") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(document, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return document

@@ -1,0 +1,194 @@
+"""A model as layers: its skeleton on the meta device, its decoder blocks, its tensors and their numbers in the noise."""
+
+import contextlib
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from es_lite.errors import UserError
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One parameter of the model; tied parameters are one tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    number: int
+    """Its number in the noise's counter: its position among the model's parameters (with shared noise, that of the first
+    tensor of its shape)."""
+    sigma_factor: float
+    """σ is multiplied by this."""
+    coefficient_factor: float
+    """A record's coefficients are multiplied by this."""
+    decay_factor: float
+    """A record's weight decay is multiplied by this."""
+    vocabulary: bool = False
+    """It is the matrix of the token embedding or of the head: one row per token, used by rows."""
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+    @property
+    def width(self) -> int:
+        """Elements of a row, the last dimension."""
+        return self.shape[-1] if self.shape else 1
+
+    @property
+    def rows(self) -> int:
+        return self.size // max(1, self.width)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The unit of loading and perturbing: the embedding, one decoder block, or the final norm with the head."""
+
+    index: int
+    name: str
+    tensors: tuple[Tensor, ...]
+
+    block: bool = True
+    """It is a decoder block: all of it is needed at once."""
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return sum(tensor.size for tensor in self.tensors)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What σ and α are multiplied by for the parameters whose name `pattern` matches (re.search)."""
+
+    pattern: str
+    sigma: float
+    alpha: float
+
+
+@dataclass(frozen=True)
+class Layout:
+    layers: tuple[Layer, ...]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, groups: Sequence[Factors] = (), nes: bool = False, shared: bool = False) -> Self:
+        """The layers of `model`: the parameters before the blocks, each block, the parameters after them.
+
+        groups: the first whose pattern matches a name counts. nes: coefficients are proportional to α/σ, so those of a group are
+        multiplied by alpha/sigma, else by alpha. shared: tensors of equal shape get the noise of the first.
+        Raises UserError if a group's pattern matches no parameter.
+        """
+        prefix, block_list = blocks(model)
+        block_of = re.compile(re.escape(prefix) + r"\.(\d+)\.")
+        named = list(model.named_parameters())
+        _check_patterns(groups, [name for name, _ in named])
+        first_block = next(i for i, (name, _) in enumerate(named) if block_of.match(name))
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        tied = head.weight is embedding.weight
+        tensors_of: list[list[Tensor]] = [[] for _ in range(len(block_list) + 2)]
+        first_of_shape: dict[tuple[int, ...], int] = {}
+        for position, (name, parameter) in enumerate(named):
+            shape = tuple(parameter.shape)
+            first = first_of_shape.setdefault(shape, position)
+            group = next((g for g in groups if re.search(g.pattern, name)), Factors("", 1.0, 1.0))
+            is_head = head is not None and parameter is getattr(head, "weight", None) and not tied
+            tensor = Tensor(
+                name,
+                shape,
+                number=first if shared else position,
+                sigma_factor=group.sigma,
+                coefficient_factor=group.alpha / group.sigma if nes and group.sigma else group.alpha,
+                decay_factor=group.alpha,
+                vocabulary=is_head or parameter is getattr(embedding, "weight", None),
+            )
+            match = block_of.match(name)
+            index = 1 + int(match[1]) if match else 0 if position < first_block and not is_head else -1
+            tensors_of[index].append(tensor)
+        names = ["embedding", *(f"block-{i:03d}" for i in range(len(block_list))), "final"]
+        last = len(names) - 1
+        return cls(tuple(Layer(i, names[i], tuple(tensors_of[i]), block=0 < i < last) for i in range(len(names))))
+
+    @property
+    def blocks(self) -> tuple[Layer, ...]:
+        return self.layers[1:-1]
+
+    @property
+    def tied(self) -> bool:
+        """The head is the embedding's matrix."""
+        return not any(tensor.vocabulary for tensor in self.layers[-1].tensors)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(tensor for layer in self.layers for tensor in layer.tensors)
+
+    @property
+    def size(self) -> int:
+        """Elements of the whole model; tied tensors count once."""
+        return sum(layer.size for layer in self.layers)
+
+    def structure(self) -> str:
+        """SHA-256 of names, shapes and noise numbers: what a journal's records mean depends on all three."""
+        listing = json.dumps([[t.name, t.shape, t.number] for t in self.tensors])
+        return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """The Hugging Face model of `config` in eval mode: its parameters on the meta device, its buffers real.
+
+    Raises UserError if there is no such model.
+    """
+    try:
+        with _parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # each architecture fails in ways of its own on sizes that make no sense
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"model.config (or that of model.path): no causal model of type {config.model_type!r} can be built: {reason}"
+        ) from None
+    model.config.use_cache = False
+    return model.eval().requires_grad_(False)
+
+
+def blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Name and list of the model's decoder blocks. Raises UserError if it has none."""
+    count = model.config.get_text_config().num_hidden_layers
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if not lists or count < 1:
+        raise UserError(f"{type(model).__name__}: has no list of decoder blocks, so es_lite cannot process it layer by layer")
+    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+def _check_patterns(groups: Sequence[Factors], names: Sequence[str]) -> None:
+    for index, group in enumerate(groups):
+        if not any(re.search(group.pattern, name) for name in names):
+            raise UserError(
+                f"es.groups[{index}].pattern = {group.pattern!r}: matches no parameter; they are named {', '.join(names[:3])}, …"
+            )
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Moves each parameter to the meta device as it is registered, before anything touches its memory.
+
+    Under `torch.device("meta")` the buffers (the rotary frequencies) would be lost too.
+    """
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.data.to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[assignment, method-assign]

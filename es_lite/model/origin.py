@@ -1,0 +1,84 @@
+"""What a run starts from and how its records apply to it: the model, θ₀'s seed, the groups. The journal's header holds it."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from transformers import GenerationConfig, PreTrainedModel
+
+from es_lite.algorithm.formats import Storage
+from es_lite.algorithm.jit import Threads
+from es_lite.errors import UserError
+from es_lite.model.configuration import configuration, locate
+from es_lite.model.layout import Factors, Layout, skeleton
+from es_lite.model.source import Source, open_source
+from es_lite.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Origin:
+    path: str
+    """model.path of the recipe; "" if θ₀ is random."""
+    config: str | dict
+    """model.config of the recipe."""
+    seed: int
+    groups: tuple[Factors, ...]
+    nes: bool
+    """es.scale = "nes": a group's coefficients are multiplied by its alpha/sigma."""
+    shared_noise: bool
+    storage: Storage = "fp32"
+    """What the updates are applied to: the fp32 master, or the bf16 or int8 weights themselves."""
+
+    @classmethod
+    def of_recipe(cls, recipe: Recipe) -> Self:
+        groups = tuple(Factors(group.pattern, group.sigma, group.alpha) for group in recipe.es.groups)
+        nes, shared = recipe.es.scale == "nes", recipe.noise.shared
+        return cls(recipe.model.path, recipe.model.config, recipe.run.seed, groups, nes, shared, recipe.memory.storage)
+
+    @classmethod
+    def of_header(cls, header: dict[str, Any], where: Path) -> Self:
+        """where: the journal that the header is of. Raises UserError if it has keys that this version does not know."""
+        document = dict(header["origin"])
+        if unknown := document.keys() - cls.__dataclass_fields__.keys():
+            raise UserError(
+                f"{where}: its origin has {', '.join(sorted(unknown))}, which this version of es_lite does not know and which "
+                "may change what its records mean; use the version that wrote it"
+            )
+        document["groups"] = tuple(Factors(**group) for group in document["groups"])
+        return cls(**document)
+
+    def skeleton(self) -> tuple[PreTrainedModel, Layout]:
+        """The model without weights, and its layout. Raises UserError if there is no such model."""
+        model = skeleton(configuration(self.path, self.config))
+        if self.path and (locate(self.path) / "generation_config.json").exists():
+            model.generation_config = GenerationConfig.from_pretrained(locate(self.path))
+        return model, Layout.of(model, self.groups, self.nes, self.shared_noise)
+
+    def source(self, model: PreTrainedModel, layout: Layout, threads: Threads) -> Source:
+        """θ₀."""
+        return open_source(self.path, model, layout, self.seed, threads)
+
+    def header(self, layout: Layout, theta_0: Source) -> dict[str, Any]:
+        """What identifies the run in its journal."""
+        return {"origin": dataclasses.asdict(self), "fingerprint": _fingerprint(layout, theta_0)}
+
+    def check(self, header: dict[str, Any], where: Path, layout: Layout, theta_0: Source) -> None:
+        """Raises UserError if the journal `where` is of another model than this, or its records mean something else."""
+        expected, found = header["fingerprint"], _fingerprint(layout, theta_0)
+        for part, words in (("structure", "tensors of other names or shapes"), ("weights", "the same shapes, but other values")):
+            if expected[part] != found[part]:
+                raise UserError(
+                    f"{where}: this is the journal of another model ({words}); provide the model that the run started from"
+                )
+        then = Origin.of_header(header, where)
+        meanings = [(o.groups, o.nes, o.shared_noise, o.storage) for o in (then, self)]
+        if meanings[0] != meanings[1]:
+            raise UserError(
+                f"{where}: was written with another es.groups, es.scale, noise.shared, memory.master or memory.weights; "
+                "restore the recipe's"
+            )
+
+
+def _fingerprint(layout: Layout, theta_0: Source) -> dict[str, str]:
+    return {"structure": layout.structure(), "weights": theta_0.fingerprint()}

@@ -1,0 +1,141 @@
+"""safetensors files read and written in slices, so no tensor has to be in memory whole.
+
+The safetensors library validates a file (`open_tensors`); after that, plain positioned reads serve any slice: the library's own
+readers map the file or hold whole tensors. Format: 8 bytes little-endian header length, the header as JSON, then the
+tensors' bytes in the order and at the offsets that the header gives.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from es_lite.algorithm import formats
+from es_lite.errors import DamagedFile, UserError
+from es_lite.files import NewFile, open_file, read_fully
+
+_NUMPY: dict[str, np.dtype] = {"F32": np.dtype("<f4"), "BF16": np.dtype("<u2"), "F16": np.dtype("<f2")}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor is: absolute byte `offset` in `file`, `dtype` "F32" | "BF16" | "F16" (others cannot be read)."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+def open_tensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Entries by name and the metadata of a safetensors file, after the library has validated it.
+
+    Raises DamagedFile if it is truncated or malformed, UserError if it cannot be opened.
+    """
+    try:
+        with safe_open(path, framework="numpy") as _:
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (SafetensorError, ValueError) as error:
+        raise DamagedFile(f"{path}: truncated or not a safetensors file ({error})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    metadata = header.pop("__metadata__", None) or {}
+    start = 8 + length
+    entries = {
+        name: Entry(path, entry["dtype"], tuple(entry["shape"]), start + entry["data_offsets"][0])
+        for name, entry in header.items()
+    }
+    return entries, metadata
+
+
+class Reader:
+    """Reads slices of tensors; keeps one file open at a time."""
+
+    def __init__(self) -> None:
+        self._path: Path | None = None
+        self._descriptor = -1
+
+    def raw(self, entry: Entry, start: int, count: int) -> np.ndarray:
+        """Elements start … start + count - 1 as stored (bfloat16 as uint16).
+
+        Raises UserError if their type is not supported, DamagedFile if the file cannot be read that far.
+        """
+        if entry.dtype not in _NUMPY:
+            raise UserError(f"{entry.file}: tensors of type {entry.dtype} cannot be used; save the model as bf16 or fp32")
+        out = np.empty(count, _NUMPY[entry.dtype])
+        try:
+            if entry.file != self._path:
+                self.close()
+                self._descriptor = open_file(entry.file, os.O_RDONLY)
+                self._path = entry.file
+            read_fully(self._descriptor, memoryview(out).cast("B"), entry.offset + start * out.itemsize, out.nbytes)
+        except OSError as error:
+            raise DamagedFile(f"{entry.file}: cannot be read ({error.strerror})") from None
+        return out
+
+    def float32(self, entry: Entry, start: int, count: int) -> np.ndarray:
+        """Elements start … start + count - 1 as float32 [count]; every stored type converts exactly."""
+        stored = self.raw(entry, start, count)
+        if entry.dtype == "F32":
+            return stored
+        if entry.dtype == "F16":
+            return stored.astype(np.float32)
+        return formats.as_float32(stored)
+
+    def close(self) -> None:
+        if self._path is not None:
+            os.close(self._descriptor)
+            self._path = None
+
+    __del__ = close
+
+
+class Writer:
+    """Writes one safetensors file front to back; as a context manager it is complete, or absent, at the end."""
+
+    def __init__(self, path: Path, shapes: dict[str, tuple[int, ...]], dtype: str, metadata: dict[str, str]) -> None:
+        """shapes: name to shape, in the order of the data; dtype: "F32" or "BF16" for all of them. Raises OSError."""
+        self._dtype = dtype
+        itemsize = _NUMPY[dtype].itemsize
+        header: dict[str, object] = {"__metadata__": metadata}
+        offset = 0
+        for name, shape in shapes.items():
+            end = offset + int(np.prod(shape, dtype=np.int64)) * itemsize
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+            offset = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._head = len(text).to_bytes(8, "little") + text
+        self._left = offset
+        self._path = path
+
+    def __enter__(self) -> "Writer":
+        self._file = NewFile(self._path)
+        try:
+            self._file.append(self._head)
+        except BaseException:
+            self._file.discard()
+            raise
+        return self
+
+    def write(self, values: np.ndarray) -> None:
+        """Appends float32 values; they are rounded to nearest even if the file is bfloat16. Raises OSError."""
+        if self._dtype == "BF16":
+            rounded = np.empty(values.size, np.uint16)
+            formats.to_bf16(rounded, values)
+            values = rounded
+        self._file.append(memoryview(np.ascontiguousarray(values)))
+        self._left -= values.nbytes
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is not None or self._left:
+            self._file.discard()
+            assert kind is not None, f"{self._path}: fewer or more bytes written than its header says"
+            return
+        self._file.commit()

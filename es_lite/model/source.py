@@ -1,0 +1,170 @@
+"""θ₀: a pretrained model's safetensors, or random weights that the run's seed determines."""
+
+import contextlib
+import copy
+import hashlib
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from es_lite.algorithm.jit import Threads
+from es_lite.algorithm.noise import gaussian, philox
+from es_lite.algorithm.noise.place import INITIALISATION, Place
+from es_lite.errors import DamagedFile, UserError
+from es_lite.model.configuration import locate, read_json
+from es_lite.model.layout import Layout, Tensor
+from es_lite.model.sliced_safetensors import Entry, Reader, open_tensors
+
+EXPONENTS = {"F32": 0x7F800000, "BF16": 0x7F80, "F16": 0x7C00}
+"""The exponent's bits; all are set in a value that is not finite."""
+
+
+class Source(Protocol):
+    """θ₀ in slices."""
+
+    def read(self, tensor: Tensor, start: int, count: int) -> np.ndarray:
+        """float32 [count]: elements start … of `tensor`."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Identifies this θ₀ among all others."""
+        ...
+
+
+class Pretrained:
+    """θ₀ from a folder's safetensors; names and shapes are checked against the configuration."""
+
+    def __init__(self, folder: Path, model: PreTrainedModel, layout: Layout) -> None:
+        self._layout = layout
+        self._reader = Reader()
+        found = _entries(folder)
+        self._entries: dict[str, Entry] = {}
+        prefix = model.base_model_prefix + "."
+        for tensor in layout.tensors:
+            names = (tensor.name, tensor.name.removeprefix(prefix), prefix + tensor.name)
+            entry = next((found[name] for name in names if name in found), None)
+            if entry is None:
+                raise UserError(f"{folder}: no safetensors file in it has the tensor {tensor.name}, which its config.json needs")
+            if entry.shape != tensor.shape:
+                raise UserError(
+                    f"{entry.file}: {tensor.name} has shape {list(entry.shape)}, but config.json makes it "
+                    f"{list(tensor.shape)}; the weights and the configuration are of different models"
+                )
+            self._entries[tensor.name] = entry
+
+    def read(self, tensor: Tensor, start: int, count: int) -> np.ndarray:
+        entry = self._entries[tensor.name]
+        with _remedy():
+            return self._reader.float32(entry, start, count)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the stored bytes of every tensor, in layout order. Raises UserError if a value is not finite."""
+        digest = hashlib.sha256()
+        for tensor in self._layout.tensors:
+            entry = self._entries[tensor.name]
+            digest.update(f"{tensor.name} {entry.dtype}".encode())
+            for start in range(0, tensor.size, 2**22):
+                with _remedy():
+                    stored = self._reader.raw(entry, start, min(2**22, tensor.size - start))
+                bits, exponent = stored.view(f"u{stored.itemsize}"), EXPONENTS[entry.dtype]
+                if (bits & exponent == exponent).any():  # infinite or not a number
+                    raise UserError(f"{entry.file}: {tensor.name} has values that are not finite; the model is broken")
+                digest.update(memoryview(stored).cast("B"))
+        return digest.hexdigest()
+
+
+REMEDY = "download it or create it again"
+
+
+@contextlib.contextmanager
+def _remedy() -> Iterator[None]:
+    """Adds what to do about a damaged file of a pretrained model."""
+    try:
+        yield
+    except DamagedFile as error:
+        raise UserError(f"{error}; {REMEDY}") from None
+
+
+def _entries(folder: Path) -> dict[str, Entry]:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        places = read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+            raise UserError(f"{index}: has no weight_map of tensors to files; {REMEDY}")
+        files = sorted(set(places.values()))
+        if any(os.path.basename(name) != name for name in files):
+            raise UserError(f"{index}: names files outside its folder")
+    else:
+        files = sorted(path.name for path in folder.glob("*.safetensors"))
+    if not files:
+        pickled = " (a .bin file is a pickle, which es_lite never loads)" if list(folder.glob("*.bin")) else ""
+        raise UserError(f"{folder}: no safetensors files{pickled}; save the model with save_pretrained")
+    entries: dict[str, Entry] = {}
+    for name in files:
+        with _remedy():
+            entries |= open_tensors(folder / name)[0]
+    return entries
+
+
+class Random:
+    """θ₀ drawn from the run's seed: matrices N(0, initializer_range²), vectors as the architecture initialises them.
+
+    A matrix is initializer_range·ε(seed, INITIALISATION, pair 0, its position among the layout's tensors), so any slice can be
+    made alone.
+    """
+
+    def __init__(self, model: PreTrainedModel, layout: Layout, seed: int, threads: Threads) -> None:
+        self._seed = seed
+        self._threads = threads
+        config = model.config.get_text_config()
+        self._deviation = getattr(config, "initializer_range", 0.02)
+        self._constants = {t.name: _initial_constant(model, t.name) for t in layout.tensors if len(t.shape) < 2}
+        drawn_from = f"{philox.VERSION} {seed} {self._deviation} {sorted(self._constants.items())} {layout.structure()}"
+        self._fingerprint = hashlib.sha256(drawn_from.encode()).hexdigest()
+        self._numbers = {tensor.name: number for number, tensor in enumerate(layout.tensors)}
+
+    def read(self, tensor: Tensor, start: int, count: int) -> np.ndarray:
+        if tensor.name in self._constants:
+            return np.full(count, self._constants[tensor.name], np.float32)
+        out = np.empty(count, np.float32)
+        place = Place(self._seed, INITIALISATION, 0, self._numbers[tensor.name])
+
+        def part(low: int, high: int) -> None:
+            gaussian.fill(out[low:high], place, self._deviation, start=start + low)
+
+        self._threads.each(count, part)
+        return out
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+
+def _initial_constant(model: PreTrainedModel, name: str) -> float:
+    """The value that the architecture's own initialisation gives a vector: mostly 1 or 0."""
+    owner, _, attribute = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
+        return 0.0  # the bias of a linear map
+    fresh: nn.Module = copy.deepcopy(module).to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in fresh.parameters(recurse=False):
+            parameter.fill_(math.nan)
+        model._init_weights(fresh)
+    value = float(fresh.get_parameter(attribute).flatten()[0])
+    if not math.isfinite(value):
+        raise UserError(
+            f"{type(model).__name__}: es_lite does not know how {name} is initialised; give model.path instead of model.config"
+        )
+    return value
+
+
+def open_source(path: str, model: PreTrainedModel, layout: Layout, seed: int, threads: Threads) -> Source:
+    """θ₀ of the recipe's model: of the folder `path` if given, else random from `seed`."""
+    return Pretrained(locate(path), model, layout) if path else Random(model, layout, seed, threads)

@@ -1,0 +1,173 @@
+"""The memory that a recipe takes, by part: resident, streamed, and with a device."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import PretrainedConfig
+
+from es_lite import system
+from es_lite.algorithm.noise import on_device
+from es_lite.fitness.base import Fitness
+from es_lite.model.layout import Layout
+from es_lite.recipe import Recipe
+from es_lite.scoring.heads import VOCABULARY_BLOCK
+from es_lite.weights import working_copy
+from es_lite.weights.conveyor import BUFFERS, buffer_bytes, sections_of
+from es_lite.weights.parts import SLICE, dtype_of
+from es_lite.weights.store import Store
+
+COORDINATOR_BYTES = 400 * 2**20
+"""Memory of the coordinator: python, torch, transformers, numba, the tokenizer and a small corpus (measured, as the next two)."""
+
+SHARED_BYTES = 290 * 2**20
+"""What workers share: the process that they are forked from, which has imported everything that they need."""
+
+WORKER_BYTES = 260 * 2**20
+"""What a worker needs in addition, after it has run a model."""
+
+HIDDEN_BYTES = 256 * 2**20
+"""Hidden states that a resident worker holds at once if it can choose: more only costs memory."""
+
+CUDA_BYTES = 3 * 2**30
+"""Host memory of a process for the GPU's driver and libraries, and what they keep on the GPU (an allowance, not measured)."""
+
+UPDATE_BYTES = 4 * SLICE * 4
+"""Buffers of the update."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a way to run takes: memory by part, and how much is scored at once."""
+
+    memory: dict[str, int]
+    """Bytes on the host, of all processes."""
+    workers: int
+    members: int
+    """Whose hidden states are in memory together."""
+    pass_samples: int
+    gpu: dict[str, int] = field(default_factory=dict)
+    """Bytes on the GPU."""
+
+
+class Needs:
+    """Sizes that all ways to run are made of."""
+
+    def __init__(self, recipe: Recipe, fitness: Fitness, text: PretrainedConfig, layout: Layout) -> None:
+        """text: the configuration of the language model."""
+        self.recipe = recipe
+        self.layout = layout
+        self.files = Store(Path(recipe.run.dir).expanduser(), layout, recipe.memory.storage).files
+        self.device = recipe.workers.device != "cpu"
+        self.compute = system.compute_dtype(recipe.workers.compute, device=recipe.workers.device)
+        alone = system.cores() if self.device else 1  # with a device, one worker does the update alone
+        self.threads = alone if recipe.workers.threads == "auto" else int(recipe.workers.threads)
+        self.pair = 2 if recipe.es.antithetic else 1
+        self.tasks = recipe.es.population // self.pair
+        self.itemsize = 2 if self.compute == "bf16" else 4
+        self.width, self.vocabulary = text.hidden_size, text.vocab_size
+        self.samples = max(recipe.fitness.samples, recipe.eval.samples if recipe.eval.every else 0)
+        self.item = fitness.memory(recipe, text, self.itemsize)
+
+    def perturbed(self, pass_samples: int) -> int:
+        """Bytes of scratch for what is perturbed at a time: a block, a part of the head, rows of the embedding."""
+        rows = min(self.vocabulary, pass_samples * self.item.tokens)
+        largest = max(block.size for block in self.layout.blocks)
+        return self.pair * self.itemsize * max(largest, VOCABULARY_BLOCK * self.width, rows * self.width)
+
+    def resident(self, limit: int) -> Parts:
+        """One copy of the weights for all, and for each worker what it scores with; limit: bytes that are available."""
+        micro = self.recipe.fitness.micro_batch
+        copy = {
+            "working copy": working_copy.size_bytes(self.layout, self.recipe.memory.weights),
+            "coordinator": COORDINATOR_BYTES,
+            "shared by workers": SHARED_BYTES,
+        }
+        if self.device:
+            return self._with_device(copy | {"worker": WORKER_BYTES}, limit)
+        hidden = self.pair * self.item.hidden
+        pass_samples = min(max(1, HIDDEN_BYTES // hidden // micro), -(-self.samples // micro)) * micro
+        worker = {
+            "workers": WORKER_BYTES,
+            "perturbed layer": self.perturbed(pass_samples),
+            "hidden states": pass_samples * hidden,
+            "activations": self.item.activations,
+            "update buffers": UPDATE_BYTES,
+        }
+
+        def total(workers: int) -> int:
+            return sum(copy.values()) + workers * sum(worker.values())
+
+        workers = self._workers(self.tasks)
+        if self.recipe.workers.count == "auto":
+            workers = next((n for n in range(workers, 0, -1) if total(n) <= limit), 1)
+        memory = copy | {f"{name} ({workers}x)": workers * size for name, size in worker.items()}
+        return Parts(memory, workers, self.pair, pass_samples)
+
+    def streamed(self, limit: int) -> Parts:
+        """Buffers that layers pass through, and one process that scores all members, in as few passes as fit."""
+        weights = self.recipe.memory.weights
+        passing = {
+            "coordinator": COORDINATOR_BYTES,
+            "worker": SHARED_BYTES + WORKER_BYTES,
+            "window": BUFFERS * buffer_bytes(self.files, self.layout),
+        }
+        if weights != self.recipe.memory.storage:
+            parts = [section.parts for file in self.files for section in sections_of(file, self.layout)]
+            passing["converted layer"] = max(sum(dtype_of(t, weights).itemsize * n for t, _, n in part) for part in parts)
+        if self.device:
+            return self._with_device(passing, limit)
+        lanes = self._workers(self.pair * -(-self.recipe.fitness.samples // self.recipe.fitness.micro_batch))
+
+        def memory(pass_samples: int) -> dict[str, int]:
+            return {
+                **passing,
+                "perturbed layer": self.perturbed(pass_samples),
+                "hidden states": pass_samples * self._population * self.item.hidden,
+                f"activations ({lanes}x)": lanes * self.item.activations,
+                "update buffers": UPDATE_BYTES,
+            }
+
+        pass_samples = self._pass_samples(lambda samples: sum(memory(samples).values()) <= limit)
+        return Parts(memory(pass_samples), lanes, self._population, pass_samples)
+
+    @property
+    def _population(self) -> int:
+        """Members that are scored together if all are: the population and, if σ is new, θ itself."""
+        return self.recipe.es.population + 1
+
+    def _with_device(self, host: dict[str, int], limit: int) -> Parts:
+        """One process that scores all members on the device, to which layers are copied through two pinned buffers."""
+        layer = max(block.size for block in self.layout.blocks) * (2 if self.recipe.memory.weights == "bf16" else 1)
+        host = host | {"pinned buffers": 2 * layer, "update buffers": UPDATE_BYTES}
+
+        def there(pass_samples: int) -> dict[str, int]:
+            return {
+                "copied layers": 2 * layer,
+                "perturbed layer": self.perturbed(pass_samples),
+                "noise": 20 * 8 * on_device.CHUNK // 8 + 8 * on_device.CHUNK * 4,
+                "hidden states": pass_samples * self._population * self.item.hidden,
+                "activations": self.item.activations,
+            }
+
+        if self.recipe.workers.device == "torch":  # the device is the host
+            pass_samples = self._pass_samples(lambda samples: sum((host | there(samples)).values()) <= limit)
+            return Parts(host | there(pass_samples), 1, self._population, pass_samples)
+        gpu = system.gpu_memory()
+        room = gpu.bytes if gpu else 0
+        pass_samples = self._pass_samples(lambda samples: CUDA_BYTES + sum(there(samples).values()) <= room)
+        on_gpu = {"driver": CUDA_BYTES, **there(pass_samples)}
+        return Parts(host | {"GPU's libraries": CUDA_BYTES}, 1, self._population, pass_samples, on_gpu)
+
+    def _pass_samples(self, fits: Callable[[int], bool]) -> int:
+        """Samples of a pass: as many as fit, a multiple of the micro-batch, at least one, in passes of similar size."""
+        micro = self.recipe.fitness.micro_batch
+        micro_batches = -(-self.samples // micro)
+        each = (-(-micro_batches // passes) * micro for passes in range(1, micro_batches + 1))
+        return next(filter(fits, each), micro)
+
+    def _workers(self, useful: int) -> int:
+        """Workers or lanes: as the recipe says, or as many as there are cores for and tasks."""
+        if self.recipe.workers.count != "auto":
+            return int(self.recipe.workers.count)
+        return max(1, min(system.cores() // self.threads, useful))

@@ -1,0 +1,190 @@
+"""The plan of a recipe: does it fit, how is the machine used, what does a step cost; what "auto" becomes."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PretrainedConfig
+
+from es_lite import system
+from es_lite.engine.base import Execution
+from es_lite.errors import UserError
+from es_lite.fitness.base import Fitness
+from es_lite.model.layout import Layout
+from es_lite.planning.needs import Needs
+from es_lite.planning.rates import Estimate, Work
+from es_lite.quantities import GIB, count, duration
+from es_lite.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Plan:
+    recipe: Recipe
+    layout: Layout
+    execution: Execution
+    memory: dict[str, int]
+    """Bytes by part, of all processes."""
+    limit: system.MemoryLimit
+    gpu: dict[str, int]
+    """Bytes by part on the GPU; empty if none is used."""
+    gpu_limit: system.MemoryLimit
+    disk: dict[str, int]
+    """Bytes by part, of the run directory at its fullest."""
+    free_disk: int
+    export_bytes: int
+    """Of checkpoint/ or best/."""
+    passes: int
+    """How often a step goes through the layers."""
+    tokens: int
+    """Scored by a step at most: N members, M samples of full length."""
+    work: Work
+
+    @classmethod
+    def of(cls, recipe: Recipe, fitness: Fitness, config: PretrainedConfig, layout: Layout) -> "Plan":
+        """The plan, whether it fits or not (`shortfall` says).
+
+        config: the model's. "auto": as many workers as there are cores, or as fit; resident if that fits, else streamed.
+        Raises UserError if the model does not take items of that length, or there is no GPU that is asked for.
+        """
+        text = config.get_text_config()
+        if recipe.workers.device == "cuda" and not system.gpu_memory():
+            raise UserError('workers.device = "cuda": torch finds no GPU here; set it to "cpu", or install torch for your GPU')
+        needs = Needs(recipe, fitness, text, layout)
+        length = needs.item.tokens
+        longest = getattr(text, "max_position_embeddings", None) or length
+        if length > longest:
+            raise UserError(f"fitness.max_length = {length}: the model's max_position_embeddings is {longest}; set at most that")
+        held = system.pss_bytes([os.getpid()])
+        limit = system.memory_limit(recipe.memory.limit_bytes, held=held)
+        streamed = recipe.memory.residency == "streamed"
+        parts = needs.streamed(limit.bytes) if streamed else needs.resident(limit.bytes)
+        if recipe.memory.residency == "auto" and sum(parts.memory.values()) > limit.bytes:
+            streamed, parts = True, needs.streamed(limit.bytes)
+
+        run_dir = Path(recipe.run.dir).expanduser()
+        sizes = [file.format.size for file in needs.files]
+        stored, largest = sum(sizes), max(sizes)
+        export = layout.size * (2 if recipe.run.checkpoint_dtype == "bf16" else 4)
+        disk = {recipe.memory.folder: stored + (1 if streamed else parts.workers) * largest}
+        if recipe.run.checkpoint_every:
+            disk["checkpoint"] = 2 * export
+        if recipe.eval.every and recipe.eval.best:
+            disk["best"] = 2 * export
+        passes = -(-recipe.fitness.samples // parts.pass_samples)
+        tokens = recipe.es.population * recipe.fitness.samples * (length - 1)
+        multiplied = layout.size - sum(t.size for t in layout.layers[0].tensors if t.vocabulary and not layout.tied)
+        return cls(
+            recipe=recipe,
+            layout=layout,
+            execution=Execution(
+                streamed=streamed,
+                direct=streamed and stored > limit.bytes - sum(parts.memory.values()),
+                device=recipe.workers.device,
+                compute=needs.compute,
+                workers=parts.workers,
+                threads=needs.threads,
+                members=parts.members,
+                pass_samples=parts.pass_samples,
+                micro_batch=recipe.fitness.micro_batch,
+            ),
+            memory=parts.memory,
+            limit=limit,
+            gpu=parts.gpu,
+            gpu_limit=system.gpu_memory() or system.MemoryLimit(0, "no GPU") if parts.gpu else system.MemoryLimit(0, "not used"),
+            disk=disk,
+            free_disk=system.free_disk_bytes(run_dir) + system.folder_bytes(run_dir),
+            export_bytes=export,
+            passes=passes,
+            tokens=tokens,
+            work=Work(
+                flops=2.0 * multiplied * tokens,
+                scoring_noise=layout.size * needs.tasks * passes,
+                update_noise=layout.size * (needs.tasks + (recipe.memory.master == "none")),
+                read_bytes=stored * (passes if streamed else 1),
+                written_bytes=stored,
+                hidden=text.hidden_size,
+                intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+                rows=recipe.fitness.micro_batch * length,
+            ),
+        )
+
+    def shortfall(self) -> str | None:
+        """What is needed, what there is and what to change, if the plan does not fit."""
+        need, have = sum(self.gpu.values()), self.gpu_limit.bytes
+        if need > have:
+            return (
+                f"does not fit: needs {need / GIB:.2f} GiB of GPU memory, {have / GIB:.2f} are available "
+                f"({self.gpu_limit.source}). Lower fitness.micro_batch or fitness.max_length, or use a smaller model"
+            )
+        need, have = sum(self.memory.values()), self.limit.bytes
+        if need > have:
+            first = (
+                "Set es.antithetic to false (half of the perturbed layer), "
+                if self.execution.streamed
+                else 'Set memory.residency = "streamed" or memory.weights = "int8", '
+            )
+            return (
+                f"does not fit: needs {need / GIB:.2f} GiB of memory, {have / GIB:.2f} are available ({self.limit.source}). "
+                f"{first}lower workers.count, fitness.micro_batch or fitness.max_length, or use a smaller model"
+            )
+        need, have = sum(self.disk.values()), self.free_disk
+        if need > have:
+            return (
+                f"does not fit: needs {need / GIB:.2f} GiB of disk, {have / GIB:.2f} are free. "
+                "Set run.dir to a larger disk, run.checkpoint_every to 0 and eval.best to false, which keeps no exports, or "
+                'memory.master = "none", with memory.weights = "int8" for the least'
+            )
+        return None
+
+    def summary(self, estimate: Estimate, remaining: int) -> str:
+        """What a person asks first: does it fit, how long does it take, what is there at the end. remaining: steps."""
+        memory = f"{sum(self.memory.values()) / GIB:.2f} of {self.limit.bytes / GIB:.2f} GiB of memory"
+        gpu = f", {sum(self.gpu.values()) / GIB:.2f} of {self.gpu_limit.bytes / GIB:.2f} GiB of GPU memory" if self.gpu else ""
+        disk = f"{sum(self.disk.values()) / GIB:.2f} of {self.free_disk / GIB:.2f} GiB of disk"
+        verdict = "does not fit" if self.shortfall() else "fits"
+        budget = f" (run.minutes ends it after {self.recipe.run.minutes:g} min)" if self.recipe.run.minutes else ""
+        return "\n".join(
+            [
+                f"{self.layout.size:,} parameters in {len(self.layout.layers)} layers",
+                f"{verdict}: needs {memory}{gpu} and {disk}",
+                f"a step takes about {duration(estimate.step_seconds)} on this machine, {count(remaining, 'step')} about "
+                f"{duration(remaining * estimate.step_seconds)}{budget}",
+                f"at the end: {self._outcome()}",
+            ]
+        )
+
+    def details(self, estimate: Estimate) -> str:
+        """Memory and disk by part, how the machine is used, what a step does and at which rates."""
+        execution, work = self.execution, self.work
+        place = f"streamed{' past the page cache' * execution.direct}" if execution.streamed else "resident"
+        if execution.device != "cpu":
+            place += f", on {execution.device}"
+        who = count(execution.workers, "lane" if execution.folded else "worker")
+        lines = [
+            f"{place}, {who} with {count(execution.threads, 'thread')} each, compute {execution.compute}, "
+            f"{count(self.passes, 'pass')} of {count(execution.pass_samples, 'sample')}",
+            *_table("memory, all processes", self.memory, f"of {self.limit.bytes / GIB:.2f} ({self.limit.source})"),
+            *(_table("GPU", self.gpu, f"of {self.gpu_limit.bytes / GIB:.2f} ({self.gpu_limit.source})") if self.gpu else []),
+            *_table("disk", self.disk, f"of {self.free_disk / GIB:.2f} free"),
+            f"a step reads {work.read_bytes / GIB:.2f} GiB and writes {work.written_bytes / GIB:.2f} GiB, "
+            f"scores up to {self.tokens:,} tokens ({work.flops / 1e12:.1f} TFLOP), "
+            f"draws {(work.scoring_noise + work.update_noise) / 1e9:.1f} G elements of noise",
+            f"estimated from {estimate.rates}",
+        ]
+        return "\n".join(lines)
+
+    def _outcome(self) -> str:
+        run, evaluated = self.recipe.run, self.recipe.eval.every
+        size = f"a Hugging Face folder of {self.export_bytes / GIB:.2f} GiB in {run.checkpoint_dtype}"
+        found = [f"{run.dir}/checkpoint, {size}"] if run.checkpoint_every else []
+        found += [f"{run.dir}/best, the step that scored best on held-out text"] if evaluated and self.recipe.eval.best else []
+        if not found:
+            found = [
+                f"no model but {run.dir}/journal.jsonl, from which `python -m es_lite.replay {run.dir} --out DIR` makes {size}"
+            ]
+        return "; ".join(found)
+
+
+def _table(name: str, parts: dict[str, int], of: str) -> list[str]:
+    rows = [f"  {part:<24} {size / GIB:>6.2f}" for part, size in parts.items()]
+    return [f"{name + ', GiB':<26}", *rows, f"  {'total':<24} {sum(parts.values()) / GIB:>6.2f}   {of}"]

@@ -1,0 +1,134 @@
+"""How fast this machine is, measured here and now, and how long that makes a step."""
+
+import mmap
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from es_lite.algorithm.noise.kinds import kind_of
+from es_lite.algorithm.noise.place import Place
+from es_lite.engine.base import Execution
+from es_lite.files import open_file, write_fully
+
+DISK_BYTES = 256 * 2**20
+"""Written and read back where the layers will be."""
+
+MATRIX, ROWS = 2**22, 512
+"""At most this many elements of a matrix, and rows of hidden states, are used to measure scoring."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step does."""
+
+    flops: float
+    """Of the matrix products of scoring, at most."""
+    scoring_noise: int
+    """Noise elements drawn while scoring; likewise in the update."""
+    update_noise: int
+    read_bytes: int
+    """Read from the layers' files (from the disk, or from its cache if memory has room)."""
+    written_bytes: int
+    hidden: int
+    """Width of the model's hidden states, and of its MLPs."""
+    intermediate: int
+    rows: int
+    """Tokens that pass a layer together."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    score_seconds: float
+    update_seconds: float
+    rates: str
+    """What it was made from, in words."""
+
+    @property
+    def step_seconds(self) -> float:
+        return self.score_seconds + self.update_seconds
+
+
+def estimate(work: Work, execution: Execution, noise: str, run_dir: Path) -> Estimate:
+    """How long a step takes on this machine; takes about a second to find out. noise: the kind."""
+    scoring, drawing = scoring_rate(work, execution), noise_rate(noise)
+    lanes = execution.workers * execution.threads
+    score = work.flops / (scoring * execution.workers) + work.scoring_noise / (drawing * lanes)
+    update = work.update_noise / (drawing * lanes)
+    words = f"scoring {scoring / 1e9:.0f} GFLOP/s a worker, noise {drawing / 1e6:.0f} M elements/s a thread"
+    if execution.direct:
+        read, write = disk_rates(run_dir)
+        disk = work.read_bytes / read + work.written_bytes / write
+        words += (
+            f"; disk {read / 1e9:.1f} GB/s read, {write / 1e9:.1f} written: {disk:.0f} s for transfers, "
+            f"{score + update:.0f} s for computation, at the same time"
+        )
+        score = max(score, disk - update)
+    return Estimate(score, update, words)
+
+
+def scoring_rate(work: Work, execution: Execution) -> float:
+    """FLOP/s of one worker on an MLP of the model's width with its norm and activation: matrix products and what is between."""
+    torch.set_num_threads(execution.threads)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[execution.compute]
+    device = "cuda" if execution.device == "cuda" else "cpu"
+    width, rows = min(work.hidden, MATRIX // 64), min(work.rows, ROWS)
+    inner = max(1, min(work.intermediate, MATRIX // width))
+    states = torch.randn(rows, width, device=device).to(dtype)
+    gate, up, down = (torch.randn(shape, device=device).to(dtype) for shape in ((inner, width), (inner, width), (width, inner)))
+
+    def mlp() -> None:
+        normed = functional.rms_norm(states.float(), (width,)).to(dtype)
+        inside = functional.silu(functional.linear(normed, gate)) * functional.linear(normed, up)
+        (states + functional.linear(inside, down))[0, 0].item()  # waits for a GPU
+
+    with torch.inference_mode():
+        return 6 * rows * width * inner / _fastest(mlp)
+
+
+def noise_rate(noise: str) -> float:
+    """Elements a second of one thread, into bfloat16."""
+    weights, out = np.zeros(2**21, np.uint16), np.empty(2**21, np.uint16)
+    kind, place = kind_of(noise), Place(0, 0, 0, 0)
+    return out.size / _fastest(
+        lambda: kind.perturb(out, None, weights, place, 1e-3, start=0, scales=np.zeros(0, np.float32), width=1)
+    )
+
+
+def disk_rates(folder: Path) -> tuple[float, float]:
+    """Bytes a second of plain direct reads and writes on the disk of `folder` (or of where it will be)."""
+    place = folder.absolute()
+    existing = next(parent for parent in (place, *place.parents) if parent.is_dir())
+    size = 16 * 2**20
+    view = memoryview(mmap.mmap(-1, size))
+    with tempfile.TemporaryDirectory(prefix=".es_lite-", dir=existing) as temporary:
+        path = Path(temporary) / "rate"
+
+        def each(flags: int, act: Callable[[int, int], object]) -> float:
+            descriptor = open_file(path, flags, direct=True)
+            start = time.perf_counter()
+            for offset in range(0, DISK_BYTES, size):
+                act(descriptor, offset)
+            os.fsync(descriptor)
+            seconds = time.perf_counter() - start
+            os.close(descriptor)
+            return DISK_BYTES / seconds
+
+        write = each(os.O_WRONLY | os.O_CREAT, lambda descriptor, offset: write_fully(descriptor, view, offset))
+        read = each(os.O_RDONLY, lambda descriptor, offset: os.preadv(descriptor, [view], offset))
+    return read, write
+
+
+def _fastest(work: Callable[[], object]) -> float:
+    seconds = []
+    for _ in range(4):  # the first one warms up
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)

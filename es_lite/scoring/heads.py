@@ -1,0 +1,156 @@
+"""The head, the last linear map from hidden states to logits, evaluated in blocks of the vocabulary.
+
+No [tokens, vocabulary] tensor is ever made: each block of logits goes into a running log-sum-exp and is forgotten.
+
+Shapes: G members of all perturbations, B samples, T the longest sample, H hidden size.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+from es_lite.errors import UserError
+from es_lite.model.layout import Layer, Tensor
+from es_lite.scoring.device import DeviceLogSumExp
+from es_lite.scoring.logsumexp import RunningLogSumExp
+from es_lite.scoring.perturbation import Perturbation
+from es_lite.scoring.proxies import Pass
+from es_lite.weights.parts import Part
+
+VOCABULARY_BLOCK = 2048
+"""Rows of the head that are perturbed and multiplied at a time; sections of a stream are multiples of it."""
+
+
+@dataclass(frozen=True)
+class AfterHead:
+    """What the model does with its logits: logits·scale, or cap·tanh(logits/cap) if cap is not 0."""
+
+    scale: float
+    cap: float
+
+    PROBE = torch.tensor([[[-30.0, -1.0, 0.5, 7.0, 40.0]]])
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "AfterHead":
+        """Found by giving the model logits of our own. Raises UserError if it is something else."""
+
+        class Body(nn.Module):
+            def forward(self, *_: Any, **__: Any) -> BaseModelOutputWithPastAndCrossAttentions:
+                return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=torch.zeros(1, 1, 1))
+
+        class Head(nn.Module):
+            def forward(self, _: torch.Tensor) -> torch.Tensor:
+                return cls.PROBE
+
+        body, head = model.base_model, model.get_output_embeddings()
+        head_name = next(name for name, module in model.named_modules() if module is head)
+        setattr(model, model.base_model_prefix, Body())
+        setattr(model, head_name, Head())
+        with torch.inference_mode():
+            logits = model(input_ids=torch.zeros(1, 1, dtype=torch.int64)).logits
+        setattr(model, model.base_model_prefix, body)
+        setattr(model, head_name, head)
+        scale = float(logits[0, 0, -1] / cls.PROBE[0, 0, -1])
+        if torch.allclose(logits, cls.PROBE * scale, rtol=1e-5):
+            return cls(scale, 0.0)
+        cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None) or 0.0
+        if cap and torch.allclose(logits, cap * torch.tanh(cls.PROBE / cap), rtol=1e-5):
+            return cls(1.0, cap)
+        raise UserError(f"{type(model).__name__}: changes its logits in a way that es_lite does not know")
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        if self.cap:
+            return self.cap * torch.tanh(logits / self.cap)
+        return logits * self.scale if self.scale != 1 else logits
+
+
+class HeadInput(nn.Module):
+    """Replaces the head in the model, keeps what comes in, and passes on a single 0 for logits."""
+
+    hidden: torch.Tensor | None = None
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.hidden = hidden
+        return hidden.new_zeros(1, 1, 1)
+
+    def take(self) -> torch.Tensor:
+        """The hidden states that came in last; they are not kept any longer."""
+        hidden, self.hidden = self.hidden, None
+        assert hidden is not None
+        return hidden
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The scored positions of a member's micro-batch at the head: their hidden states, [n, H], and log-sum-exp."""
+
+    states: torch.Tensor
+    running: RunningLogSumExp | DeviceLogSumExp
+
+
+class Head:
+    """The head under perturbed weights."""
+
+    def __init__(self, layer: Layer, tensors: dict[str, Tensor], after: AfterHead, run: Pass) -> None:
+        """tensors: "weight" and, if it has one, "bias"."""
+        self._layer = layer
+        self._matrix = tensors["weight"]
+        self._bias = tensors.get("bias")
+        self._after = after
+        self._run = run
+
+    def log_probabilities(self, hidden: torch.Tensor, tokens: np.ndarray) -> np.ndarray:
+        """Mean log-probability of each sample's true next tokens (EA4LLM, section 3): float64 [G, B].
+
+        hidden: [G·B, T, H]; tokens: int32 [B, T], the samples.
+        """
+        run = self._run
+        members = [self._tokens(hidden, tokens, member) for member in range(run.members)]
+        with run.weights.opened(self._layer):
+            for block in run.weights.blocks(self._matrix, VOCABULARY_BLOCK):
+                first = block.start // block.tensor.width
+                for member, perturbation in run.folded():
+                    # Before the matrix: what the scratch returns is valid until its next call.
+                    offsets = self._offsets(perturbation, block)
+                    run.lanes.run(
+                        [
+                            partial(self._logits, tokens=part, matrix=matrix, offset=offsets[j], first=first)
+                            for j, matrix in enumerate(run.scratch.block(perturbation, block))
+                            for part in members[member + j]
+                        ]
+                    )
+                    run.passed(block.data.size)
+        counts = run.lengths.astype(np.int64) - 1
+        starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+        values = [np.concatenate([part.running.log_probabilities() for part in member]) for member in members]
+        return np.stack([np.add.reduceat(value, starts) / counts for value in values])
+
+    def _offsets(self, perturbation: Perturbation, block: Part) -> list[torch.Tensor | None]:
+        """The bias of the block's rows for each member, if the head has one."""
+        if self._bias is None:
+            return [None] * perturbation.members
+        first, count = block.start // block.tensor.width, block.data.size // block.tensor.width
+        whole = self._run.weights.part(self._bias)
+        some = Part(self._bias, first, whole.data[first : first + count])
+        return [offset.clone() for offset in self._run.scratch.block(perturbation, some)]
+
+    def _logits(self, lane: int, tokens: Tokens, matrix: torch.Tensor, offset: torch.Tensor | None, first: int) -> None:
+        """A micro-batch's logits of a block of the vocabulary, into its log-sum-exp."""
+        logits = self._after(nn.functional.linear(tokens.states, matrix, offset))
+        tokens.running.update(logits, first, self._run.lanes.threads)
+
+    def _tokens(self, hidden: torch.Tensor, tokens: np.ndarray, member: int) -> list[Tokens]:
+        """The member's micro-batches."""
+        run, found = self._run, []
+        for part in run.micro_batches(member):
+            scored = np.arange(part.length - 1) < run.lengths[part.samples, None] - 1
+            states = hidden[part.rows, : part.length - 1][torch.from_numpy(scored).to(hidden.device)]
+            targets = tokens[part.samples, 1 : part.length][scored]
+            found.append(Tokens(states, run.scratch.log_sum_exp(targets)))
+        return found

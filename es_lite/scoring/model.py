@@ -1,0 +1,108 @@
+"""The perturbed model: Hugging Face's own forward, with a proxy at each layer that perturbs it as data passes.
+
+Decoder blocks, embedding, final norm and all else that owns parameters outside the head are replaced by proxies. The unmodified
+forward of the model runs once over all members and samples; what it hands to its head goes to ours.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from es_lite.data.batch import Batch
+from es_lite.errors import UserError
+from es_lite.model.layout import Layout, Tensor, blocks
+from es_lite.scoring.device import DeviceScratch
+from es_lite.scoring.heads import AfterHead, Head, HeadInput
+from es_lite.scoring.lanes import Lanes
+from es_lite.scoring.perturbation import Perturbation
+from es_lite.scoring.proxies import EmbeddingProxy, Pass, Proxy
+from es_lite.scoring.scratch import Scratch
+from es_lite.scoring.weights import Weights
+
+
+class PerturbedModel:
+    """A model under perturbed weights that only ever exist a layer at a time."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layout: Layout,
+        weights: Weights,
+        compute: torch.dtype,
+        lanes: Lanes,
+        micro_batch: int,
+        device: torch.device | None = None,
+        progress: Callable[[float], None] = lambda share: None,
+    ) -> None:
+        """model: a fresh `layout.skeleton`, which this takes over.
+
+        device: compute there, with torch operations only; None: on this CPU, with the kernels. progress: is told which share of
+        a call is done.
+        """
+        scratch = DeviceScratch(device, compute) if device else Scratch(compute, lanes.all_threads)
+        self._run = Pass(weights, scratch, lanes, micro_batch, progress=progress)
+        self._parameters = layout.size
+        self._model = model
+        for module in model.modules():  # such as the rotary frequencies; the parameters stay on the meta device
+            for name, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[name] = buffer.to(scratch.device)
+        self._head_input, self._head = _replace_modules(model, layout, self._run)
+
+    @torch.inference_mode()
+    def log_probabilities(self, perturbations: Sequence[Perturbation], batch: Batch, pass_samples: int) -> np.ndarray:
+        """Mean log-probability of each sample's true next tokens, for each member of all perturbations: float64 [G, B].
+
+        pass_samples: samples that go through the model at once (the hidden states of all of them, for all members, are in
+        memory), a multiple of the micro-batch; their number does not change a bit of the result.
+        """
+        run, passes = self._run, []
+        run.perturbations = perturbations
+        run.work, run.done = -(-len(batch) // pass_samples) * self._parameters * len(perturbations), 0.0
+        for low in range(0, len(batch), pass_samples):
+            part = batch.part(low, min(low + pass_samples, len(batch)))
+            run.lengths = part.lengths
+            ids = torch.from_numpy(part.tokens.astype(np.int64)).repeat(run.members, 1).to(run.scratch.device)
+            with run.weights.passing():
+                self._model(input_ids=ids, use_cache=False)
+                passes.append(self._head.log_probabilities(self._head_input.take(), part.tokens))
+        return np.concatenate(passes, axis=1)
+
+
+def _replace_modules(model: PreTrainedModel, layout: Layout, run: Pass) -> tuple[HeadInput, Head]:
+    """Replaces every block, and every module outside the blocks that owns parameters, by its proxy, and the head by its input."""
+    by_identity = {id(parameter): name for name, parameter in model.named_parameters()}
+    tensor_of = {tensor.name: tensor for tensor in layout.tensors}
+    layer_of = {tensor.name: layer for layer in layout.layers for tensor in layer.tensors}
+
+    def tensors(module: nn.Module, recurse: bool) -> dict[str, Tensor]:
+        return {n: tensor_of[by_identity[id(p)]] for n, p in module.named_parameters(recurse=recurse)}
+
+    prefix, block_list = blocks(model)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise UserError(f"{type(model).__name__}: its head is not a linear map of the hidden states, which es_lite needs")
+    own = tensors(head, recurse=False)
+    head_input, our_head = HeadInput(), Head(layer_of[own["weight"].name], own, AfterHead.of(model), run)
+    replaced: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        own = tensors(module, recurse=False)
+        if name.startswith(prefix + ".") or not own:
+            continue
+        layer = layer_of[next(iter(own.values())).name]
+        if module is head:
+            replaced[name] = head_input
+        elif module is embedding:
+            module.padding_idx = None  # the number of a row that may not be made; only gradients use it
+            replaced[name] = EmbeddingProxy(module, layer, own, run)
+        else:
+            replaced[name] = Proxy(module, layer, own, run)
+    for index, block in enumerate(block_list):
+        block_list[index] = Proxy(block, layout.blocks[index], tensors(block, recurse=True), run)
+    for name, proxy in replaced.items():
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, proxy)
+    return head_input, our_head

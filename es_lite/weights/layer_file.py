@@ -1,0 +1,152 @@
+"""A layer's file: opening, checking, reading and replacing it."""
+
+import mmap
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from es_lite.errors import DamagedFile
+from es_lite.files import NewFile, aligned, open_file, read_fully
+from es_lite.model.layout import Layer, Tensor
+from es_lite.weights.layer_format import Front, LayerFormat, Section
+from es_lite.weights.parts import Part
+
+CHECK_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class LayerFile:
+    path: Path
+    format: LayerFormat
+
+    @property
+    def layer(self) -> Layer:
+        return self.format.layer
+
+    def exists(self) -> bool:
+        return self.path.exists()
+
+    def damaged(self, reason: object) -> DamagedFile:
+        """The error for a file that is not what was written; an OSError's reason is that it cannot be read."""
+        return DamagedFile(f"{self.path}: {f'cannot be read ({reason.strerror})' if isinstance(reason, OSError) else reason}")
+
+    def front(self) -> Front:
+        """What the file begins with, checked against the layer, but not against the checksum. Raises DamagedFile."""
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                return self.format.parse(file.read(self.format.front_bytes), os.fstat(file.fileno()).st_size)
+        except (OSError, ValueError) as error:
+            raise self.damaged(error) from None
+
+    def verify(self, matrices: "xxhash.xxh3_64", front: Front) -> None:
+        """Raises DamagedFile if the bytes that were read are not those that were written."""
+        if self.format.checksum(matrices, front) != front.checksum:
+            raise self.damaged("its checksum does not agree: bits in it have changed")
+
+    def check(self, direct: bool = False) -> None:
+        """Reads the whole file, past the page cache if `direct`. Raises DamagedFile if it is not what was written."""
+        front = self.front()
+        try:
+            descriptor = open_file(self.path, os.O_RDONLY, direct)
+            try:
+                self.verify(self.hash_matrices(descriptor), front)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise self.damaged(error) from None
+
+    def hash_matrices(self, descriptor: int) -> "xxhash.xxh3_64":
+        """The hash of the matrices' bytes in the open file. Raises OSError."""
+        found = xxhash.xxh3_64()
+        view = memoryview(mmap.mmap(-1, CHECK_BYTES))
+        for low in range(self.format.front_bytes, self.format.size, CHECK_BYTES):
+            size = min(CHECK_BYTES, self.format.size - low)
+            read_fully(descriptor, view[: aligned(size)], low, size)
+            found.update(view[:size])
+        return found
+
+
+class FileReader:
+    """A layer as its file has it: any slice, or all sections in order, which are hashed as they are read."""
+
+    def __init__(self, file: LayerFile, direct: bool = False) -> None:
+        """direct: sections are read past the page cache, into aligned memory. Raises DamagedFile."""
+        self.file = file
+        self.front = file.front()
+        self._found = self.front.copy()  # what the checksum is of; the caller changes the other one
+        self._direct = direct
+        self._hash = xxhash.xxh3_64()
+        try:
+            self._descriptor = open_file(file.path, os.O_RDONLY, direct)
+        except OSError as error:
+            raise file.damaged(error) from None
+
+    def part(self, tensor: Tensor, start: int, count: int) -> Part:
+        """Elements start … as they are stored, in memory of their own."""
+        part = Part.empty(tensor, start, count, self.file.format.storage)
+        small = self._found.small.get(tensor.name)
+        if small:
+            part.data[:] = small.data[start : start + count]
+        else:
+            view = memoryview(part.data).cast("B")
+            self._read(view, self.file.format.offset(tensor) + start * part.data.itemsize, len(view))
+        part.own_scales[:] = Part(tensor, start, part.data, self._found.scales_of(tensor)).own_scales
+        return part
+
+    def read_section(self, section: Section, out: np.ndarray) -> None:
+        """The section's bytes into `out`, uint8, which may be larger."""
+        view = memoryview(out)
+        self._read(view[: aligned(section.bytes)] if self._direct else view, section.low, section.bytes)
+        self._hash.update(view[: section.bytes])
+
+    def verify(self) -> None:
+        """After all sections: raises DamagedFile if they and the front are not what was written."""
+        self.file.verify(self._hash, self._found)
+
+    def close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def _read(self, view: memoryview, position: int, size: int) -> None:
+        try:
+            read_fully(self._descriptor, view, position, size)
+        except OSError as error:
+            raise self.file.damaged(error) from None
+
+
+class FileWriter:
+    """Writes a layer's new file section by section; `finish` puts it in place, `discard` leaves everything as it was."""
+
+    def __init__(self, file: LayerFile, direct: bool = False) -> None:
+        """direct: past the page cache, if possible; what is written is then aligned memory. All methods raise OSError."""
+        self._format = file.format
+        self._new = NewFile(file.path, direct)
+        self._hash = xxhash.xxh3_64()
+
+    def write(self, section: Section, view: memoryview) -> None:
+        """The section's bytes, in order. view: has room for them, and for direct writes up to the next multiple of ALIGNMENT."""
+        self._hash.update(view[: section.bytes])
+        self._new.write(view[: aligned(section.bytes)], section.low)
+
+    def finish(self, front: Front, step: int) -> None:
+        """Completes the file, which holds the layer at `step`, and puts it in place of the old one."""
+        front.step = step
+        front.checksum = self._format.checksum(self._hash, front)
+        commit_front(self._new, self._format, front)
+
+    def discard(self) -> None:
+        """Removes what was written; the old file is as it was."""
+        self._new.discard()
+
+
+def commit_front(new: NewFile, format: LayerFormat, front: Front) -> None:
+    """Writes the front of a file whose matrices are written, and puts it in place. Raises OSError."""
+    data = format.serialise(front)
+    page_aligned = mmap.mmap(-1, len(data))
+    page_aligned[:] = data
+    new.write(memoryview(page_aligned), 0)
+    new.commit(size=format.size)

@@ -1,0 +1,113 @@
+"""Parts of tensors as they are stored (float32, bfloat16, or int8 with one scale per row), and advancing them by records."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from es_lite.algorithm import formats, update
+from es_lite.algorithm.formats import NO_SCALES, Storage
+from es_lite.algorithm.jit import CHUNK, Threads
+from es_lite.algorithm.noise.kinds import kind_of
+from es_lite.algorithm.noise.place import Place
+from es_lite.algorithm.record import Record
+from es_lite.model.layout import Layer, Tensor
+
+SLICE = 2**20
+"""Elements that are read, advanced and written at a time, if a layer need not be in memory whole."""
+
+
+def dtype_of(tensor: Tensor, storage: Storage) -> np.dtype:
+    """float32, uint16 (bfloat16 bits) or int8."""
+    if storage == "int8":
+        storage = "int8" if len(tensor.shape) > 1 else "bf16"
+    return np.dtype({"fp32": np.float32, "bf16": np.uint16, "int8": np.int8}[storage])
+
+
+def scales_of(tensor: Tensor, storage: Storage) -> int:
+    """How many scales the tensor has: one per row if it is int8, else none."""
+    return tensor.rows if dtype_of(tensor, storage) == np.int8 else 0
+
+
+def stored_bytes(layer: Layer, storage: Storage) -> int:
+    return sum(t.size * dtype_of(t, storage).itemsize + 4 * scales_of(t, storage) for t in layer.tensors)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Elements start … of a tensor; whole rows if they are int8 and are written to."""
+
+    tensor: Tensor
+    start: int
+    data: np.ndarray
+    """float32, uint16 (bfloat16 bits) or int8, [n]."""
+    scales: np.ndarray = field(default_factory=lambda: NO_SCALES)
+    """float32, of all rows of the tensor, if it is int8; else empty."""
+
+    @classmethod
+    def empty(cls, tensor: Tensor, start: int, count: int, storage: Storage) -> "Part":
+        scales = np.zeros(scales_of(tensor, storage), np.float32)
+        return cls(tensor, start, np.empty(count, dtype_of(tensor, storage)), scales)
+
+    def float32(self) -> np.ndarray:
+        """The elements' values, [n]; the data itself if it is float32 already."""
+        if self.data.dtype == np.float32:
+            return self.data
+        return formats.as_float32(self.data, self.scales, self.tensor.width, self.start)
+
+    def put(self, values: np.ndarray, threads: Threads) -> None:
+        """Stores float32 values [n], rounded to nearest; int8 with new scales."""
+        if self.data.dtype == np.float32:
+            self.data[:] = values
+        elif self.data.dtype == np.uint16:
+            threads.each(values.size, lambda low, high: formats.to_bf16(self.data[low:high], values[low:high]))
+        else:
+            scales, width = self.own_scales, self.tensor.width
+
+            def part(low: int, high: int) -> None:
+                cut = slice(low * width, high * width)
+                formats.quantise(self.data[cut], scales[low:high], values[cut])
+
+            threads.each(scales.size, part, least=max(1, 16 * CHUNK // width))
+
+    def advance(self, records: Sequence[Record], threads: Threads) -> None:
+        """Takes the elements through the steps of `records`, in order and in place."""
+        for record in records:
+            pairs, coefficients = record.pairs()
+            coefficients = coefficients * np.float32(self.tensor.coefficient_factor)
+            decay = float(np.float32(record.decay) * np.float32(self.tensor.decay_factor))
+            if coefficients.any() or decay:
+                self._advance(record, pairs, coefficients, decay, threads)
+
+    def _advance(self, record: Record, pairs: np.ndarray, coefficients: np.ndarray, decay: float, threads: Threads) -> None:
+        int8 = self.data.dtype == np.int8
+        unit = self.tensor.width if int8 else 1
+        scales = self.own_scales
+
+        noise, place = kind_of(record.kind), Place(record.seed, record.step, 0, self.tensor.number)
+
+        def part(low: int, high: int) -> None:
+            update.advance(
+                self.data[low * unit : high * unit],
+                noise,
+                place,
+                pairs,
+                coefficients,
+                decay,
+                start=self.start + low * unit,
+                scales=scales[low:high] if int8 else NO_SCALES,
+            )
+
+        threads.each(self.data.size // unit, part, least=max(1, 16 * CHUNK // unit))
+
+    @property
+    def own_scales(self) -> np.ndarray:
+        """The scales of this part's rows alone; empty if there are none."""
+        first = self.start // max(1, self.tensor.width)
+        return self.scales[first : first + self.data.size // max(1, self.tensor.width)]
+
+
+def slices(tensor: Tensor) -> list[tuple[int, int]]:
+    """(start, count) of about SLICE elements, whole rows, covering the tensor in order."""
+    step = max(1, SLICE // max(1, tensor.width)) * tensor.width
+    return [(start, min(step, tensor.size - start)) for start in range(0, tensor.size, step)]

@@ -1,0 +1,145 @@
+"""A layer at a step: its stored tensors, from its file or from θ₀, taken through the records in between.
+
+Everything that reads weights from disk or from θ₀ does it here: the update, the stream, exports and replay.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from es_lite.algorithm.jit import Threads
+from es_lite.algorithm.record import Record
+from es_lite.model.layout import Tensor
+from es_lite.model.source import Source
+from es_lite.weights.layer_file import FileReader, LayerFile
+from es_lite.weights.layer_format import Front, LayerFormat, Section
+from es_lite.weights.parts import Part
+
+
+class StoredLayer(Protocol):
+    """A layer's tensors as they are stored, at the step of `front`."""
+
+    front: Front
+
+    def part(self, tensor: Tensor, start: int, count: int) -> Part: ...
+    def read_section(self, section: Section, out: np.ndarray) -> None: ...
+    def verify(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class InitialLayer:
+    """A layer at step 0, stored from θ₀: the same operations as `FileReader`."""
+
+    def __init__(self, format: LayerFormat, theta_0: Source, threads: Threads) -> None:
+        self._format = format
+        self._theta_0 = theta_0
+        self._threads = threads
+        self.front = format.empty_front()
+        for part in self.front.small.values():
+            self._fill(part)
+
+    def part(self, tensor: Tensor, start: int, count: int) -> Part:
+        part = Part.empty(tensor, start, count, self._format.storage)
+        self._fill(part)
+        return part
+
+    def read_section(self, section: Section, out: np.ndarray) -> None:
+        for part in self._format.views(section, out, self.front):
+            self._fill(part)
+
+    def verify(self) -> None:
+        """There is nothing that could be damaged."""
+
+    def close(self) -> None:
+        pass
+
+    def _fill(self, part: Part) -> None:
+        part.put(self._theta_0.read(part.tensor, part.start, part.data.size), self._threads)
+
+
+class LayerReader:
+    """A layer at `step`: slices of it (`part`), or all its sections in order (`section`, then `small`, then `verify`).
+
+    Attributes:
+        front: the layer's front, at `step` as far as sections and small tensors have been read.
+        needed: the records between the step that the layer is stored at and `step`.
+    """
+
+    def __init__(self, stored: StoredLayer, format: LayerFormat, needed: Sequence[Record], threads: Threads) -> None:
+        self.front = stored.front
+        self.needed = needed
+        self.format = format
+        self._stored = stored
+        self._threads = threads
+
+    @classmethod
+    def of_file(
+        cls, file: LayerFile, records: Sequence[Record], step: int, threads: Threads, direct: bool = False
+    ) -> "LayerReader":
+        """From the layer's file. records: all that may be needed. direct: sections are read past the page cache.
+
+        Raises DamagedFile if the file cannot be read, or stands at a step from where the records do not lead to `step`.
+        """
+        stored = FileReader(file, direct)
+        at = stored.front.step
+        needed = [record for record in records if at <= record.step < step]
+        if [record.step for record in needed] != list(range(at, step)):
+            raise file.damaged(f"says it holds step {at}, from where it cannot be brought to {step}")
+        return cls(stored, file.format, needed, threads)
+
+    @classmethod
+    def of_theta_0(cls, format: LayerFormat, theta_0: Source, records: Sequence[Record], threads: Threads) -> "LayerReader":
+        """From θ₀, through `records`, which begin at step 0."""
+        return cls(InitialLayer(format, theta_0, threads), format, records, threads)
+
+    @classmethod
+    def of_either(
+        cls, file: LayerFile, theta_0: Callable[[], Source], records: Sequence[Record], step: int, threads: Threads
+    ) -> "LayerReader":
+        """From the layer's file if there is one, else from θ₀, which is opened only then."""
+        if file.exists():
+            return cls.of_file(file, records, step, threads)
+        return cls.of_theta_0(file.format, theta_0(), records[:step], threads)
+
+    def part(self, tensor: Tensor, start: int, count: int) -> Part:
+        """Elements start …, whole rows, in memory of their own."""
+        part = self._stored.part(tensor, start, count)
+        part.advance(self.needed, self._threads)
+        return part
+
+    def section(self, section: Section, out: np.ndarray) -> list[Part]:
+        """The section's parts, in `out`, uint8."""
+        self.load(section, out)
+        return self.advance(section, out)
+
+    def load(self, section: Section, out: np.ndarray) -> None:
+        """The first half of `section`: its bytes as they are stored into `out`."""
+        self._stored.read_section(section, out)
+
+    def advance(self, section: Section, out: np.ndarray) -> list[Part]:
+        """The second half of `section`: its parts in `out`, brought to the step."""
+        parts = self.format.views(section, out, self.front)
+        for part in parts:
+            part.advance(self.needed, self._threads)
+        return parts
+
+    def small(self) -> list[Part]:
+        """The front's small tensors, brought to the step; to be called once."""
+        parts = list(self.front.small.values())
+        for part in parts:
+            part.advance(self.needed, self._threads)
+        return parts
+
+    def verify(self) -> None:
+        """After all sections: raises DamagedFile if what was read is not what was written."""
+        self._stored.verify()
+
+    def close(self) -> None:
+        self._stored.close()
+
+    def __enter__(self) -> "LayerReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

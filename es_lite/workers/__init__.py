@@ -1,1 +1,0 @@
-"""The pool of worker processes and what a worker does."""

@@ -1,22 +1,26 @@
 # Two commands do everything on a fresh machine with Python 3.11 or newer:
 #   make train    sets up and runs recipes/qwen3_0p5b_cpu.toml    (RECIPE=recipes/quickstart.toml for another)
-#   make test     sets up and passes the tests
+#   make test     sets up and passes the tests (make test-long: the sweeps and soaks, which take longer)
 PYTHON ?= python3
 VENV ?= .venv
 RECIPE ?= recipes/qwen3_0p5b_cpu.toml
 ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: train test lint setup
+.PHONY: train test test-long lint setup
 train: setup
 	$(BIN)/python -m es_lite.train $(RECIPE) $(ARGS)
 
 test: setup lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long" $(ARGS)
+
+test-long: setup
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m long $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	for version in 3.11 3.12 3.13; do $(BIN)/mypy --python-version $$version es_lite || exit 1; done
 
 setup: $(VENV)/ready
 

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 ALIGNMENT = 4096
 """Direct reads and writes use offsets and sizes that are multiples of this."""
@@ -46,6 +47,11 @@ def read_fully(descriptor: int, view: memoryview, position: int, size: int) -> N
         if got == 0:
             raise OSError(None, "it ends too soon")
         done += got
+
+
+def view_of(array: Any) -> memoryview:
+    """The bytes of a contiguous numpy array. (numpy's stubs for Python 3.11 do not say that arrays are buffers.)"""
+    return memoryview(array).cast("B")
 
 
 def aligned(size: int) -> int:

@@ -181,7 +181,7 @@ class EvalTable:
 @dataclass(frozen=True)
 class LogTable:
     tensorboard: bool = True
-    """Write TensorBoard events too, where the package is installed."""
+    """Write TensorBoard events too, if the package is installed."""
 
 
 @dataclass(frozen=True)

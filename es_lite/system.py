@@ -1,4 +1,4 @@
-"""What the machine has, and what a run uses of it.
+"""What the machine has, and how much of it a run uses.
 
 Linux first: /proc and the cgroups, v1 and v2. Elsewhere psutil stands in. Sizes are bytes.
 Functions that read /proc take its path, so that tests can show them another machine.
@@ -95,7 +95,7 @@ def oom_kills(proc: Path = PROC) -> int:
 
 def cgroup_folders(controller: str, proc: Path = PROC) -> list[Path]:
     """The cgroup of this process in the v1 hierarchy of `controller` and in v2, each followed by its ancestors
-    as far up as they are mounted; empty where there are no cgroups."""
+    as far up as they are mounted; empty if there are no cgroups."""
     own: dict[str, str] = {}  # v1 controller, "" for v2 -> path of this process's cgroup in that hierarchy
     for line in _read(proc / "self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
@@ -136,7 +136,7 @@ def pss_bytes(pids: Iterable[int]) -> int:
 
 
 def io_bytes(pids: Iterable[int]) -> tuple[int, int]:
-    """Bytes that the processes made the disk read and write since they started; 0 where the system does not say.
+    """Bytes that the processes made the disk read and write since they started; 0 if the system does not say.
 
     What the page cache served is not in it; a write counts when it dirties the page cache.
     """
@@ -197,7 +197,7 @@ class PeakPss(Watcher):
 
 
 def gpu_memory() -> MemoryLimit | None:
-    """Bytes free on the GPU that torch would use, and its name; None where there is none."""
+    """Bytes free on the GPU that torch would use, and its name; None if there is none."""
     import torch
 
     if not torch.cuda.is_available():
@@ -215,7 +215,7 @@ def compute_dtype(requested: str, proc: Path = PROC, device: str = "cpu") -> str
 
 
 def free_disk_bytes(path: str | Path) -> int:
-    """Bytes free to this user on the disk where `path` is, or would be created."""
+    """Bytes free to this user on the disk that `path` is on, or would be created on."""
     path = Path(path).absolute()
     return shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.exists())).free
 
@@ -245,13 +245,13 @@ def box() -> dict[str, str | int | float]:
 
 
 def versions() -> dict[str, str]:
-    """Of what decides a run's bits."""
+    """Versions of everything that a run's bits depend on."""
     packages = {package: _version(package) for package in ("torch", "transformers", "numpy", "numba")}
     return {"python": platform.python_version(), **packages, "es_lite": __version__}
 
 
 def _read(path: Path) -> str:
-    """The file's text; "" where it cannot be read."""
+    """The file's text; "" if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="surrogateescape")
     except OSError:
@@ -259,7 +259,7 @@ def _read(path: Path) -> str:
 
 
 def _unescape(text: str) -> str:
-    """A path from mountinfo, where a space is written as \\040."""
+    """A path from mountinfo, which writes a space as \\040."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
 
 
@@ -279,7 +279,7 @@ def _uss(pid: int) -> int:
         return 0
     except psutil.AccessDenied as error:
         raise PermissionError(str(error)) from None
-    return getattr(memory, "uss", memory.rss)  # USS is missing where a kernel has no smaps at all
+    return getattr(memory, "uss", memory.rss)  # USS is missing if the kernel has no smaps at all
 
 
 def _cpu_flags(proc: Path) -> set[str]:

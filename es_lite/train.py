@@ -23,7 +23,6 @@ from es_lite.algorithm.noise.kinds import kind_of
 from es_lite.algorithm.record import Record
 from es_lite.engine.base import Engine, Execution
 from es_lite.engine.local import LocalEngine
-from es_lite.engine.pool import SMALLER, prepare
 from es_lite.errors import DamagedFile, RunError, UserError
 from es_lite.fitness import diagnosis
 from es_lite.fitness.base import Dataset, Fitness, Items
@@ -56,7 +55,7 @@ def train(recipe: Recipe, resume: bool = False, rebuild: bool = False) -> None:
     model, layout = origin.skeleton()
     plan = Plan.of(recipe, fitness, model.config, layout)
     if problem := plan.shortfall():
-        raise UserError(problem)
+        raise UserError(f"{problem}\n\n{plan.parts()}")
 
     with RunDirectory(recipe, resume) as run:
         # The items, θ₀, the journal, and where each layer stands.
@@ -75,7 +74,7 @@ def train(recipe: Recipe, resume: bool = False, rebuild: bool = False) -> None:
         if rebuild:
             for error in store.remove_damaged():
                 print(f"removed, to be made again from θ₀ and the journal: {error}", flush=True)
-        check_steps(store, journal)
+        store.check_steps(len(journal.records), journal.path)
         run.keep(recipe)
 
         expected = estimate(plan.work, plan.execution, recipe.noise.kind, run.path)
@@ -108,9 +107,7 @@ def train(recipe: Recipe, resume: bool = False, rebuild: bool = False) -> None:
             while under_way.done < recipe.run.iterations and not console.stopping:
                 milestones.after_step(under_way.step(milestones.sigma(under_way.done), milestones.alpha(under_way.done)))
                 if engine.shortage and under_way.done < recipe.run.iterations:
-                    raise RunError(
-                        f"stopped after step {under_way.done}, memory is short: {engine.shortage}; nothing is lost: {SMALLER}"
-                    )
+                    raise RunError(f"stopped after step {under_way.done}, {engine.shortage}")
                 if pace.exhausted and under_way.done < recipe.run.iterations:
                     console.say(f"the next step would exceed run.minutes = {recipe.run.minutes:g}")
                     console.stopping = True
@@ -144,7 +141,7 @@ class Run:
     def begin(self) -> None:
         """Brings the weights to the journal's end, and checks what there is of them."""
         self.console.say("bringing the weights to the journal's end")
-        with self.console.progress("weights", 100, "percent") as progress:
+        with self.console.progress("weights") as progress:
             self.engine.advance(self.journal.records, progress)
             self.engine.check(progress)
 
@@ -187,11 +184,12 @@ class Run:
         self.journal.append(record, [score if np.isfinite(score) else None for score in scores.tolist()])
 
         # Move θ.
-        with self.console.progress(f"step {t + 1}: update", 100, "percent") as progress:
+        with self.console.progress(f"step {t + 1}: update") as progress:
             self.engine.advance([record], progress)
         updated = time.perf_counter()
 
-        self.pace.stepped(updated - started)
+        if self.pace.stepped(updated - started):
+            self._say_pace()
         after, tokens = self.engine.usage(), es.population * items.scored_tokens
         return {
             "tokens": tokens,
@@ -207,7 +205,7 @@ class Run:
 
     def evaluate(self) -> float:
         """Mean score of θ on the held-out items; the same number on any number of workers."""
-        with self.console.progress("evaluation", 100, "percent") as progress:
+        with self.console.progress("evaluation") as progress:
             return float(self.engine.score([UNPERTURBED], self.dataset.held_out(), progress).mean())
 
     def memory(self) -> dict[str, float]:
@@ -220,14 +218,19 @@ class Run:
         began = time.perf_counter()
         members = sum(perturbation.members for perturbation in perturbations)
         what = f"step {self.done + 1}/{self.recipe.run.iterations}"
-        with self.console.progress(what, members, "member", self.pace.step_seconds) as show:
+        with self.console.progress(what, members, self.pace.step_seconds) as show:
 
             def progress(share: float) -> None:
-                if self.pace.correct(share, time.perf_counter() - began):
-                    self.console.say(f"as measured now, {self.pace.outlook(self.recipe.run.iterations - self.done)}")
+                if self.pace.scored(share, time.perf_counter() - began):
+                    self._say_pace()
                 show(share)
 
             return self.engine.score(perturbations, items, progress)
+
+    def _say_pace(self) -> None:
+        remaining = self.recipe.run.iterations - self.done
+        if remaining:
+            self.console.say(f"as measured now, {self.pace.outlook(remaining)}")
 
     def _examine(self, sigma: float, centre: float, scores: np.ndarray) -> None:
         """Warns if σ is too small or too large to be of use; centre: θ's own score."""
@@ -255,16 +258,6 @@ def check_data(journal: Journal, header: dict, recipe: Recipe) -> None:
         )
 
 
-def check_steps(store: Store, journal: Journal) -> None:
-    """Raises UserError if a layer is ahead of the journal."""
-    last = max(store.steps())
-    if last > len(journal.records):
-        raise UserError(
-            f"{store.folder}: a layer stands at step {last}, but {journal.path} ends at step "
-            f"{len(journal.records)}; restore the journal, or remove {store.folder} to make it again from the journal"
-        )
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m es_lite.train", description="Train a language model by evolution strategies, as a recipe says."
@@ -281,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     transformers_logging.set_verbosity_error()
     try:
         recipe = Recipe.load(arguments.recipe, arguments.overrides)
-        prepare()  # workers' imports, meanwhile
+        LocalEngine.prepare()
         train(recipe, arguments.resume, arguments.rebuild)
     except DamagedFile as error:
         print(f"es_lite: {error}; add --rebuild to --resume: θ₀ and the journal make it again", file=sys.stderr)

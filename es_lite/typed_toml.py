@@ -17,7 +17,7 @@ class Check:
 
 
 def read(cls: type, values: Any, path: str, problems: list[str]) -> Any:
-    """An instance of the dataclass `cls`, or None where something was wrong with it."""
+    """An instance of the dataclass `cls`, or None if there was something wrong with it."""
     if not isinstance(values, dict):
         problems.append(f"{path}: expected a table, got {values!r}")
         return None

@@ -1,4 +1,4 @@
-"""Tiny models in layers' files: layouts, θ₀ as arrays, records, and what a layer holds after them, in plain numpy."""
+"""Tiny models in layer files: layouts, θ₀ as arrays, records, and what a layer holds after them, computed in plain numpy."""
 
 import functools
 import os
@@ -8,31 +8,38 @@ from pathlib import Path
 
 import numpy as np
 import plain
+import pytest
 import torch
 from safetensors import safe_open
 from transformers import AutoConfig, PretrainedConfig
 
+from es_lite.algorithm.formats import Storage
 from es_lite.algorithm.jit import Threads
 from es_lite.algorithm.record import Record
-from es_lite.scoring.perturb import Weights
-from es_lite.weights import store, working
-from es_lite.weights.layerfile import LayerFile
-from es_lite.weights.layout import Layer, Layout, Multipliers, Tensor, layout, skeleton
-from es_lite.weights.stored import Part, Storage, dtype_of
+from es_lite.model.layout import Factors, Layer, Layout, Tensor, skeleton
+from es_lite.scoring.weights import Weights
+from es_lite.weights import store
+from es_lite.weights.layer_file import LayerFile
+from es_lite.weights.parts import Part, dtype_of
+from es_lite.weights.store import Store
 from es_lite.weights.stream import Stream
-from es_lite.weights.working import WorkingCopy
+from es_lite.weights.working_copy import WorkingCopy, allocate
 
 STORAGES: tuple[Storage, ...] = ("fp32", "bf16", "int8")
 ALONE = Threads(1)
 
 COMBINATIONS = [("fp32", "bf16"), ("fp32", "int8"), ("bf16", "bf16"), ("int8", "int8")]
-"""What layers are stored as, and what they are scored from."""
+"""What layers are stored as, and the format that they are scored from."""
+
+MODELS = pytest.mark.parametrize("name", ["tied", "untied", "gpt2"])
+IN_EVERY_STORAGE = pytest.mark.parametrize("storage", STORAGES)
+TYPES = pytest.mark.parametrize(("storage", "working"), COMBINATIONS, ids=map("-".join, COMBINATIONS))
 
 BLOCK = 32
-"""Rows of the head that are asked for at a time."""
+"""The head is asked for in blocks of this many rows."""
 
 ROWS = np.array([0, 3, 4, 77, 255, 256, 300], np.int64)
-"""Of the embedding, that a batch uses."""
+"""The rows of the embedding that a batch uses."""
 
 QWEN3 = {
     "vocab_size": 1001,
@@ -45,23 +52,27 @@ QWEN3 = {
     "max_position_embeddings": 64,
 }
 GPT2 = {"vocab_size": 301, "n_embd": 40, "n_layer": 2, "n_head": 4, "n_positions": 24, "bos_token_id": 0, "eos_token_id": 0}
-GROUPS = (Multipliers("k_proj|ln_2", 0, 0), Multipliers("norm|ln_f", 0.5, 1), Multipliers("mlp", 1, 0.75))
-"""Frozen tensors, and multipliers."""
+GROUPS = (Factors("k_proj|ln_2", 0, 0), Factors("norm|ln_f", 0.5, 1), Factors("mlp", 1, 0.75))
+"""Some tensors are frozen, some have factors of their own."""
 
 
 def config_of(name: str) -> PretrainedConfig:
-    """name: "tied", "untied" (Qwen 3) or "gpt2", whose embedding's layer has a matrix of positions too."""
+    """name: "tied", "untied" (Qwen 3) or "gpt2", whose embedding layer has a matrix of positions too."""
     kind, keys = ("gpt2", GPT2) if name == "gpt2" else ("qwen3", QWEN3)
     return AutoConfig.for_model(kind, **keys, pad_token_id=None, tie_word_embeddings=name != "untied")
 
 
 @functools.cache
 def layout_of(name: str) -> Layout:
-    return layout(skeleton(config_of(name)), GROUPS)
+    return Layout.of(skeleton(config_of(name)), GROUPS)
 
 
 class Arrays:
-    """θ₀ in memory: matrices with rows of many sizes, one of zeros."""
+    """θ₀ in memory: the rows of its matrices differ in magnitude, and one row is zero.
+
+    Attributes:
+        opened: how often `open` has been called.
+    """
 
     def __init__(self, layout: Layout) -> None:
         random = np.random.default_rng(1)
@@ -88,7 +99,7 @@ class Arrays:
 
 
 def records(count: int) -> list[Record]:
-    """Of every kind: single members and pairs, with a decay and without, with members that do not count."""
+    """Steps 0 … count - 1: antithetic or not, with weight decay or without; in each, one member has the coefficient 0."""
     out = []
     for step in range(count):
         coefficients = 2e-3 * np.random.default_rng(step).standard_normal(6).astype(np.float32)
@@ -99,7 +110,7 @@ def records(count: int) -> list[Record]:
 
 
 def expected(layer: Layer, theta_0: Arrays, storage: Storage, history: Sequence[Record]) -> dict[str, tuple]:
-    """Each tensor's elements and scales after the records of `history`, by name."""
+    """Each tensor's elements and scales, as stored, after the records of `history`, by name."""
     out = {}
     for tensor in layer.tensors:
         stored, scales = plain.stored_as(dtype_of(tensor, storage), theta_0.values[tensor.name], tensor.width)
@@ -107,8 +118,8 @@ def expected(layer: Layer, theta_0: Arrays, storage: Storage, history: Sequence[
             coefficients = np.array(record.coefficients, np.float32)
             if record.antithetic:
                 coefficients = coefficients[::2] - coefficients[1::2]
-            coefficients *= np.float32(tensor.coefficient)
-            decay = np.float32(record.decay) * np.float32(tensor.alpha)
+            coefficients *= np.float32(tensor.coefficient_factor)
+            decay = np.float32(record.decay) * np.float32(tensor.decay_factor)
             if coefficients.any() or decay:
                 pairs = np.arange(coefficients.size)
                 place = {"seed": record.seed, "step": record.step, "tensor": tensor.number}
@@ -118,7 +129,7 @@ def expected(layer: Layer, theta_0: Arrays, storage: Storage, history: Sequence[
 
 
 def contents(file: LayerFile) -> tuple[dict[str, tuple], dict[str, str]]:
-    """The same from the file, and its metadata, as the safetensors library reads it."""
+    """Each tensor's elements and scales in the file, by name, and its metadata, as the safetensors library reads them."""
     with safe_open(file.path, framework="pt") as opened:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         metadata = opened.metadata()
@@ -131,27 +142,30 @@ def contents(file: LayerFile) -> tuple[dict[str, tuple], dict[str, str]]:
 
 
 def same(found: dict[str, tuple], wanted: dict[str, tuple]) -> bool:
+    """Both hold the same bits of the same tensors."""
     return found.keys() == wanted.keys() and all(
         plain.same_bits(a, b) for name, pair in wanted.items() for a, b in zip(found[name], pair, strict=True)
     )
 
 
 def files_of(folder: Path, layout: Layout, storage: Storage) -> list[LayerFile]:
+    """All layers' files, not written yet."""
     folder.mkdir(exist_ok=True)
-    return [LayerFile(folder, layer, storage) for layer in layout.layers]
+    return Store(folder, layout, storage).files
 
 
 def written(folder: Path, layout: Layout, storage: Storage, step: int = 0) -> list[LayerFile]:
-    """All layers' files at `step`, from θ₀."""
+    """All layers' files, written at `step` from θ₀."""
     files, theta_0 = files_of(folder, layout, storage), Arrays(layout)
     for file in files:
-        store.bring_level(file, theta_0.open, records(step), step, None, ALONE)
+        store.advance(file, theta_0.open, records(step), step, None, ALONE)
     return files
 
 
 @contextmanager
 def working_copy(layout: Layout, storage: Storage) -> Iterator[WorkingCopy]:
-    descriptor = working.allocate(layout, storage)
+    """A working copy of zeros."""
+    descriptor = allocate(layout, storage)
     try:
         yield WorkingCopy(layout, storage, descriptor)
     finally:
@@ -159,7 +173,7 @@ def working_copy(layout: Layout, storage: Storage) -> Iterator[WorkingCopy]:
 
 
 def bits_of(files: Sequence[LayerFile]) -> dict[str, bytes]:
-    """Every file of the directory, also what should not be there."""
+    """The bytes of every file in the folder, also of those that should not be there."""
     return {path.name: path.read_bytes() for path in sorted(files[0].path.parent.iterdir())}
 
 
@@ -172,21 +186,25 @@ def flip(path: Path, position: int, bit: int = 0) -> None:
         file.write(bytes([byte ^ 1 << bit]))
 
 
-def streamed(files: Sequence[LayerFile], layout: Layout, working: str, step: int, direct: bool = False, progress=None):
-    made = Stream(files, layout, working, Threads(2), direct, progress or (lambda parameters: None))
-    made.target(records(step), step)
-    return made
+def open_files() -> int:
+    """How many descriptors this process has open."""
+    return len(os.listdir("/dev/fd"))
+
+
+def streamed(files: Sequence[LayerFile], layout: Layout, working: Storage, step: int, direct: bool = False) -> Stream:
+    """A stream whose next pass brings the layers to `step`."""
+    stream = Stream(files, layout, working, Threads(2), direct)
+    stream.advance(records(step), step)
+    return stream
 
 
 def seen(part: Part) -> tuple:
-    """All that a door can use of a part, copied."""
-    first, count = part.start // max(1, part.tensor.width), part.data.size // max(1, part.tensor.width)
-    scales = part.scales[first : first + count] if part.scales.size else part.scales
-    return part.tensor, part.start, part.data.dtype, part.data.tobytes(), scales.tobytes()
+    """A copy of all that scoring can use of a part."""
+    return part.tensor, part.start, part.data.dtype, part.data.tobytes(), part.own_scales.tobytes()
 
 
 def asked(weights: Weights, layout: Layout, at: Callable[[str], None] = lambda layer: None) -> Iterator[tuple]:
-    """What the doors ask for in a pass, in their order."""
+    """What scoring asks for in a pass, in its order. at: is called with each layer's name while the layer is in use."""
     first, final = layout.layers[0], layout.layers[-1]
     with weights.passing():
         with weights.opened(first):
@@ -209,10 +227,10 @@ def asked(weights: Weights, layout: Layout, at: Callable[[str], None] = lambda l
         at(final.name)
 
 
-def resident(folder: Path, layout: Layout, storage: str, working: str, step: int) -> tuple[list[tuple], dict[str, bytes]]:
-    """What a working copy gives at `step`, and the files then."""
+def resident(folder: Path, layout: Layout, storage: Storage, working: Storage, step: int) -> tuple[list[tuple], dict[str, bytes]]:
+    """What scoring gets from a working copy at `step`, and the files at that step: the reference for streams."""
     files, theta_0 = written(folder, layout, storage, step), Arrays(layout)
     with working_copy(layout, working) as copy:
         for file in files:
-            store.bring_level(file, theta_0.open, [], step, copy, ALONE)
+            store.advance(file, theta_0.open, [], step, copy, ALONE)
         return list(asked(copy, layout)), bits_of(files)

@@ -1,9 +1,10 @@
-"""The formats and the update as they are defined, in plain numpy float32, an operation at a time: what kernels must equal."""
+"""Reference implementations of the formats and of the update in plain numpy float32: the kernels must equal them bit for bit."""
 
 import numpy as np
 import torch
 
-from es_lite.algorithm import noise, update
+from es_lite.algorithm.noise import gaussian, philox
+from es_lite.algorithm.noise.place import ROUNDING, Place
 
 
 def same_bits(left: np.ndarray, right: np.ndarray) -> bool:
@@ -11,41 +12,44 @@ def same_bits(left: np.ndarray, right: np.ndarray) -> bool:
 
 
 def bf16(values: np.ndarray) -> np.ndarray:
+    """float32 rounded to bfloat16 bits, uint16."""
     return torch.from_numpy(values).to(torch.bfloat16).view(torch.uint16).numpy()
 
 
 def float32(bits: np.ndarray) -> np.ndarray:
+    """The values of bfloat16 bits."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def factor(scales: np.ndarray) -> np.ndarray:
-    """float32 [rows, 1]: what a row is multiplied by."""
+    """What the elements of each row are multiplied by to become levels: float32 [rows, 1]."""
     scales = scales[:, None]
     whole = np.where(scales > np.float32(1e-36), scales, np.float32(np.inf))
     return np.float32(1) / whole * np.float32(127)
 
 
 def quantised(values: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """float32 [n] as int8 [n], each element rounded to nearest, and the scales of its rows."""
+    """float32 [n] as int8 [n], each element rounded to nearest, and the scales of the rows."""
     rows = values.reshape(-1, width)
     scales = np.abs(rows).max(axis=1)
     return np.rint(rows * factor(scales)).astype(np.int8).ravel(), scales
 
 
 def dequantised(stored: np.ndarray, scales: np.ndarray, width: int, start: int = 0) -> np.ndarray:
-    """Elements start … of a tensor whose rows have these scales."""
+    """The values of stored elements start … of a tensor; `scales` are those of all its rows."""
     of_each = scales[(start + np.arange(stored.size)) // width]
     return stored.astype(np.float32) * of_each * np.float32(1 / 127)
 
 
 def as_float32(stored: np.ndarray, scales: np.ndarray, width: int, start: int = 0) -> np.ndarray:
+    """The values of stored elements, whichever of the three formats they are in."""
     if stored.dtype == np.int8:
         return dequantised(stored, scales, width, start)
     return float32(stored) if stored.dtype == np.uint16 else stored
 
 
 def stored_as(dtype: np.dtype, values: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """float32 values as they are stored, and their scales (none but of int8)."""
+    """float32 values in the format of `dtype`, and their scales (empty unless it is int8)."""
     if dtype == np.int8:
         return quantised(values, width)
     return (bf16(values) if dtype == np.uint16 else values.copy()), np.zeros(0, np.float32)
@@ -54,13 +58,13 @@ def stored_as(dtype: np.dtype, values: np.ndarray, width: int) -> tuple[np.ndarr
 def random16(seed: int, step: int, tensor: int, start: int, count: int) -> np.ndarray:
     """The 16 random bits that round elements start …, uint32 [count]."""
     first, last = start // 8, (start + count + 7) // 8
-    words = noise.philox4x32((np.arange(first, last), tensor, update.ROUNDING, step), noise.key(seed))
+    words = philox.words((np.arange(first, last), tensor, ROUNDING, step), (seed & 0xFFFFFFFF, seed >> 32))
     lanes = np.stack([words & 0xFFFF, words >> 16], axis=-1).ravel()
     return lanes[start - 8 * first :][:count]
 
 
 def grown(scales: np.ndarray, top: np.ndarray) -> np.ndarray:
-    """The scales of rows whose greatest magnitudes are `top` now."""
+    """The scales after an update, for rows whose greatest magnitudes have become `top`."""
     scales = np.where(scales <= np.float32(1e-36), top, scales)
     while (scales < top).any():
         scales = np.where(scales < top, scales * np.float32(17 / 16), scales)
@@ -79,11 +83,11 @@ def advanced(
     decay: float,
     start: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Elements start … after a step, and their scales; int8: whole rows, `scales` theirs alone."""
+    """Elements start … of a tensor after a step, and their scales. int8: whole rows, and `scales` of these rows only."""
     width = stored.size // scales.size if scales.size else 1
     total = np.zeros(stored.size, np.float32)
     for pair, coefficient in zip(pairs, coefficients, strict=True):
-        total = total + np.float32(coefficient) * noise.gaussian(seed, step, int(pair), tensor, start, stored.size)
+        total = total + np.float32(coefficient) * gaussian.epsilon(Place(seed, step, int(pair), tensor), start, stored.size)
     values = as_float32(stored, scales, width)
     values = (values - np.float32(decay) * values) + total
     assert values.dtype == np.float32

@@ -1,6 +1,9 @@
-"""What the tests of the real command share: a tiny recipe, the command in the foreground and the background, digests."""
+"""What tests of the real command share: a tiny recipe, the command in this process or another, and ways to compare runs."""
 
+import contextlib
 import hashlib
+import io
+import json
 import os
 import signal
 import subprocess
@@ -11,9 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import psutil
 import pytest
 import tomli_w
+from safetensors.numpy import load_file
 
 from es_lite import system
 
@@ -46,13 +51,15 @@ RECIPE: dict[str, dict[str, Any]] = {
 
 
 class Finished(NamedTuple):
+    """How the command ended, and what it printed."""
+
     code: int
     out: str
     err: str
 
 
 def write_recipe(folder: Path, **tables: dict[str, Any]) -> Path:
-    """A tiny recipe and its text in `folder`; `tables` adds to the recipe's tables."""
+    """Writes a tiny recipe and its text to `folder`; the keys of `tables` are added to the recipe's."""
     text = folder / "text.txt"
     text.write_text(TEXT)
     document = {name: dict(table) for name, table in RECIPE.items()}
@@ -71,13 +78,38 @@ def arguments(recipe: Path, run: Path, *overrides: str, resume: bool = False, re
 
 
 def train(recipe: Path, run: Path, *overrides: str, resume: bool = False, rebuild: bool = False) -> Finished:
-    """Runs the command to its end."""
+    """Runs the command to its end, in a process of its own."""
     with start(recipe, run, *overrides, resume=resume, rebuild=rebuild) as live:
         return live.finish()
 
 
+def train_here(recipe: Path, run: Path, *overrides: str, resume: bool = False, rebuild: bool = False) -> Finished:
+    """Runs the command to its end in this process, which saves the start of another."""
+    from es_lite.train import main  # not above: it takes seconds, and most tests do without
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(arguments(recipe, run, *overrides, resume=resume, rebuild=rebuild))
+    return Finished(code, out.getvalue(), err.getvalue())
+
+
+def finished_run(recipe: Path, run: Path, *overrides: str) -> Path:
+    """Runs the command to its end, which must be a success. Returns `run`."""
+    finished = train(recipe, run, *overrides)
+    assert finished.code == 0, finished.err
+    return run
+
+
+def replayed(run: Path, out: Path, *options: str) -> dict[str, np.ndarray]:
+    """The tensors that the replay command writes in fp32."""
+    from es_lite.replay import main
+
+    assert main([str(run), "--out", str(out), "--dtype", "fp32", *options]) == 0
+    return load_file(out / "model.safetensors")
+
+
 class Live:
-    """The command under way, in a process group of its own."""
+    """The command while it runs, in a process group of its own."""
 
     def __init__(self, process: subprocess.Popen, run: Path, log: Path) -> None:
         self.process = process
@@ -99,7 +131,7 @@ class Live:
         self.wait_until(lambda: self.records() >= count)
 
     def wait_until(self, condition: Callable[[], bool], seconds: float = 120) -> None:
-        """Raises AssertionError where the run ends, or the time, before the condition holds."""
+        """Fails if the run ends, or the time is over, before the condition holds."""
         end = time.monotonic() + seconds
         while not condition():
             assert self.process.poll() is None, f"ended with {self.process.returncode}: {self.err}"
@@ -125,10 +157,10 @@ def start(
     prefix: Sequence[str] = (),
     code: str = "",
 ) -> Iterator[Live]:
-    """Runs the command in the background; what is left of its process group at the block's end is killed.
+    """Runs the command in the background; whatever is left of its process group when the block ends is killed.
 
-    log: where its output goes, without a suffix; else beside `run`. prefix: words before the command; code: what Python runs
-    instead of the module.
+    log: where its output goes, a path without a suffix; next to `run` by default. prefix: words that go before the command.
+    code: what Python runs instead of the module.
     """
     log = log or run.with_name(run.name + ".log")
     program = ["-c", code] if code else ["-m", "es_lite.train"]
@@ -145,7 +177,7 @@ def start(
 
 @contextmanager
 def v1_cgroup() -> Iterator[Path]:
-    """A real memory cgroup of one's own, under this process's; skips the test where there can be none."""
+    """A real memory cgroup, below the one of this process; skips the test if it cannot be made."""
     own = next((f for f in system.cgroup_folders("memory") if (f / "memory.limit_in_bytes").exists()), None)
     if own is None:
         pytest.skip("no v1 memory cgroup is mounted")
@@ -156,7 +188,7 @@ def v1_cgroup() -> Iterator[Path]:
         pytest.skip(f"cannot make a cgroup: {error}")
     yield folder
     end = time.monotonic() + 20
-    while folder.exists():  # its processes take a moment to go
+    while folder.exists():  # its processes take a moment to end
         try:
             folder.rmdir()
         except OSError:
@@ -171,9 +203,9 @@ def group(leader: int) -> list[psutil.Process]:
 
 
 def left(leader: int, seconds: float = 30) -> list[list[str]]:
-    """Command lines of the processes of a group that are still there when it should be empty.
+    """Command lines of the processes that are still in a group when it should be empty.
 
-    A worker that was just being started first has to get so far as to see that its coordinator is gone.
+    A worker that was being started needs a moment before it notices that its coordinator is gone.
     """
     end = time.monotonic() + seconds
     while (processes := group(leader)) and time.monotonic() < end:
@@ -182,7 +214,7 @@ def left(leader: int, seconds: float = 30) -> list[list[str]]:
 
 
 def records(run: Path) -> int:
-    """Complete records in the journal."""
+    """How many complete records the journal has."""
     try:
         return max(0, (run / "journal.jsonl").read_bytes().count(b"\n") - 1)
     except FileNotFoundError:
@@ -190,25 +222,49 @@ def records(run: Path) -> int:
 
 
 def digest(run: Path) -> dict[str, str]:
-    """SHA-256 of the journal and of each of the layers' files."""
+    """SHA-256 of the journal and of each layer file, by path."""
     layers = [path for folder in ("master", "weights") for path in _files(run / folder)]
     return {str(path.relative_to(run)): _sha256(path.read_bytes()) for path in (run / "journal.jsonl", *layers)}
 
 
 def export_digest(run: Path) -> dict[str, str]:
-    """SHA-256 of all files of checkpoint/ and best/ but the model card, which quotes the recipe, run.dir included."""
+    """SHA-256 of all files of checkpoint/ and best/, except the model card, which quotes run.dir, by path."""
     files = [path for folder in ("checkpoint", "best") for path in _files(run / folder) if path.name != "README.md"]
     return {str(path.relative_to(run)): _sha256(path.read_bytes()) for path in files}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below `folder`, to see that nothing was touched."""
+    """Every file below `folder`, by path: to show that nothing was touched."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in _files(folder)}
 
 
 def leftovers(run: Path) -> list[Path]:
     """Files and folders of unfinished replacements."""
-    return [path for path in run.rglob("*") if path.suffix in (".next", ".old", ".partial")]
+    return [path for path in run.rglob("*") if path.suffix in (".next", ".old")]
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def tensors(run: Path) -> dict[str, np.ndarray]:
+    """The tensors of a run with an fp32 master, as its layer files hold them."""
+    return {name: values for path in _files(run / "master") for name, values in load_file(path).items()}
+
+
+def assert_same_run(run: Path, reference: Path) -> None:
+    """Journal, layer files and exports are the same, byte for byte, and `run` is tidy."""
+    assert digest(run) == digest(reference)
+    assert export_digest(run) == export_digest(reference)
+    assert leftovers(run) == []
+
+
+def assert_same_bits(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> None:
+    """Both hold the same float32 tensors."""
+    assert left.keys() == right.keys()
+    for name, values in left.items():
+        assert values.dtype == right[name].dtype == np.float32
+        assert values.tobytes() == right[name].tobytes(), name
 
 
 def _files(folder: Path) -> list[Path]:
@@ -227,16 +283,9 @@ def _alive_in(process: psutil.Process, leader: int) -> bool:
 
 
 def _is_worker(process: psutil.Process) -> bool:
-    """Forked from the process that is kept for it."""
+    """Whether it was forked from the process that is kept for that."""
     try:
         parent = process.parent()
         return parent is not None and any("multiprocessing.forkserver" in word for word in parent.cmdline())
     except psutil.NoSuchProcess:
         return False
-
-
-def finished_run(recipe: Path, run: Path, *overrides: str) -> Path:
-    """`run`, after the command went through to its end."""
-    finished = train(recipe, run, *overrides)
-    assert finished.code == 0, finished.err
-    return run

@@ -1,4 +1,4 @@
-"""The real SmolLM2-135M-Instruct, where the package that carries it can be had."""
+"""A step on the real SmolLM2-135M-Instruct, if the package that carries it can be downloaded."""
 
 import json
 import math
@@ -10,18 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support import ROOT
 from transformers import AutoModelForCausalLM
 
-from es_lite import data
+from es_lite.data.batch import spread
+from es_lite.data.corpus import BUILTIN, read_texts, split, tokenize
+from es_lite.data.tokenizer import load_tokenizer
 from es_lite.recipe import DataTable
-from es_lite.tokenizer import load_tokenizer
 
-ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def smollm2(tmp_path_factory) -> Path:
+def smollm2() -> Path:
     done = subprocess.run([sys.executable, ROOT / "tools" / "make_smollm2.py"], capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"SmolLM2 cannot be made here: {done.stderr.strip()}")
@@ -29,7 +30,7 @@ def smollm2(tmp_path_factory) -> Path:
 
 
 def test_a_step_on_the_real_model_scores_as_hugging_face_does(smollm2, tmp_path):
-    """One step from the shipped recipe; the evaluation before it is that of the bf16 model by Hugging Face's own forward."""
+    """One step of the recipe that comes with es_lite; the evaluation before it equals Hugging Face's own forward."""
     sizes = ["es.population=2", "fitness.samples=2", "fitness.max_length=64", "eval.every=1", "eval.samples=4"]
     settings = [f"run.dir={tmp_path / 'run'}", "run.iterations=1", "run.checkpoint_every=1", f"model.path={smollm2}", *sizes]
     command = [sys.executable, "-m", "es_lite.train", str(ROOT / "recipes" / "smollm2_adapt.toml")]
@@ -38,11 +39,11 @@ def test_a_step_on_the_real_model_scores_as_hugging_face_does(smollm2, tmp_path)
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
 
     tokenizer = load_tokenizer(DataTable(), str(smollm2), tmp_path, [])
-    corpus = data.tokenize(data.read_texts(data.BUILTIN, 0), tokenizer, "joined", 64)
-    _, held_out = data.split(corpus, 0.05)
+    corpus = tokenize(read_texts(BUILTIN, 0), tokenizer, "joined", 64)
+    _, held_out = split(corpus, 0.05)
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     scores = []
-    for index in data.spread(held_out, 4):
+    for index in spread(held_out, 4):
         ids = torch.from_numpy(held_out.sample(index).astype(np.int64))[None]
         with torch.inference_mode():
             logits = model(ids).logits[0, :-1].double()

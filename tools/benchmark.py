@@ -1,13 +1,14 @@
-"""The project's figures, each measured in one run of one program, as medians with their spread.
+"""The project's figures, each measured in one run of one program: medians with their spread.
 
-    python tools/benchmark.py noise                    elements a second a thread, fused with σ, add and rounding
-    python tools/benchmark.py scoring                  FLOP/s of scoring, beside the GEMM rate of the same thread
-    python tools/benchmark.py workers                  scoring on two workers, beside one
-    python tools/benchmark.py step [--against COMMAND] a step of the real command and its peak PSS, beside another loop
-    python tools/benchmark.py int8                     a step and its peak PSS from int8 weights, beside bf16
-    python tools/benchmark.py streaming                a streamed step, beside a resident one and its disk transfers alone
+    python tools/benchmark.py noise                    elements a second and thread, fused with σ, addition and rounding
+    python tools/benchmark.py scoring                  FLOP/s of scoring, compared with the GEMM rate of the same thread
+    python tools/benchmark.py workers                  scoring on one worker and on two
+    python tools/benchmark.py update                   the update on one worker and on two, and on paper on 8 and on 64
+    python tools/benchmark.py step [--against COMMAND] a step of the real command and its peak PSS, compared with another loop
+    python tools/benchmark.py int8                     a step and its peak PSS from int8 weights, compared with bf16
+    python tools/benchmark.py streaming                a streamed step, compared with a resident one and with its transfers alone
 
-COMMAND prints one JSON line with "step_seconds" last. Runs alternate, so that a machine that drifts drifts for both.
+COMMAND prints one JSON line with "step_seconds" last. Runs alternate, so that a machine that drifts drifts for both sides.
 Prints Markdown for benchmarks/.
 """
 
@@ -19,73 +20,60 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+import _update
 import numpy as np
 import torch
+from _measuring import Finished, Load, add_load, provenance, row, run, seconds_of, spread, table
 
 from es_lite import system
-from es_lite.algorithm import kernels, update
-from es_lite.data import Batch
-from es_lite.rates import disk_rates
-from es_lite.runs.origin import Origin
-from es_lite.scoring.forward import PerturbedModel
+from es_lite.algorithm import update as update_kernels
+from es_lite.algorithm.noise import gaussian
+from es_lite.algorithm.noise.kinds import kind_of
+from es_lite.algorithm.noise.place import Place
+from es_lite.data.batch import Batch
+from es_lite.model.origin import Origin
+from es_lite.planning.rates import disk_rates
 from es_lite.scoring.lanes import Lanes
-from es_lite.scoring.perturb import UNPERTURBED, Perturbation
-from es_lite.weights import working
-from es_lite.weights.stored import Part, slices
+from es_lite.scoring.model import PerturbedModel
+from es_lite.scoring.perturbation import UNPERTURBED, Perturbation
+from es_lite.weights import working_copy
+from es_lite.weights.parts import Part, slices
 
-REPEATS = 5
+HEADER = "| what | median | spread | |\n|---|---|---|---|"
 
-
-def seconds_of(work: Callable[[], object], repeats: int = REPEATS) -> list[float]:
-    work()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - start)
-    return seconds
-
-
-def row(name: str, values: Sequence[float], unit: str) -> str:
-    return f"| {name} | {statistics.median(values):.3g} | {min(values):.3g}–{max(values):.3g} | {unit} |"
-
-
-def header() -> str:
-    box = ", ".join(f"{name} {value}" for name, value in system.box().items())
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    command = f"`python tools/benchmark.py {shlex.join(sys.argv[1:])}`"
-    return f"{command}, commit {commit}; {box}\n\n| what | median | spread | |\n|---|---|---|---|"
+ON_PAPER = (1, 2, 8, 64)
+"""Workers that the update is computed for."""
 
 
 def noise(arguments: argparse.Namespace) -> None:
     """Elements a second of one thread into bf16; an antithetic pair's two perturbations count as two."""
-    place = {"seed": 1, "step": 2, "pair": 3, "tensor": 4}
+    print(HEADER)
+    place = Place(seed=1, step=2, pair=3, tensor=4)
     size = 2**24
     weights = np.random.default_rng(0).integers(0x3C00, 0x3D00, size).astype(np.uint16)
     plus, minus, theta = np.empty_like(weights), np.empty_like(weights), np.zeros(size, np.float32)
     pairs = np.arange(4, dtype=np.uint32)
     coefficients = np.ones(4, np.float32)
+    kind = kind_of(gaussian.NAME)
     cases = {
-        "one perturbation": (1, lambda: kernels.perturb(plus, None, weights, sigma=1e-3, **place)),
-        "an antithetic pair": (2, lambda: kernels.perturb(plus, minus, weights, sigma=1e-3, **place)),
-        "update, 4 pairs": (
-            4,
-            lambda: update.advance(theta, seed=1, step=2, tensor=4, pairs=pairs, coefficients=coefficients, decay=0.0),
-        ),
+        "one perturbation": (1, lambda: gaussian.perturb(plus, None, weights, place, 1e-3)),
+        "an antithetic pair": (2, lambda: gaussian.perturb(plus, minus, weights, place, 1e-3)),
+        "update, 4 pairs": (4, lambda: update_kernels.advance(theta, kind, place, pairs, coefficients, 0.0)),
     }
     for name, (count, work) in cases.items():
         print(row(name, [count * size / s / 1e6 for s in seconds_of(work)], "million elements/s/thread"))
 
 
 def scoring(arguments: argparse.Namespace) -> None:
-    """Matrix FLOP/s of scoring (2 a weight a token, attention left out) over the GEMM rate of 2048×1024×4096."""
+    """Matrix FLOP/s of scoring (2 a weight and token, without attention), and its share of the GEMM rate of 2048×1024×4096."""
+    print(HEADER)
     lanes = Lanes(1, arguments.threads)
     origin = Origin(path="", config=arguments.config, seed=0, groups=(), nes=False, shared_noise=False)
     model, layout = origin.skeleton()
-    copy = working.WorkingCopy(layout, "bf16", working.allocate(layout, "bf16"))
+    copy = working_copy.WorkingCopy(layout, "bf16", working_copy.allocate(layout, "bf16"))
     theta_0 = origin.source(model, layout, lanes.threads)
     for tensor in layout.tensors:
         for start, count in slices(tensor):
@@ -93,90 +81,84 @@ def scoring(arguments: argparse.Namespace) -> None:
     compute = {"bf16": torch.bfloat16, "fp32": torch.float32}[system.compute_dtype("auto")]
     scorer = PerturbedModel(model, layout, copy, compute, lanes, arguments.micro_batch)
     samples, length = arguments.tokens // 256, 256
-    tokens = np.random.default_rng(0).integers(0, 8192, (samples, length)).astype(np.int32)
+    vocabulary = min(8192, model.config.get_text_config().vocab_size)
+    tokens = np.random.default_rng(0).integers(0, vocabulary, (samples, length)).astype(np.int32)
     batch = Batch(tokens, np.full(samples, length, np.int32))
     a, b = torch.randn(2048, 1024, dtype=compute), torch.randn(4096, 1024, dtype=compute)
     flops = 2 * layout.size * samples * (length - 1)
     cases = {
-        "unperturbed": (1, UNPERTURBED),
-        "one member": (1, Perturbation(1, 0, 0, 1e-3, (1,))),
-        "an antithetic pair": (2, Perturbation(1, 0, 0, 1e-3, (1, -1))),
+        "unperturbed": UNPERTURBED,
+        "one member": Perturbation(1, 0, 0, 1e-3, (1,)),
+        "an antithetic pair": Perturbation(1, 0, 0, 1e-3, (1, -1)),
     }
     gemm_flops = 2 * 2048 * 1024 * 4096
-    for name, (members, perturbation) in cases.items():
+    for name, perturbation in cases.items():
         rates, ratios = [], []
         for _ in range(arguments.repeats):
             gemm = gemm_flops / statistics.median(seconds_of(lambda: torch.nn.functional.linear(a, b), 20))
             start = time.perf_counter()
-            scorer.score([perturbation], batch, samples)
-            rates.append(members * flops / (time.perf_counter() - start) / 1e9)
+            scorer.log_probabilities([perturbation], batch, samples)
+            rates.append(perturbation.members * flops / (time.perf_counter() - start) / 1e9)
             ratios.append(rates[-1] * 1e9 / gemm)
         print(row(f"{name}, {arguments.tokens} tokens a member", rates, "GFLOP/s"))
-        print(row(f"{name}, of the GEMM rate ({gemm / 1e9:.0f} GFLOP/s)", ratios, ""))
+        print(row(f"{name}, share of the GEMM rate ({gemm / 1e9:.0f} GFLOP/s)", ratios, ""))
 
 
-RECIPE = """
-[run]
-dir = "{folder}/run"
-iterations = {steps}
-[model]
-config = "{config}"
-[data]
-tokenizer = "bpe"
-[fitness]
-samples = {samples}
-max_length = {length}
-micro_batch = {micro_batch}
-[es]
-population = {population}
-antithetic = true
-[workers]
-count = {workers}
-threads = 1
-[memory]
-weights = "{weights}"
-master = "{master}"
-residency = "{residency}"
-[log]
-tensorboard = false
-"""
-
-
-def run_recipe(
-    steps: int, workers: int, arguments: argparse.Namespace, weights: str = "bf16", residency: str = "resident"
-) -> list[dict]:
-    """Metrics of each step of a fresh run of the real command."""
-    with tempfile.TemporaryDirectory(dir=arguments.directory) as folder:
-        path = Path(folder) / "recipe.toml"
-        names = ("config", "samples", "length", "micro_batch", "population", "master")
-        keys = {name: getattr(arguments, name) for name in names} | {"weights": weights, "residency": residency}
-        path.write_text(RECIPE.format(folder=folder, steps=steps, workers=workers, **keys))
-        command = [sys.executable, "-m", "es_lite.train", str(path)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+def run_on(
+    workers: int, steps: int, arguments: argparse.Namespace, weights: str = "bf16", residency: str = "resident"
+) -> Finished:
+    """A fresh run of the real command on that many workers of one thread."""
+    memory = {"weights": weights, "master": arguments.master, "residency": residency}
+    return run(Load.of(arguments), steps, arguments.directory, workers={"count": workers, "threads": 1}, memory=memory)
 
 
 def workers(arguments: argparse.Namespace) -> None:
     """Seconds of scoring on one and on two workers; each run's first step, which also warms up, is left out."""
+    print(HEADER)
     times: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(arguments.repeats):
         for count in times:
-            times[count] += [line["score_seconds"] for line in run_recipe(3, count, arguments)[1:]]
+            times[count] += [step["score_seconds"] for step in run_on(count, 3, arguments).steps[1:]]
     for count, values in times.items():
         print(row(f"scores, {count} worker{'s' * (count > 1)}", values, "s"))
     ratios = [one / two for one, two in zip(times[1], times[2], strict=True)]
     print(row("two workers over one", ratios, "times"))
 
 
+def update(arguments: argparse.Namespace) -> None:
+    """Seconds of the update: measured on one and on two workers, and on paper on as many as ON_PAPER says.
+
+    "Shared" is how the engine divides an update: layers that would keep one worker busy for longest are shared by all.
+    """
+    measured: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(arguments.repeats):
+        for count in measured:
+            measured[count] += [step["update_seconds"] for step in run_on(count, 3, arguments).steps[1:]]
+    with tempfile.TemporaryDirectory(dir=arguments.directory) as folder:
+        layout, files, rates = _update.measure(Load.of(arguments), Path(folder), arguments.repeats)
+    rows = [["workers", "measured, s", "spread", "on paper, large layers shared, s", "on paper, one task a layer, s", "tasks"]]
+    for count in ON_PAPER:
+        values = measured.get(count, [])
+        found = [f"{statistics.median(values):.3g}", spread(values)] if values else ["", ""]
+        rounds, whole = _update.divided(layout, files, count), _update.undivided(layout)
+        seconds = [_update.seconds_on_paper(tasks, files, count, rates) for tasks in (rounds, whole)]
+        rows.append([str(count), *found, *(f"{value:.3g}" for value in seconds), str(sum(map(len, rounds)))])
+    print(table(rows))
+    print(
+        f"\nOn paper: {rates.advance * 1e9:.2f} s a billion elements for a layer that is advanced whole, "
+        f"{rates.advance_sections * 1e9:.2f} for sections of a layer, {rates.finish * 1e9:.2f} for completing its file."
+    )
+
+
 def step(arguments: argparse.Namespace) -> None:
-    """A step on two workers, beside `--against` where given; the first step of a run is left out."""
+    """A step on two workers, compared with `--against` if that is given; the first step of a run is left out."""
+    print(HEADER)
     ours, theirs, peaks, updates = [], [], [], []
     for _ in range(arguments.repeats):
-        lines = run_recipe(3, 2, arguments)
-        ours.append(statistics.median(line["step_seconds"] for line in lines[1:]))
-        updates.append(statistics.median(line["update_seconds"] for line in lines[1:]))
-        peaks.append(lines[-1]["peak_pss_gib"])
+        finished = run_on(2, 3, arguments)
+        ours.append(finished.median("step_seconds"))
+        updates.append(finished.median("update_seconds"))
+        peaks.append(finished.peak_gib)
         if arguments.against:
             output = subprocess.run(shlex.split(arguments.against), check=True, capture_output=True, text=True).stdout
             theirs.append(json.loads(output.splitlines()[-1])["step_seconds"])
@@ -189,14 +171,15 @@ def step(arguments: argparse.Namespace) -> None:
 
 
 def int8(arguments: argparse.Namespace) -> None:
-    """A step from int8 weights beside one from bf16, on two workers; the first step of a run is left out."""
+    """A step from int8 weights and one from bf16, on two workers; the first step of a run is left out."""
+    print(HEADER)
     seconds: dict[str, list[float]] = {"bf16": [], "int8": []}
     peaks: dict[str, list[float]] = {"bf16": [], "int8": []}
     for _ in range(arguments.repeats):
         for weights in seconds:
-            lines = run_recipe(4, 2, arguments, weights)
-            seconds[weights].append(statistics.median(line["step_seconds"] for line in lines[1:]))
-            peaks[weights].append(lines[-1]["peak_pss_gib"])
+            finished = run_on(2, 4, arguments, weights)
+            seconds[weights].append(finished.median("step_seconds"))
+            peaks[weights].append(finished.peak_gib)
     for weights in seconds:
         print(row(f"{weights}, a step", seconds[weights], "s"))
         print(row(f"{weights}, peak PSS of all processes", peaks[weights], "GiB"))
@@ -204,17 +187,17 @@ def int8(arguments: argparse.Namespace) -> None:
 
 
 def streaming(arguments: argparse.Namespace) -> None:
-    """A streamed step (from the second on, which also writes) beside a resident one and beside its transfers alone."""
+    """A streamed step (from the second on, which also writes), compared with a resident one and with its transfers alone."""
+    print(HEADER)
     streamed, resident, disk, ratios, read, written = [], [], [], [], [], []
     for _ in range(arguments.repeats):
-        lines = run_recipe(4, 2, arguments, arguments.weights, "streamed")[1:]
-        streamed.append(statistics.median(line["step_seconds"] for line in lines))
-        read.append(statistics.median(line["read_gib"] for line in lines))
-        written.append(statistics.median(line["written_gib"] for line in lines))
+        finished = run_on(2, 4, arguments, arguments.weights, "streamed")
+        streamed.append(finished.median("step_seconds"))
+        read.append(finished.median("read_gib"))
+        written.append(finished.median("written_gib"))
         read_rate, write_rate = disk_rates(Path(arguments.directory or tempfile.gettempdir()))
         disk.append(2**30 * (read[-1] / read_rate + written[-1] / write_rate))
-        lines = run_recipe(4, 2, arguments, arguments.weights)[1:]
-        resident.append(statistics.median(line["step_seconds"] for line in lines))
+        resident.append(run_on(2, 4, arguments, arguments.weights).median("step_seconds"))
         ratios.append(streamed[-1] / max(disk[-1], resident[-1]))
     print(row("streamed, a step", streamed, "s"))
     print(row("streamed, read", read, "GiB"))
@@ -224,28 +207,32 @@ def streaming(arguments: argparse.Namespace) -> None:
     print(row("streamed over the longer of the two", ratios, "times"))
 
 
+COMMANDS = {
+    "noise": noise,
+    "scoring": scoring,
+    "workers": workers,
+    "update": update,
+    "step": step,
+    "int8": int8,
+    "streaming": streaming,
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=tuple(COMMANDS))
-    parser.add_argument("--config", default="qwen3-0.5b", help="a size of the paper")
+    add_load(parser)
     parser.add_argument("--tokens", type=int, default=4096, help="scoring: tokens a member, in samples of 256")
     parser.add_argument("--threads", type=int, default=1, help="scoring: threads")
-    parser.add_argument("--micro-batch", type=int, default=4)
-    parser.add_argument("--population", type=int, default=8)
-    parser.add_argument("--samples", type=int, default=4)
-    parser.add_argument("--length", type=int, default=256, help="tokens of a sample")
     parser.add_argument("--weights", default="bf16", choices=("bf16", "int8"), help="streaming: what is scored from")
     parser.add_argument("--master", default="fp32", choices=("fp32", "none"))
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--directory", help="where runs are kept while they are measured; default: the temporary folder")
     parser.add_argument("--against", help="step: the command of another loop")
-    arguments = parser.parse_args(argv)
-    print(header(), flush=True)
+    words = list(sys.argv[1:] if argv is None else argv)
+    arguments = parser.parse_args(words)
+    print(f"{provenance('benchmark.py', words)}\n", flush=True)
     COMMANDS[arguments.what](arguments)
     return 0
-
-
-COMMANDS = {"noise": noise, "scoring": scoring, "workers": workers, "step": step, "int8": int8, "streaming": streaming}
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ class Corpus:
 def read_texts(path: str, lines: int) -> list[Document]:
     """The documents of a .txt (one) or .jsonl file (one a record), of a folder of them, or of `BUILTIN`.
 
-    Where `lines` is above 0, reading stops after that many lines or records in total. Blank documents are left out.
+    If `lines` is above 0, reading stops after that many lines or records in total. Blank documents are left out.
     """
     try:
         pieces = islice(_pieces(path), lines or None)
@@ -68,7 +68,7 @@ def tokenize(
 ) -> Corpus:
     """The samples of `texts`, each of 2 to `max_length` tokens.
 
-    "lines": an item of a document each, cut to `max_length`, and the end token where there is room for it. "joined":
+    "lines": each item of a document, cut to `max_length`, and the end token if there is room for it. "joined":
     all documents, the end token between them, cut in windows of `max_length`. What is shorter than 2 is dropped. A
     tokenizer without an end token goes without.
     """
@@ -91,7 +91,7 @@ def tokenize(
 
 
 def check_vocabulary(corpus: Corpus, vocab_size: int) -> None:
-    """Raises `UserError` where a token has no row in an embedding of `vocab_size` rows."""
+    """Raises `UserError` if a token has no row in an embedding of `vocab_size` rows."""
     largest = int(corpus.tokens.max())
     if largest >= vocab_size:
         raise UserError(

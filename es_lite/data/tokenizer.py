@@ -34,7 +34,7 @@ def load_tokenizer(table: DataTable, model_path: str, run_dir: Path, texts: Iter
 def train_bpe(texts: Iterable[Document], vocab_size: int) -> PreTrainedTokenizerBase:
     """A byte-level BPE of the end token (0), the 256 bytes (1 … 256) and merges: `vocab_size` entries in all.
 
-    The same texts give the same tokenizer. A small text has fewer merges to give, and then there are fewer entries.
+    The same texts give the same tokenizer. A small text yields fewer merges, and then there are fewer entries.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -76,7 +76,7 @@ def _save(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Its files into `folder`. Raises OSError where they cannot be written."""
+    """Writes the tokenizer's files into `folder`. Raises OSError if they cannot be written."""
     try:
         tokenizer.save_pretrained(folder)
     except OSError:

@@ -11,7 +11,7 @@ from es_lite.fitness.base import Items
 from es_lite.scoring.perturbation import Perturbation
 
 Progress = Callable[[float], None]
-"""Is told the share of the work that is done, 0 … 1, at least once a second while the work goes on."""
+"""Is told the share of the work that is done, 0 … 1, at least once a second while work is under way."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Usage:
 
 
 class Engine(Protocol):
-    """Scores perturbed models, and advances the weights. It owns the weights: where they are and at which step is its business.
+    """Scores perturbed models, and advances the weights. Where the weights are, and at which step, only the engine knows.
 
     A context manager: no process of it is left when it ends, however it ends.
     """
@@ -38,7 +38,7 @@ class Engine(Protocol):
 
     @property
     def shortage(self) -> str:
-        """Why the run should end after this step although nothing has failed: memory, in words; "" if there is enough."""
+        """Why the run should end after this step although nothing has failed, such as too little memory; "" if it need not."""
         ...
 
     def score(self, perturbations: Sequence[Perturbation], items: Items, progress: Progress) -> np.ndarray:
@@ -80,7 +80,7 @@ class Execution:
     workers: int
     """Members are scored in this many places at once: processes over a resident copy, or lanes of one process."""
     threads: int
-    """Of each worker or lane."""
+    """Threads of each worker or lane."""
     members: int
     """Whose hidden states are in memory together."""
     pass_samples: int
@@ -98,5 +98,5 @@ class Execution:
 
     @property
     def lanes(self) -> int:
-        """Of each process."""
+        """Lanes of each process."""
         return self.workers if self.folded else 1

@@ -17,7 +17,7 @@ from es_lite.algorithm.record import Record
 from es_lite.engine.base import Execution, Progress, Usage
 from es_lite.engine.guard import Guard
 from es_lite.engine.messages import Advance, AdvanceSections, Check, Finish, Score, Task
-from es_lite.engine.pool import Pool
+from es_lite.engine.pool import Pool, prepare
 from es_lite.engine.worker import Setup
 from es_lite.fitness.base import Items
 from es_lite.model.layout import Layer, Layout
@@ -70,6 +70,11 @@ class LocalEngine:
     @property
     def shortage(self) -> str:
         return self._pool.shortage
+
+    @staticmethod
+    def prepare() -> None:
+        """Starts what workers need, while the caller does something else; without it, the engine does so itself."""
+        prepare()
 
     def score(self, perturbations: Sequence[Perturbation], items: Items, progress: Progress) -> np.ndarray:
         members = sum(perturbation.members for perturbation in perturbations)

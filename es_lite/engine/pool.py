@@ -46,7 +46,7 @@ class _Handle:
     task: int | None = None
     """Index of the task."""
     share: float = 0.0
-    """Of the task, done."""
+    """How much of the task is done, 0 … 1."""
     since: float = 0.0
     """When it was started, or got its task (time.monotonic)."""
     ready: bool = False
@@ -107,7 +107,8 @@ class Pool:
     @property
     def shortage(self) -> str:
         """Why the run should end although nothing has failed: memory is short even for one worker; "" if it is not."""
-        return self._guard.reason if self._guard.short and len(self._workers) == 1 else ""
+        short = self._guard.short and len(self._workers) == 1
+        return f"memory is short: {self._guard.reason}; nothing is lost: {SMALLER}" if short else ""
 
     def map(self, tasks: Sequence[Task], patience_seconds: float, progress: Progress) -> list[Any]:
         """The tasks' values, in order.

@@ -46,7 +46,7 @@ class Setup:
     origin: Origin
     layout: Layout
     folder: Path
-    """Of the layers' files."""
+    """Directory of the layers' files."""
     weights: Storage
     """What is scored from: "bf16" or "int8"."""
     fitness: str

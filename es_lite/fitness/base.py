@@ -31,7 +31,8 @@ class Items(Protocol):
 class Dataset(Protocol):
     """A run's items."""
 
-    tokenizer: PreTrainedTokenizerBase
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase: ...
 
     def draw(self, step: int) -> Items:
         """The items of a step, a pure function of the seed and the step."""
@@ -55,7 +56,7 @@ class ItemMemory:
     """Memory that scoring takes beyond weights."""
 
     tokens: int
-    """Of the longest item."""
+    """Tokens of the longest item."""
     hidden: int
     """Bytes of the hidden states of one item for one member."""
     activations: int

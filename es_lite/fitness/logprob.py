@@ -31,7 +31,7 @@ class Samples:
     """None if the recipe asks for no evaluations."""
     recipe: Recipe
     vocab_size: int
-    """Of the model."""
+    """The model's."""
 
     def draw(self, step: int) -> Batch:
         drawn = batch.draw(len(self.train), self.recipe.fitness.samples, self.recipe.run.seed, step)

@@ -43,7 +43,7 @@ def locate(path: str) -> Path:
 
 
 def configuration(path: str, config: str | dict) -> PretrainedConfig:
-    """The configuration of the model folder `path` or, if that is "", of `config`: a size of the paper, a config.json, or keys."""
+    """The configuration of the model folder `path` or, if that is "", `config`: a size of the paper, a config.json, or keys."""
     if path:
         where, document = f"model.path = {path!r}", read_json(locate(path) / "config.json")
     elif isinstance(config, dict):

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from es_lite.algorithm import formats
 from es_lite.errors import DamagedFile, UserError
-from es_lite.files import NewFile, open_file, read_fully
+from es_lite.files import NewFile, open_file, read_fully, view_of
 
 _NUMPY: dict[str, np.dtype] = {"F32": np.dtype("<f4"), "BF16": np.dtype("<u2"), "F16": np.dtype("<f2")}
 
@@ -74,7 +74,7 @@ class Reader:
                 self.close()
                 self._descriptor = open_file(entry.file, os.O_RDONLY)
                 self._path = entry.file
-            read_fully(self._descriptor, memoryview(out).cast("B"), entry.offset + start * out.itemsize, out.nbytes)
+            read_fully(self._descriptor, view_of(out), entry.offset + start * out.itemsize, out.nbytes)
         except OSError as error:
             raise DamagedFile(f"{entry.file}: cannot be read ({error.strerror})") from None
         return out
@@ -130,7 +130,7 @@ class Writer:
             rounded = np.empty(values.size, np.uint16)
             formats.to_bf16(rounded, values)
             values = rounded
-        self._file.append(memoryview(np.ascontiguousarray(values)))
+        self._file.append(view_of(np.ascontiguousarray(values)))
         self._left -= values.nbytes
 
     def __exit__(self, kind: type | None, *_: object) -> None:

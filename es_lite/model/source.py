@@ -18,6 +18,7 @@ from es_lite.algorithm.jit import Threads
 from es_lite.algorithm.noise import gaussian, philox
 from es_lite.algorithm.noise.place import INITIALISATION, Place
 from es_lite.errors import DamagedFile, UserError
+from es_lite.files import view_of
 from es_lite.model.configuration import locate, read_json
 from es_lite.model.layout import Layout, Tensor
 from es_lite.model.sliced_safetensors import Entry, Reader, open_tensors
@@ -76,7 +77,7 @@ class Pretrained:
                 bits, exponent = stored.view(f"u{stored.itemsize}"), EXPONENTS[entry.dtype]
                 if (bits & exponent == exponent).any():  # infinite or not a number
                     raise UserError(f"{entry.file}: {tensor.name} has values that are not finite; the model is broken")
-                digest.update(memoryview(stored).cast("B"))
+                digest.update(view_of(stored))
         return digest.hexdigest()
 
 

@@ -51,7 +51,7 @@ class Parts:
 
 
 class Needs:
-    """Sizes that all ways to run are made of."""
+    """Sizes that every way to run is computed from."""
 
     def __init__(self, recipe: Recipe, fitness: Fitness, text: PretrainedConfig, layout: Layout) -> None:
         """text: the configuration of the language model."""

@@ -32,7 +32,7 @@ class Plan:
     """Bytes by part, of the run directory at its fullest."""
     free_disk: int
     export_bytes: int
-    """Of checkpoint/ or best/."""
+    """Size of checkpoint/, and of best/."""
     passes: int
     """How often a step goes through the layers."""
     tokens: int
@@ -149,42 +149,52 @@ class Plan:
                 f"{verdict}: needs {memory}{gpu} and {disk}",
                 f"a step takes about {duration(estimate.step_seconds)} on this machine, {count(remaining, 'step')} about "
                 f"{duration(remaining * estimate.step_seconds)}{budget}",
-                f"at the end: {self._outcome()}",
+                *self._outcome(),
             ]
         )
 
     def details(self, estimate: Estimate) -> str:
-        """Memory and disk by part, how the machine is used, what a step does and at which rates."""
-        execution, work = self.execution, self.work
+        """How the machine is used, memory and disk by part, what a step does and at which rates."""
+        work = self.work
+        return "\n".join(
+            [
+                self.parts(),
+                f"a step reads {work.read_bytes / GIB:.2f} GiB and writes {work.written_bytes / GIB:.2f} GiB, "
+                f"scores up to {self.tokens:,} tokens ({work.flops / 1e12:.1f} TFLOP), "
+                f"draws {(work.scoring_noise + work.update_noise) / 1e9:.1f} G elements of noise",
+                f"estimated from {estimate.rates}",
+            ]
+        )
+
+    def parts(self) -> str:
+        """How the machine is used; memory and disk by part."""
+        execution = self.execution
         place = f"streamed{' past the page cache' * execution.direct}" if execution.streamed else "resident"
         if execution.device != "cpu":
             place += f", on {execution.device}"
         who = count(execution.workers, "lane" if execution.folded else "worker")
-        lines = [
-            f"{place}, {who} with {count(execution.threads, 'thread')} each, compute {execution.compute}, "
-            f"{count(self.passes, 'pass')} of {count(execution.pass_samples, 'sample')}",
-            *_table("memory, all processes", self.memory, f"of {self.limit.bytes / GIB:.2f} ({self.limit.source})"),
-            *(_table("GPU", self.gpu, f"of {self.gpu_limit.bytes / GIB:.2f} ({self.gpu_limit.source})") if self.gpu else []),
-            *_table("disk", self.disk, f"of {self.free_disk / GIB:.2f} free"),
-            f"a step reads {work.read_bytes / GIB:.2f} GiB and writes {work.written_bytes / GIB:.2f} GiB, "
-            f"scores up to {self.tokens:,} tokens ({work.flops / 1e12:.1f} TFLOP), "
-            f"draws {(work.scoring_noise + work.update_noise) / 1e9:.1f} G elements of noise",
-            f"estimated from {estimate.rates}",
-        ]
-        return "\n".join(lines)
-
-    def _outcome(self) -> str:
-        run, evaluated = self.recipe.run, self.recipe.eval.every
-        size = f"a Hugging Face folder of {self.export_bytes / GIB:.2f} GiB in {run.checkpoint_dtype}"
-        found = [f"{run.dir}/checkpoint, {size}"] if run.checkpoint_every else []
-        found += [f"{run.dir}/best, the step that scored best on held-out text"] if evaluated and self.recipe.eval.best else []
-        if not found:
-            found = [
-                f"no model but {run.dir}/journal.jsonl, from which `python -m es_lite.replay {run.dir} --out DIR` makes {size}"
+        return "\n".join(
+            [
+                f"{place}, {who} with {count(execution.threads, 'thread')} each, compute {execution.compute}, "
+                f"{count(self.passes, 'pass')} of {count(execution.pass_samples, 'sample')}",
+                *_table("memory, all processes", self.memory, f"of {self.limit.bytes / GIB:.2f} ({self.limit.source})"),
+                *(_table("GPU", self.gpu, f"of {self.gpu_limit.bytes / GIB:.2f} ({self.gpu_limit.source})") if self.gpu else []),
+                *_table("disk", self.disk, f"of {self.free_disk / GIB:.2f} free"),
             ]
-        return "; ".join(found)
+        )
+
+    def _outcome(self) -> list[str]:
+        run, size = self.recipe.run, f"{self.export_bytes / GIB:.2f} GiB in {self.recipe.run.checkpoint_dtype}"
+        found = []
+        if run.checkpoint_every:
+            found.append(f"  {run.dir}/checkpoint: the model after the last step, a Hugging Face folder, {size}")
+        if self.recipe.eval.every and self.recipe.eval.best:
+            found.append(f"  {run.dir}/best: the model that scored best on held-out text, likewise")
+        if not found:
+            found = [f"  {run.dir}/journal.jsonl: from it, `es-lite replay {run.dir} --out DIR` makes the model ({size})"]
+        return ["at the end:", *found]
 
 
 def _table(name: str, parts: dict[str, int], of: str) -> list[str]:
     rows = [f"  {part:<24} {size / GIB:>6.2f}" for part, size in parts.items()]
-    return [f"{name + ', GiB':<26}", *rows, f"  {'total':<24} {sum(parts.values()) / GIB:>6.2f}   {of}"]
+    return [f"{name}, GiB", *rows, f"  {'total':<24} {sum(parts.values()) / GIB:>6.2f}   {of}"]

@@ -18,7 +18,7 @@ from es_lite.engine.base import Execution
 from es_lite.files import open_file, write_fully
 
 DISK_BYTES = 256 * 2**20
-"""Written and read back where the layers will be."""
+"""Written and read back on the disk that the layers will be on."""
 
 MATRIX, ROWS = 2**22, 512
 """At most this many elements of a matrix, and rows of hidden states, are used to measure scoring."""
@@ -29,7 +29,7 @@ class Work:
     """What a step does."""
 
     flops: float
-    """Of the matrix products of scoring, at most."""
+    """Operations of scoring's matrix products, at most."""
     scoring_noise: int
     """Noise elements drawn while scoring; likewise in the update."""
     update_noise: int

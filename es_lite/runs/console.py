@@ -42,11 +42,13 @@ class Console:
         self._print(f"warning: {text}", sys.stderr)
 
     @contextlib.contextmanager
-    def progress(self, what: str, count: int, unit: str, expected_seconds: float = 0.0) -> Iterator[Callable[[float], None]]:
-        """Shows how far a piece of work is, of `count` units; call what this returns with the share that is done.
+    def progress(self, what: str, members: int = 0, expected_seconds: float = 0.0) -> Iterator[Callable[[float], None]]:
+        """Shows how far a piece of work is; call what this returns with the share that is done, 0 … 1.
 
-        expected_seconds: how long it may take, used until the share says more; 0: unknown.
+        members: show how many of these are done; 0: show percent. expected_seconds: how long it may take, used until the share
+        says more; 0: unknown.
         """
+        count, unit = (members, "member") if members else (100, "%")
         began = time.monotonic()
         disable = not self._live
         with tqdm(total=count, desc=what, unit=unit, leave=False, position=1, dynamic_ncols=True, disable=disable) as bar:
@@ -58,7 +60,8 @@ class Console:
                     elapsed = time.monotonic() - began
                     left = elapsed / share - elapsed if share > 0.02 else max(0.0, expected_seconds - elapsed)
                     tail = f", about {duration(left)} left" if left else ""
-                    self.say(f"{what}: {int(share * count)} of {count} {unit}s done in {duration(elapsed)}{tail}")
+                    part = f"{int(share * members)} of {members} members" if members else f"{share:.0%}"
+                    self.say(f"{what}: {part} done in {duration(elapsed)}{tail}")
 
             yield show
 

@@ -1,4 +1,4 @@
-"""A Hugging Face folder of the model as it stands: weights, configuration, tokenizer, model card."""
+"""Exports a model as a Hugging Face folder: weights, configuration, tokenizer, model card."""
 
 import json
 from collections.abc import Callable, Sequence

@@ -4,7 +4,7 @@ import statistics
 import time
 from collections import deque
 
-from es_lite.quantities import duration
+from es_lite.quantities import count, duration
 
 MEASURED = 5
 """The next step is expected to take the median of this many steps before it."""
@@ -16,6 +16,9 @@ process's first work is slow."""
 NOTICEABLE = 1.25
 """A correction by less than this factor is not worth a line."""
 
+CORRECTING_STEP = 2
+"""After this step of a command, the second that is measured, what was said is compared with the steps for the last time."""
+
 
 class Pace:
     def __init__(self, score_seconds: float, update_seconds: float, minutes: float) -> None:
@@ -25,7 +28,8 @@ class Pace:
         self._update_seconds = update_seconds
         self._minutes = minutes
         self._measured: deque[float] = deque(maxlen=MEASURED)
-        self._corrected = False
+        self._said = self._estimate
+        self._early = False
 
     @property
     def step_seconds(self) -> float:
@@ -37,19 +41,24 @@ class Pace:
 
     def rest(self, steps: int) -> str:
         """How long the remaining steps will take, in words."""
-        return f"the remaining {steps} steps about {duration(steps * self.step_seconds)}"
+        return f"the remaining {count(steps, 'step')} about {duration(steps * self.step_seconds)}"
 
-    def correct(self, share: float, seconds: float) -> bool:
-        """`share` of a step's scoring took `seconds`. True if that changes the estimate noticeably; once, in the first step."""
-        if self._corrected or self._measured or share < SHARE or seconds < SECONDS:
+    def scored(self, share: float, seconds: float) -> bool:
+        """`share` of a step's scoring took `seconds`. True if that corrects noticeably what was said; once, in the first step."""
+        if self._early or self._measured or share < SHARE or seconds < SECONDS:
             return False
-        self._corrected = True
-        before, self._estimate = self._estimate, seconds / share + self._update_seconds
-        return not 1 / NOTICEABLE < self._estimate / max(before, 1e-9) < NOTICEABLE
+        self._early = True
+        self._estimate = seconds / share + self._update_seconds
+        return self._noticeable()
 
-    def stepped(self, seconds: float) -> None:
-        """A step is done."""
+    def stepped(self, seconds: float) -> bool:
+        """A step is done. True if that corrects noticeably what was said; once, after the second step."""
         self._measured.append(seconds)
+        return len(self._measured) == CORRECTING_STEP and self._noticeable()
+
+    def _noticeable(self) -> bool:
+        before, self._said = self._said, self.step_seconds
+        return not 1 / NOTICEABLE < self._said / max(before, 1e-9) < NOTICEABLE
 
     @property
     def exhausted(self) -> bool:

@@ -73,17 +73,17 @@ class AfterHead:
 class HeadInput(nn.Module):
     """Replaces the head in the model, keeps what comes in, and passes on a single 0 for logits."""
 
-    hidden: torch.Tensor | None = None
+    def __init__(self) -> None:
+        super().__init__()
+        self._hidden: list[torch.Tensor] = []
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        self.hidden = hidden
+        self._hidden.append(hidden)
         return hidden.new_zeros(1, 1, 1)
 
     def take(self) -> torch.Tensor:
-        """The hidden states that came in last; they are not kept any longer."""
-        hidden, self.hidden = self.hidden, None
-        assert hidden is not None
-        return hidden
+        """The hidden states that came in; they are not kept any longer."""
+        return self._hidden.pop()
 
 
 @dataclass(frozen=True)

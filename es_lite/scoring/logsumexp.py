@@ -47,7 +47,7 @@ def _halve_sum(values):
 
 @jit
 def _row(values, power, power_bits, greatest, total):
-    """One token's block, float32 [a power of two], -inf where it is padded: the new (greatest, total).
+    """One token's block, float32 [a power of two], -inf in the padding: the new (greatest, total).
 
     exp(x) = 2^n · 2^f with n the nearest whole number to x·log2(e), found by adding and subtracting MAGIC: the
     low bits of the sum are n. `power_bits` is `power` seen as uint32.

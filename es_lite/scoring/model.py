@@ -5,6 +5,7 @@ forward of the model runs once over all members and samples; what it hands to it
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -96,7 +97,7 @@ def _replace_modules(model: PreTrainedModel, layout: Layout, run: Pass) -> tuple
         if module is head:
             replaced[name] = head_input
         elif module is embedding:
-            module.padding_idx = None  # the number of a row that may not be made; only gradients use it
+            cast(Any, module).padding_idx = None  # the number of a row that may not be made; only gradients use it
             replaced[name] = EmbeddingProxy(module, layer, own, run)
         else:
             replaced[name] = Proxy(module, layer, own, run)

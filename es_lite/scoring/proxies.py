@@ -31,9 +31,9 @@ class Rows:
     """The rows of one micro-batch of one member, cut to its longest sample."""
 
     rows: slice
-    """Of the G·B."""
+    """Which of the G·B rows."""
     samples: slice
-    """Of the B."""
+    """Which of the B samples."""
     length: int
     """Tokens."""
     total: int

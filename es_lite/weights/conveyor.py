@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from es_lite.errors import RunError
-from es_lite.files import ALIGNMENT, aligned
+from es_lite.files import ALIGNMENT, aligned, view_of
 from es_lite.model.layout import Layout
 from es_lite.weights.layer_file import FileWriter, LayerFile
 from es_lite.weights.layer_format import Section
@@ -162,7 +162,7 @@ class Conveyor:
             if not self._failure:
                 try:
                     writer = writer or FileWriter(file, self._direct)
-                    writer.write(filled.section, memoryview(filled.buffer.array))
+                    writer.write(filled.section, view_of(filled.buffer.array))
                     if filled.last:
                         writer.finish(filled.layer.reader.front, self._step)
                         writer = None

@@ -9,7 +9,7 @@ import numpy as np
 import xxhash
 
 from es_lite.errors import DamagedFile
-from es_lite.files import NewFile, aligned, open_file, read_fully
+from es_lite.files import NewFile, aligned, open_file, read_fully, view_of
 from es_lite.model.layout import Layer, Tensor
 from es_lite.weights.layer_format import Front, LayerFormat, Section
 from es_lite.weights.parts import Part
@@ -91,14 +91,14 @@ class FileReader:
         if small:
             part.data[:] = small.data[start : start + count]
         else:
-            view = memoryview(part.data).cast("B")
+            view = view_of(part.data)
             self._read(view, self.file.format.offset(tensor) + start * part.data.itemsize, len(view))
         part.own_scales[:] = Part(tensor, start, part.data, self._found.scales_of(tensor)).own_scales
         return part
 
     def read_section(self, section: Section, out: np.ndarray) -> None:
         """The section's bytes into `out`, uint8, which may be larger."""
-        view = memoryview(out)
+        view = view_of(out)
         self._read(view[: aligned(section.bytes)] if self._direct else view, section.low, section.bytes)
         self._hash.update(view[: section.bytes])
 

@@ -13,8 +13,8 @@ import numpy as np
 from es_lite.algorithm.formats import Storage
 from es_lite.algorithm.jit import Threads
 from es_lite.algorithm.record import Record
-from es_lite.errors import DamagedFile, RunError
-from es_lite.files import NewFile, read_fully
+from es_lite.errors import DamagedFile, RunError, UserError
+from es_lite.files import NewFile, read_fully, view_of
 from es_lite.model.layout import Layer, Layout
 from es_lite.model.source import Source
 from es_lite.weights.layer_file import FileWriter, LayerFile, commit_front
@@ -37,6 +37,15 @@ class Store:
     def steps(self) -> list[int]:
         """The step that each layer's file holds; 0, θ₀'s, if there is no file yet. Raises DamagedFile."""
         return [file.front().step if file.exists() else 0 for file in self.files]
+
+    def check_steps(self, last: int, journal: Path) -> None:
+        """Raises UserError if a layer is ahead of the journal, which ends at step `last`."""
+        highest = max(self.steps())
+        if highest > last:
+            raise UserError(
+                f"{self.folder}: a layer is at step {highest}, but {journal} ends at step {last}; restore the journal, or remove "
+                f"{self.folder} to make it again from the journal"
+            )
 
     def remove_damaged(self) -> Iterator[DamagedFile]:
         """Removes the files that are not what was written, so that they are made again; says which."""
@@ -79,7 +88,7 @@ def advance(
                     if working:
                         working.write(part, threads)
                 if writer:
-                    writer.write(section, memoryview(data))
+                    writer.write(section, view_of(data))
             reader.verify()
             for part in reader.small():
                 if working:
@@ -124,9 +133,9 @@ def advance_sections(
                             working.write(part, threads)
                         if new and part.scales.size:
                             first = part.start // part.tensor.width
-                            new.write(memoryview(part.own_scales).cast("B"), file.format.scales_offset(part.tensor) + 4 * first)
+                            new.write(view_of(part.own_scales), file.format.scales_offset(part.tensor) + 4 * first)
                     if new:
-                        new.write(memoryview(data), section.low)
+                        new.write(view_of(data), section.low)
             finally:
                 if new:
                     new.close()
@@ -156,7 +165,7 @@ def finish(
             try:
                 front = reader.front
                 for tensor in file.format.scaled:
-                    scales = memoryview(front.scales_of(tensor)).cast("B")
+                    scales = view_of(front.scales_of(tensor))
                     read_fully(new.descriptor, scales, file.format.scales_offset(tensor), len(scales))
                 front.step = step
                 front.checksum = file.format.checksum(file.hash_matrices(new.descriptor), front)

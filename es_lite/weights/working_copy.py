@@ -16,7 +16,7 @@ import numpy as np
 from es_lite.algorithm.formats import NO_SCALES, Storage
 from es_lite.algorithm.jit import Threads
 from es_lite.errors import RunError
-from es_lite.files import write_fully
+from es_lite.files import view_of, write_fully
 from es_lite.model.layout import Layer, Layout, Tensor
 from es_lite.weights.parts import Part, dtype_of, scales_of
 
@@ -81,9 +81,9 @@ class WorkingCopy:
         at, scales_at = self._offsets[tensor.name]
         first, count = part.start // max(1, tensor.width), part.data.size // max(1, tensor.width)
         try:
-            write_fully(self._descriptor, memoryview(part.data).cast("B"), at + dtype.itemsize * part.start)
+            write_fully(self._descriptor, view_of(part.data), at + dtype.itemsize * part.start)
             if part.scales.size:
-                scales = memoryview(part.scales[first : first + count]).cast("B")
+                scales = view_of(part.scales[first : first + count])
                 write_fully(self._descriptor, scales, scales_at + 4 * first)
         except OSError as error:
             raise RunError(

@@ -1,14 +1,17 @@
+"""The record of a step: coefficients and decay from scores, and the noise pairs that contribute."""
+
 import dataclasses
 
 import numpy as np
 import pytest
 
 from es_lite.algorithm import shaping
-from es_lite.algorithm.record import Record, make
+from es_lite.algorithm.record import Record
 
-SCORES = [-3.25, -3.5, -2.0, -9.75, -3.0, -1.25]
+SCORES = np.array([-3.25, -3.5, -2.0, -9.75, -3.0, -1.25])
 OPTIONS = {
     "seed": 2**64 - 1,
+    "kind": "gaussian",
     "sigma": 0.125,
     "alpha": 0.3,
     "shaping_kind": "zscore",
@@ -19,24 +22,25 @@ OPTIONS = {
 
 
 def record(**changes) -> Record:
-    return make(4, SCORES, **OPTIONS | changes)
+    return Record.from_scores(4, SCORES, **OPTIONS | changes)
 
 
 @pytest.mark.parametrize("kind", ["zscore", "rank"])
-def test_standard_coefficients_are_alpha_over_n_times_the_weights(kind):
-    expected = 0.3 / 6 * shaping.shape(np.array(SCORES), kind)
+def test_standard_coefficients_are_alpha_over_n_times_the_utilities(kind):
+    expected = 0.3 / 6 * shaping.utilities(SCORES, kind)
     assert np.allclose(record(shaping_kind=kind).coefficients, expected, rtol=1e-7, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["zscore", "rank"])
-def test_nes_divides_by_sigma_too(kind):
-    expected = 0.3 / (6 * 0.125) * shaping.shape(np.array(SCORES), kind)
+def test_nes_coefficients_are_divided_by_sigma_too(kind):
+    expected = 0.3 / (6 * 0.125) * shaping.utilities(SCORES, kind)
     assert np.allclose(record(shaping_kind=kind, scale="nes").coefficients, expected, rtol=1e-7, atol=0)
 
 
-def test_everything_that_a_step_needs_is_in_it():
+def test_it_holds_everything_that_the_step_needs():
     made = record(antithetic=True)
     assert (made.step, made.seed, made.sigma, made.antithetic, made.decay) == (4, 2**64 - 1, 0.125, True, 0.0)
+    assert made.kind == "gaussian" and record(kind="other").kind == "other"
     assert len(made.coefficients) == 6
 
 
@@ -52,15 +56,15 @@ def test_the_decay_is_alpha_times_lambda_whatever_the_scale(scale):
 
 
 def test_a_score_that_is_not_finite_has_coefficient_0_and_counts_in_n():
-    scores = [-3.25, np.nan, -2.0, -np.inf]
-    made = make(0, scores, **OPTIONS)
+    scores = np.array([-3.25, np.nan, -2.0, -np.inf])
+    made = Record.from_scores(0, scores, **OPTIONS)
     assert made.coefficients[1] == made.coefficients[3] == 0
     assert np.allclose(made.coefficients[::2], [-0.3 / 4, 0.3 / 4], rtol=1e-6)
 
 
 def test_fewer_than_two_finite_scores_make_no_record():
     with pytest.raises(ValueError, match="1 of 3 scores are finite"):
-        make(0, [np.nan, 1.0, np.inf], **OPTIONS)
+        Record.from_scores(0, np.array([np.nan, 1.0, np.inf]), **OPTIONS)
 
 
 def with_coefficients(coefficients, antithetic) -> Record:
@@ -74,7 +78,7 @@ def test_without_antithetic_sampling_a_member_is_its_own_pair():
     assert coefficients.tolist() == [0.5, -1.5, 2.0]
 
 
-def test_an_antithetic_pair_has_the_difference_in_float32():
+def test_the_coefficient_of_an_antithetic_pair_is_the_difference_in_float32():
     values = np.array([0.1, -0.7, 1e-8, 1.0], np.float32)
     pairs, coefficients = with_coefficients(values.tolist(), True).pairs()
     assert pairs.tolist() == [0, 1]
@@ -86,7 +90,7 @@ def test_an_antithetic_pair_has_the_difference_in_float32():
     ("coefficients", "antithetic", "expected"),
     [([0.0, 1.0, -0.0, 2.0], False, [1, 3]), ([1.0, 1.0, 3.0, 2.0, 0.0, 0.0], True, [1]), ([0.0, 0.0], False, [])],
 )
-def test_pairs_that_cancel_are_left_out(coefficients, antithetic, expected):
+def test_pairs_with_the_coefficient_0_are_left_out(coefficients, antithetic, expected):
     pairs, kept = with_coefficients(coefficients, antithetic).pairs()
     assert pairs.tolist() == expected and kept.size == len(expected) and kept.all()
 

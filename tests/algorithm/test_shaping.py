@@ -1,7 +1,9 @@
+"""Scores to utilities: z-score and rank."""
+
 import numpy as np
 import pytest
 
-from es_lite.algorithm.shaping import shape
+from es_lite.algorithm.shaping import utilities
 
 SCORES = np.array([-3.25, -3.5, -2.0, -9.75, -3.0])
 
@@ -9,21 +11,21 @@ SCORES = np.array([-3.25, -3.5, -2.0, -9.75, -3.0])
 def test_zscore_divides_by_the_deviation_with_ddof_0_plus_1e_8():
     mean = sum(SCORES) / 5
     std = (sum((r - mean) ** 2 for r in SCORES) / 5) ** 0.5
-    assert np.allclose(shape(SCORES, "zscore"), [(r - mean) / (std + 1e-8) for r in SCORES], rtol=1e-14, atol=0)
+    assert np.allclose(utilities(SCORES, "zscore"), [(r - mean) / (std + 1e-8) for r in SCORES], rtol=1e-14, atol=0)
 
 
-def test_zscore_of_close_scores_feels_the_1e_8():
-    """std is 1e-8 here, so the weights are ±1/2, where without it they would be ±1."""
-    assert np.allclose(shape(np.array([1e-8, -1e-8]), "zscore"), [0.5, -0.5], rtol=1e-12)
+def test_the_1e_8_matters_for_close_scores():
+    """std is 1e-8 here, so the utilities are ±1/2; without the 1e-8 they would be ±1."""
+    assert np.allclose(utilities(np.array([1e-8, -1e-8]), "zscore"), [0.5, -0.5], rtol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["zscore", "rank"])
-def test_equal_scores_weigh_nothing(kind):
-    assert shape(np.full(6, -2.5), kind).tolist() == [0] * 6
+def test_equal_scores_have_the_utility_0(kind):
+    assert utilities(np.full(6, -2.5), kind).tolist() == [0] * 6
 
 
 def test_ranks_run_from_minus_one_to_one():
-    assert shape(SCORES, "rank").tolist() == [0, -0.5, 1, -1, 0.5]
+    assert utilities(SCORES, "rank").tolist() == [0, -0.5, 1, -1, 0.5]
 
 
 @pytest.mark.parametrize(
@@ -35,24 +37,24 @@ def test_ranks_run_from_minus_one_to_one():
     ],
 )
 def test_ties_share_their_mean_rank(scores, expected):
-    assert np.allclose(shape(np.array(scores, np.float64), "rank"), expected, rtol=1e-15)
+    assert np.allclose(utilities(np.array(scores, np.float64), "rank"), expected, rtol=1e-15)
 
 
 @pytest.mark.parametrize("kind", ["zscore", "rank"])
-def test_weights_sum_to_nothing_and_keep_the_order(kind):
-    weights = shape(SCORES, kind)
-    assert abs(weights.sum()) < 1e-12
-    assert np.array_equal(np.argsort(weights), np.argsort(SCORES))
+def test_utilities_sum_to_0_and_keep_the_order(kind):
+    shaped = utilities(SCORES, kind)
+    assert abs(shaped.sum()) < 1e-12
+    assert np.array_equal(np.argsort(shaped), np.argsort(SCORES))
 
 
 @pytest.mark.parametrize("kind", ["zscore", "rank"])
 @pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
 def test_a_score_that_is_not_finite_is_left_out(kind, broken):
     scores = np.insert(SCORES, [0, 3, 5], broken)
-    weights = shape(scores, kind)
-    assert weights.dtype == np.float64
-    assert weights[[0, 4, 7]].tolist() == [0, 0, 0]
-    assert np.array_equal(weights[np.isfinite(scores)], shape(SCORES, kind))
+    shaped = utilities(scores, kind)
+    assert shaped.dtype == np.float64
+    assert shaped[[0, 4, 7]].tolist() == [0, 0, 0]
+    assert np.array_equal(shaped[np.isfinite(scores)], utilities(SCORES, kind))
 
 
 @pytest.mark.parametrize("kind", ["zscore", "rank"])
@@ -60,20 +62,20 @@ def test_a_score_that_is_not_finite_is_left_out(kind, broken):
 def test_fewer_than_two_finite_scores_cannot_be_compared(kind, scores):
     finite = int(np.isfinite(scores).sum())
     with pytest.raises(ValueError, match=f"{finite} of {len(scores)} scores are finite"):
-        shape(np.array(scores, np.float64), kind)
+        utilities(np.array(scores, np.float64), kind)
 
 
 @pytest.mark.parametrize("kind", ["zscore", "rank"])
 def test_two_finite_scores_are_enough(kind):
-    assert np.allclose(shape(np.array([np.nan, 4.0, 1.0]), kind), [0, 1, -1], rtol=1e-7)
+    assert np.allclose(utilities(np.array([np.nan, 4.0, 1.0]), kind), [0, 1, -1], rtol=1e-7)
 
 
 def test_the_scores_are_not_changed():
     scores = np.array([1.0, np.nan, 3.0])
-    shape(scores, "zscore")
+    utilities(scores, "zscore")
     assert np.array_equal(scores, [1.0, np.nan, 3.0], equal_nan=True)
 
 
 def test_an_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="median"):
-        shape(SCORES, "median")
+        utilities(SCORES, "median")

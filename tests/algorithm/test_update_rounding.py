@@ -1,13 +1,16 @@
-"""The update of bfloat16 and int8 weights against plain numpy float32 arithmetic, bit for bit; and that its rounding is fair."""
+"""The update of bfloat16 and int8 weights against plain numpy float32 arithmetic, bit for bit; its rounding is unbiased."""
 
 import numpy as np
 import plain
 import pytest
 from plain import same_bits
 
-from es_lite.algorithm import kernels, noise, update
+from es_lite.algorithm import update
 from es_lite.algorithm.formats import NO_SCALES
 from es_lite.algorithm.jit import Threads
+from es_lite.algorithm.noise import gaussian
+from es_lite.algorithm.noise.kinds import kind_of
+from es_lite.algorithm.noise.place import ROUNDING, Place
 
 PLACE = {"seed": 0xFEDCBA9876543210, "step": 11, "tensor": 290}
 PAIRS = np.array([0, 1, 2, 5, 6, 40, 2**32 - 2], np.uint32)
@@ -27,11 +30,16 @@ def normal(count: int) -> np.ndarray:
     return values
 
 
-def advance(stored: np.ndarray, scales: np.ndarray | None = None, **changes) -> None:
-    update.advance(stored, **{**PLACE, **SUM, "decay": 0.0, "scales": scales, **changes})
+def advance(stored: np.ndarray, scales: np.ndarray = NO_SCALES, *, start: int = 0, **changes) -> None:
+    """The update of `stored` and `scales` in place; `changes`: other coordinates, pairs, coefficients or decay."""
+    given = {**PLACE, **SUM, "decay": 0.0, **changes}
+    place = Place(given["seed"], given["step"], 0, given["tensor"])
+    moved = given["pairs"], given["coefficients"], given["decay"]
+    update.advance(stored, kind_of("gaussian"), place, *moved, start=start, scales=scales)
 
 
 def expected(stored: np.ndarray, scales: np.ndarray = NO_SCALES, **changes) -> tuple[np.ndarray, np.ndarray]:
+    """Copies of both after the update, by the reference."""
     return plain.advanced(stored, scales, **{**PLACE, **SUM, "decay": 0.0, **changes})
 
 
@@ -56,7 +64,21 @@ def test_int8(width, decay, first, rows):
     assert same_bits(out, after) and same_bits(out_scales, scales_after)
 
 
-def test_bf16_cut_anywhere_has_the_same_bits():
+@pytest.mark.parametrize(("rows", "width"), [(40, 5003), (2, update.BLOCK + 9), (2 * update.BLOCK + 77, 1)])
+def test_tensors_longer_than_a_block_of_the_sum(rows, width):
+    """A block of int8 is whole rows, at least one."""
+    few = {"pairs": PAIRS[:2], "coefficients": COEFFICIENTS[4:6], "decay": 1.7e-3, "start": 3 * width}
+    stored, scales = plain.quantised(normal(width * rows), width)
+    bits = plain.bf16(normal(width * rows))
+    out, out_scales, out_bits = stored.copy(), scales.copy(), bits.copy()
+    advance(out, out_scales, **few)
+    advance(out_bits, **few)
+    after, scales_after = expected(stored, scales, **few)
+    assert same_bits(out, after) and same_bits(out_scales, scales_after)
+    assert same_bits(out_bits, expected(bits, **few)[0])
+
+
+def test_bf16_divided_anywhere_gets_the_same_bits():
     stored = plain.bf16(normal(9001))
     after = expected(stored, start=5)[0]
     for cuts in ([1, 2, 3], [8, 4096], [2047, 2049, 9000], [4500]):
@@ -67,7 +89,7 @@ def test_bf16_cut_anywhere_has_the_same_bits():
 
 
 @WIDTHS
-def test_int8_cut_between_any_rows_has_the_same_bits(width):
+def test_int8_divided_between_any_rows_gets_the_same_bits(width):
     stored, scales = plain.quantised(normal(width * 9), width)
     after, scales_after = expected(stored, scales, start=2 * width)
     for cuts in ([1], [4, 5], [3, 8], range(1, 9)):
@@ -78,7 +100,7 @@ def test_int8_cut_between_any_rows_has_the_same_bits(width):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
-def test_threads_change_no_bit(count):
+def test_the_bits_do_not_depend_on_the_threads(count):
     width, rows = 333, 61
     bits, (stored, scales) = plain.bf16(normal(width * rows)), plain.quantised(normal(width * rows), width)
     out, out_bits, out_scales = stored.copy(), bits.copy(), scales.copy()
@@ -94,7 +116,7 @@ def test_threads_change_no_bit(count):
     assert same_bits(out, after) and same_bits(out_scales, scales_after)
 
 
-def test_nothing_beside_the_slice_is_written():
+def test_nothing_outside_the_slice_is_written():
     bits, (stored, scales) = plain.bf16(normal(700)), plain.quantised(normal(700), 70)
     out, out_bits, out_scales = stored.copy(), bits.copy(), scales.copy()
     advance(out_bits[100:500], start=100)
@@ -105,8 +127,8 @@ def test_nothing_beside_the_slice_is_written():
 
 
 @pytest.mark.parametrize("change", [{"step": 12}, {"tensor": 291}, {"seed": 1}])
-def test_each_step_tensor_and_seed_rounds_otherwise(change):
-    """With no noise in the update, only the rounding can tell them apart."""
+def test_each_step_tensor_and_seed_is_rounded_by_other_bits(change):
+    """The update has no noise here, so only the rounding can make a difference."""
     bits, (stored, scales) = plain.bf16(normal(5000)), plain.quantised(normal(5000), 50)
     results = []
     for place in ({}, change):
@@ -118,12 +140,12 @@ def test_each_step_tensor_and_seed_rounds_otherwise(change):
     assert results[0][0] != results[1][0] and results[0][1] != results[1][1]
 
 
-def test_the_rounding_is_no_members_noise():
-    """Its lanes are those of a pair that an antithetic or plain population of any size has not."""
-    assert update.ROUNDING == 2**32 - 1
+def test_the_rounding_takes_the_bits_of_a_reserved_pair():
+    """No member of any population has this pair, antithetic or not."""
+    assert ROUNDING == 2**32 - 1
     lanes = plain.random16(**PLACE, start=3, count=1000)
-    quantiles = noise.table()[lanes].astype(np.float32) / np.float32(noise.QUANTUM)
-    assert same_bits(quantiles, noise.gaussian(**PLACE, pair=update.ROUNDING, start=3, count=1000))
+    quantiles = gaussian.table()[lanes].astype(np.float32) / np.float32(gaussian.QUANTUM)
+    assert same_bits(quantiles, gaussian.epsilon(Place(**PLACE, pair=ROUNDING), 3, 1000))
 
 
 def test_int8_scales_grow_just_enough_and_never_shrink():
@@ -139,16 +161,16 @@ def test_int8_scales_grow_just_enough_and_never_shrink():
         advance(stored, scales, step=step, decay=0.2)
         assert (scales >= before).all() and (scales >= top).all()
         grew = scales > before
-        assert (scales[grew] / np.float32(1.0624) < top[grew]).all(), "more factors than it takes"
+        assert (scales[grew] / np.float32(1.0624) < top[grew]).all(), "grown by more factors than needed"
         assert ((top <= before) == ~grew).all()
         assert np.abs(stored).max() <= 127
     growth = np.log(scales.astype(np.float64) / first) / np.log(17 / 16)
     assert np.abs(growth - np.rint(growth)).max() < 1e-4
-    assert (growth.round() == 0).any() and (growth.round() > 20).any(), "rows of both kinds were there"
+    assert (growth.round() == 0).any() and (growth.round() > 20).any(), "the rows must be of both kinds"
 
 
-def test_a_row_of_zeros_takes_its_first_update():
-    """Its scale is then its greatest magnitude; without an update it stays what it was."""
+def test_a_row_of_zeros_gets_its_scale_from_its_first_update():
+    """The scale becomes the row's greatest magnitude; without an update the row stays zeros."""
     width = 40
     stored, scales = np.zeros(3 * width, np.int8), np.zeros(3, np.float32)
     advance(stored, scales, **NONE, decay=0.1)
@@ -161,7 +183,7 @@ def test_a_row_of_zeros_takes_its_first_update():
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_int8_never_leaves_its_levels(sign):
-    """A row's greatest element times its factor may come out a last bit beyond 127, and the random bits as far as -128."""
+    """Rounding may lift a row's greatest element times its factor a last bit above 127, and the random bits may reach -128."""
     rows = 2**19
     first = sign * np.exp(np.random.default_rng(3).uniform(-20, 20, rows)).astype(np.float32)
     stored, scales = plain.quantised(first, 1)
@@ -174,11 +196,11 @@ def test_int8_never_leaves_its_levels(sign):
         out, out_scales = stored.copy(), scales.copy()
         advance(out, out_scales, step=step, **NONE)
         assert (sign * out.astype(int) >= 126).all() and (np.abs(out.astype(int)) <= 127).all()
-    assert sign < 0 or beyond > 0, "nothing was there to be clipped"
+    assert sign < 0 or beyond > 0, "nothing had to be clipped"
 
 
-def far_below_a_step(kind: str, rows: int) -> tuple[np.ndarray, np.ndarray, int, np.ndarray]:
-    """Weights, their scales, a row's width and each element's resolution, float64."""
+def coarse_weights(kind: str, rows: int) -> tuple[np.ndarray, np.ndarray, int, np.ndarray]:
+    """Weights that are coarse compared with the updates below: stored, scales, the width of a row, the elements' resolutions."""
     width = 256
     values = normal(rows * width) + np.float32(0.001)
     if kind == "int8":
@@ -188,58 +210,61 @@ def far_below_a_step(kind: str, rows: int) -> tuple[np.ndarray, np.ndarray, int,
     return stored, NO_SCALES.copy(), width, 2.0 ** (np.floor(np.log2(np.abs(plain.float32(stored)))) - 7)
 
 
-def stays(values: np.ndarray, moved: np.ndarray, resolution: np.ndarray) -> bool:
-    """Whether `moved`, rounded to nearest, is `values` again."""
+def unchanged(values: np.ndarray, moved: np.ndarray, resolution: np.ndarray) -> bool:
+    """Whether rounding `moved` to nearest gives `values` again."""
     return np.array_equal(np.rint(moved / resolution), np.rint(values / resolution))
 
 
 @pytest.mark.parametrize("kind", ["bf16", "int8"])
-def test_updates_far_below_a_step_move_the_weights_as_much_as_they_should(kind):
-    """16 steps, each of about a fiftieth of the weights' resolution s, of 2^20 weights. Stochastic rounding is fair: where an
-    update is f·s, the variance is f·(1 - f)·s². So the sum of all movements, and their product with the movements that were
-    asked for, are within five standard deviations, some 3 % of the latter. Plain rounding moves nothing."""
-    stored, scales, width, resolution = far_below_a_step(kind, 4096)
-    begun = plain.as_float32(stored, scales, width).astype(np.float64)
+def test_updates_far_below_the_resolution_move_the_weights_as_much_as_they_should(kind):
+    """16 updates of 2^20 weights, each about a fiftieth of a weight's resolution s; rounding to nearest would move nothing.
+
+    Stochastic rounding is unbiased, and an update of f·s has the variance f·(1 - f)·s². So the sum of the weights' movements,
+    and their product with the updates, must be within five standard deviations of what is expected: about 3 % of the latter.
+    """
+    stored, scales, width, resolution = coarse_weights(kind, 4096)
+    first = plain.as_float32(stored, scales, width).astype(np.float64)
     coefficient = np.float32(0.02 * np.median(resolution))
-    asked, variance = np.zeros(stored.size), np.zeros(stored.size)
-    coarse = resolution >= np.median(resolution) / 4  # near zero bfloat16 resolves every update
+    wanted, variance = np.zeros(stored.size), np.zeros(stored.size)
+    coarse = resolution >= np.median(resolution) / 4  # bfloat16 near zero is fine enough for every update
     one = np.empty(stored.size, np.float32)
     for step in range(16):
-        place = PLACE | {"step": step}
-        kernels.fill(one, **place, pair=step, scale=float(coefficient))
+        gaussian.fill(one, Place(**PLACE | {"step": step}, pair=step), float(coefficient))
         advance(stored, scales, step=step, pairs=np.array([step], np.uint32), coefficients=np.array([coefficient]))
-        asked += one
+        wanted += one
         variance += np.abs(one) * resolution
-    assert stays(begun[coarse], (begun + one)[coarse], resolution[coarse]), "plain rounding would have moved something"
-    moved = plain.as_float32(stored, scales, width) - begun
-    difference, direction, variance = (moved - asked)[coarse], asked[coarse], variance[coarse]
+    assert unchanged(first[coarse], (first + one)[coarse], resolution[coarse]), "rounding to nearest would move something too"
+    moved = plain.as_float32(stored, scales, width) - first
+    difference, direction, variance = (moved - wanted)[coarse], wanted[coarse], variance[coarse]
     deviation = np.sqrt(variance @ direction**2)
     assert abs(difference @ direction) < 5 * deviation < 0.05 * (direction @ direction)
     assert abs(difference.sum()) < 5 * np.sqrt(variance.sum())
 
 
 @pytest.mark.parametrize("kind", ["bf16", "int8"])
-def test_a_decay_far_below_a_step_shrinks_the_weights_as_it_should(kind):
-    """To θ·(1 - d)^n on average, where plain rounding would not notice d; as above, within five standard deviations. Both signs
-    shrink: nothing is drawn to one side."""
-    stored, scales, width, resolution = far_below_a_step(kind, 256)
-    begun = plain.as_float32(stored, scales, width).astype(np.float64)
+def test_a_decay_far_below_the_resolution_shrinks_the_weights_as_much_as_it_should(kind):
+    """On average to θ·(1 - d)^n, within five standard deviations as above, though rounding to nearest would lose d entirely.
+
+    Positive and negative weights are checked apart: neither side may drift.
+    """
+    stored, scales, width, resolution = coarse_weights(kind, 256)
+    first = plain.as_float32(stored, scales, width).astype(np.float64)
     decay, steps = 2.0**-12, 100
-    assert stays(begun, begun * (1 - decay), resolution), "plain rounding would have moved something"
+    assert unchanged(first, first * (1 - decay), resolution), "rounding to nearest would move something too"
     for step in range(steps):
         advance(stored, scales, step=step, **NONE, decay=decay)
-    moved = plain.as_float32(stored, scales, width) - begun
-    asked = begun * ((1 - decay) ** steps - 1)
-    variance = steps * decay * np.abs(begun) * resolution
+    moved = plain.as_float32(stored, scales, width) - first
+    wanted = first * ((1 - decay) ** steps - 1)
+    variance = steps * decay * np.abs(first) * resolution
     for sign in (1, -1):
-        side = np.sign(begun) == sign
+        side = np.sign(first) == sign
         deviation = np.sqrt(variance[side].sum())
-        assert abs((moved - asked)[side].sum()) < 5 * deviation < 0.05 * abs(asked[side].sum())
+        assert abs((moved - wanted)[side].sum()) < 5 * deviation < 0.05 * abs(wanted[side].sum())
 
 
-def test_an_update_of_nothing_leaves_bf16_as_it_is_and_int8_on_average():
-    """bfloat16 is what it stands for, so no random bits carry. int8's levels are float32 products, at times a last bit beside
-    a whole number, so that one in 65536 draws may take or give a level; on average they do neither."""
+def test_a_negligible_update_changes_no_bf16_and_int8_not_on_average():
+    """A bfloat16 has no bits below its resolution, so the random bits never carry. The level of an int8 is computed in float32
+    and may be a last bit off a whole number, so one draw in 65536 may change it by one; on average this cancels."""
     tiny = {"coefficients": COEFFICIENTS * np.float32(1e-30)}
     stored, scales = plain.quantised(normal(2**18), 256)
     bits = plain.bf16(normal(2**18))

@@ -1,4 +1,4 @@
-"""How work is cut among threads."""
+"""How work is divided among threads."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ def test_threads_cover_each_element_once(count, size):
     assert (times == 1).all()
 
 
-def test_what_a_thread_raises_is_raised():
+def test_an_exception_in_a_thread_reaches_the_caller():
     def work(low, high):
         if low:
             raise RuntimeError("in the second part")

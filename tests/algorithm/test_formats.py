@@ -22,7 +22,7 @@ def quantise(values: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def rows_of_every_size(rows: int, width: int) -> np.ndarray:
-    """float32 [rows · width], the rows from 1e-30 to 1e30 in size, which is where scales and factors round in every way."""
+    """float32 [rows · width], the rows from 1e-30 to 1e30 in size, so that scales and factors round in every possible way."""
     exponents = np.linspace(-30, 30, rows, dtype=np.float32)
     return (np.float32(10) ** exponents[:, None] * normal(rows * width).reshape(rows, width)).ravel()
 
@@ -36,7 +36,14 @@ def test_bf16_is_rounded_to_nearest_and_ties_to_even():
     assert same_bits(out, plain.bf16(values))
 
 
-def test_every_bf16_comes_back_as_it_was():
+@pytest.mark.parametrize("length", [0, 1, 7, 2047, 2048, 2049, 5003])
+def test_to_bf16_of_any_length(length):
+    values, out = normal(length, length), np.empty(length, np.uint16)
+    formats.to_bf16(out, values)
+    assert same_bits(out, plain.bf16(values))
+
+
+def test_every_bf16_survives_the_way_to_float32_and_back():
     bits = np.arange(65536, dtype=np.uint32).astype(np.uint16)
     values = formats.as_float32(bits)
     assert same_bits(values, torch.from_numpy(bits).view(torch.bfloat16).float().numpy())
@@ -46,8 +53,8 @@ def test_every_bf16_comes_back_as_it_was():
     assert same_bits(out, np.ascontiguousarray(bits[finite]))
 
 
-def test_int8_is_bitsandbytes():
-    """8192 rows: the ways of computing 127/scale agree in most of them, and differ in the last bit in the others."""
+def test_int8_equals_bitsandbytes():
+    """The different ways to compute 127/scale agree for most scales and differ in the last bit for others: hence 8192 rows."""
     functional = pytest.importorskip("bitsandbytes.functional")
     width = 129
     for values in (normal(8192 * width), rows_of_every_size(8192, width)):
@@ -60,8 +67,8 @@ def test_int8_is_bitsandbytes():
         assert same_bits(formats.as_float32(stored, scales, width).reshape(-1, width), back)
 
 
-def test_the_number_of_rows_above_tells_other_formulas():
-    """127/scale and scale/127 in one operation, and element·(scale/127), are other bits: the test above has power."""
+def test_the_rows_above_tell_the_formulas_apart():
+    """127/scale in one operation and element·(scale/127) give other bits for some of these rows, so the test above has power."""
     scales = np.abs(rows_of_every_size(8192, 129).reshape(-1, 129)).max(axis=1)
     assert not same_bits(np.float32(127) / scales, plain.factor(scales).ravel())
     levels = np.arange(-127, 128).astype(np.int8)
@@ -71,7 +78,7 @@ def test_the_number_of_rows_above_tells_other_formulas():
 
 
 @WIDTHS
-def test_int8_is_the_definition(width):
+def test_int8_equals_the_definition(width):
     values = rows_of_every_size(301, width)
     stored, scales = quantise(values, width)
     expected, expected_scales = plain.quantised(values, width)
@@ -90,7 +97,7 @@ def test_int8_rounds_halves_to_even():
 
 @WIDTHS
 def test_int8_is_within_half_a_level(width):
-    """In float64; 2^-20 for the roundings of the float32 arithmetic in between."""
+    """Measured in float64; the 2^-20 allow for the roundings of the float32 arithmetic."""
     values = rows_of_every_size(301, width)
     stored, scales = quantise(values, width)
     error = np.abs(formats.as_float32(stored, scales, width).astype(np.float64) - values).reshape(-1, width)
@@ -119,8 +126,8 @@ def test_rows_too_small_for_a_factor_are_zeros(size):
 
 
 @WIDTHS
-def test_any_slice_is_converted_alone(width):
-    """At any start and of any length, within a row and across rows, from the scales of the whole tensor."""
+def test_any_slice_can_be_converted_by_itself(width):
+    """From any start, of any length, within a row and across rows, given the scales of the whole tensor."""
     stored, scales = plain.quantised(normal(7 * width), width)
     whole = plain.dequantised(stored, scales, width)
     random = np.random.default_rng(width)
@@ -133,8 +140,18 @@ def test_any_slice_is_converted_alone(width):
 
 
 @WIDTHS
-def test_rows_are_quantised_alone(width):
-    """However the rows are cut, the bits are the same, and nothing beside them is written."""
+def test_a_slice_can_be_dequantised_to_bf16(width):
+    """The exact value is rounded once."""
+    stored, scales = plain.quantised(normal(7 * width), width)
+    for start, stop in ((0, 7 * width), (width // 2, 5 * width + width // 2), (7 * width - 1, 7 * width)):
+        out = np.empty(stop - start, np.uint16)
+        formats.dequantise(out, stored[start:stop], scales=scales, width=width, start=start)
+        assert same_bits(out, plain.bf16(plain.dequantised(stored, scales, width)[start:stop]))
+
+
+@WIDTHS
+def test_any_rows_can_be_quantised_by_themselves(width):
+    """Their bits are those they have when all rows are quantised, and nothing else is written."""
     values = normal(9 * width)
     expected, expected_scales = plain.quantised(values, width)
     for low, high in ((0, 9), (0, 1), (8, 9), (2, 7)):
@@ -145,7 +162,7 @@ def test_rows_are_quantised_alone(width):
         assert (np.delete(stored, np.r_[cut]) == 77).all() and (np.delete(scales, np.r_[low:high]) == 77).all()
 
 
-def test_read_only_arrays_are_taken():
+def test_read_only_arrays_are_accepted():
     values = normal(640)
     stored, scales = plain.quantised(values, 64)
     for array in (values, stored, scales):

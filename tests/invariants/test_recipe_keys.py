@@ -1,0 +1,186 @@
+"""Every key of a recipe does something: two of its values differ in the plan, the journal, the layers' files, the exports or the
+metrics of a run of the real command; the few that cannot be shown so are listed with the reason."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import tomli_w
+from support import RECIPE, TEXT, TINY
+
+from es_lite import train
+from es_lite.fitness.kinds import fitness_of
+from es_lite.model.origin import Origin
+from es_lite.planning.plan import Plan
+from es_lite.recipe import Recipe
+
+
+class Probe(NamedTuple):
+    value: Any
+    """Differs from the base recipe's."""
+    shows: str
+    """The part of `Observed` that must differ."""
+    base: dict[str, Any] = {}  # noqa: RUF012 (never changed)
+    """Other keys, "table.key", that both runs have."""
+
+
+OTHER_TEXT = TEXT.replace("fox", "cat")
+EVALUATED = {"eval.every": 1}
+GROUPS = [{"pattern": "norm", "sigma": 0.5, "alpha": 2.0}]
+
+PROBES = {
+    "run.dir": Probe("elsewhere", "directory"),
+    "run.seed": Probe(1, "journal"),
+    "run.iterations": Probe(1, "journal"),
+    "run.minutes": Probe(1e-6, "journal"),
+    "run.checkpoint_every": Probe(2, "exports"),
+    "run.checkpoint_dtype": Probe("fp32", "exports", {"run.checkpoint_every": 2}),
+    "model.path": Probe("model", "journal"),
+    "model.config": Probe(TINY | {"num_hidden_layers": 1}, "journal"),
+    "data.path": Probe("other.txt", "journal"),
+    "data.lines": Probe(30, "journal"),
+    "data.samples": Probe("lines", "journal"),
+    "data.tokenizer": Probe("tokenizer", "journal"),
+    "data.vocab_size": Probe(280, "journal", {"model.config": TINY | {"vocab_size": 300}}),
+    "fitness.samples": Probe(3, "journal"),
+    "fitness.max_length": Probe(16, "journal"),
+    "fitness.micro_batch": Probe(4, "plan"),
+    "es.population": Probe(6, "journal"),
+    "es.sigma": Probe(1e-2, "journal"),
+    "es.alpha": Probe(1e-2, "layers"),
+    "es.shaping": Probe("rank", "layers"),
+    "es.scale": Probe("nes", "layers"),
+    "es.antithetic": Probe(False, "journal"),
+    "es.alpha_decay": Probe(0.5, "layers", {"es.alpha_decay_every": 1}),
+    "es.alpha_decay_every": Probe(1, "layers", {"es.alpha_decay": 0.5}),
+    "es.sigma_decay": Probe(0.5, "journal", {"es.sigma_decay_every": 1}),
+    "es.sigma_decay_every": Probe(1, "journal", {"es.sigma_decay": 0.5}),
+    "es.weight_decay": Probe(0.1, "layers"),
+    "es.groups": Probe(GROUPS, "layers"),
+    "noise.shared": Probe(True, "layers"),
+    "workers.count": Probe(2, "metrics"),
+    "workers.threads": Probe(2, "plan"),
+    "workers.compute": Probe("bf16", "journal"),
+    "workers.device": Probe("torch", "plan"),
+    "memory.limit": Probe("4 GiB", "plan"),
+    "memory.weights": Probe("int8", "journal"),
+    "memory.master": Probe("none", "layers"),
+    "memory.residency": Probe("streamed", "plan"),
+    "eval.path": Probe("other.txt", "journal", EVALUATED),
+    "eval.fraction": Probe(0.5, "journal", EVALUATED),
+    "eval.every": Probe(1, "metrics"),
+    "eval.samples": Probe(1, "metrics", EVALUATED),
+    "eval.best": Probe(False, "exports", EVALUATED),
+}
+
+NOT_PROBED = {
+    "fitness.kind": "has one value; another is refused by the recipe, and an unknown one by fitness_of",
+    "noise.kind": "has one value; another is refused by the recipe, and in a journal by its reader (test_journal.py)",
+    "workers.deadline": "shows only when a worker hangs: test_workers.py stops one",
+    "log.tensorboard": "shows only if the package is installed: test_metrics.py replaces it",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Observed:
+    """What a person could see of a run."""
+
+    directory: str
+    plan: str
+    journal: bytes
+    layers: dict[str, str]
+    """SHA-256 of the layers' files."""
+    exports: dict[str, str]
+    """SHA-256 of the files of checkpoint/ and best/."""
+    metrics: list[dict[str, Any]]
+    """Without times and memory."""
+
+
+@pytest.fixture(scope="module")
+def materials(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two texts and, from a run of the base recipe, a model and a tokenizer."""
+    folder = tmp_path_factory.mktemp("materials")
+    (folder / "text.txt").write_text(TEXT)
+    (folder / "other.txt").write_text(OTHER_TEXT)
+    observe(folder, folder, {"run.dir": "made", "run.checkpoint_every": 1, "run.iterations": 1, "data.vocab_size": 270})
+    (folder / "made/tokenizer").rename(folder / "tokenizer")
+    observe(folder, folder, {"run.dir": "model-run", "run.checkpoint_every": 1, "run.iterations": 1})
+    (folder / "model-run/checkpoint").rename(folder / "model")
+    return folder
+
+
+def observe(folder: Path, materials: Path, keys: dict[str, Any]) -> Observed:
+    """Runs the command with the tiny recipe and `keys` in `folder`."""
+    document = {name: dict(table) for name, table in RECIPE.items()}
+    document["run"] |= {"dir": "run", "iterations": 2}
+    document["data"]["path"] = "text.txt"
+    document["workers"] |= {"count": 1, "compute": "fp32"}
+    document["model"] = {"config": TINY | {"vocab_size": 300}}
+    for key, value in keys.items():
+        table, _, name = key.partition(".")
+        document.setdefault(table, {})[name] = value
+    if "path" in document["model"]:
+        del document["model"]["config"]
+    for table, name in (("data", "path"), ("data", "tokenizer"), ("model", "path"), ("eval", "path")):
+        value = document.get(table, {}).get(name)
+        if value and value != "bpe":
+            document[table][name] = str(materials / value)
+    document["run"]["dir"] = str(folder / document["run"]["dir"])
+    path = folder / "probe.toml"
+    path.write_text(tomli_w.dumps(document))
+    assert train.main([str(path)]) == 0
+    run, recipe = Path(document["run"]["dir"]), Recipe.load(path)
+    model, layout = Origin.of_recipe(recipe).skeleton()
+    plan = Plan.of(recipe, fitness_of(recipe.fitness.kind), model.config, layout)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    varying = ("seconds", "gib", "per_second")
+    return Observed(
+        directory=str(run),
+        plan=str((plan.execution, plan.memory, plan.limit.source, plan.passes)),
+        journal=(run / "journal.jsonl").read_bytes(),
+        layers=digests(run, "master", "weights"),
+        exports=digests(run, "checkpoint", "best"),
+        metrics=[{name: value for name, value in line.items() if not name.endswith(varying)} for line in lines],
+    )
+
+
+def digests(run: Path, *folders: str) -> dict[str, str]:
+    files = [path for folder in folders for path in sorted((run / folder).rglob("*")) if path.name != "README.md"]
+    return {str(p.relative_to(run)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def observed_with(materials: Path, tmp_path_factory: pytest.TempPathFactory):
+    """Runs with the same keys are made once."""
+    seen: dict[str, Observed] = {}
+
+    def observe_once(keys: dict[str, Any]) -> Observed:
+        name = json.dumps(keys, sort_keys=True)
+        if name not in seen:
+            seen[name] = observe(tmp_path_factory.mktemp("probe"), materials, keys)
+        return seen[name]
+
+    return observe_once
+
+
+@pytest.mark.parametrize("key", PROBES)
+def test_a_key_changes_what_can_be_observed(key: str, observed_with) -> None:
+    probe = PROBES[key]
+    before, after = observed_with(probe.base), observed_with(probe.base | {key: probe.value})
+    assert getattr(before, probe.shows) != getattr(after, probe.shows)
+
+
+def test_the_base_recipe_observed_twice_is_the_same(materials: Path, tmp_path: Path) -> None:
+    """Or differences would mean nothing."""
+    first, second = (observe(tmp_path, materials, {"run.dir": name, "eval.every": 1}) for name in ("one", "two"))
+    for part in ("plan", "journal", "layers", "exports", "metrics"):
+        assert getattr(first, part) == getattr(second, part), part
+
+
+def test_every_key_is_probed_or_listed() -> None:
+    keys = {f"{table.name}.{key.name}" for table in dataclasses.fields(Recipe) for key in dataclasses.fields(table.type)}
+    assert keys == PROBES.keys() | NOT_PROBED.keys()
+    assert not PROBES.keys() & NOT_PROBED.keys()

@@ -1,0 +1,239 @@
+"""A step moves the weights as the papers' formulas say, computed here in float64, element by element."""
+
+import json
+import math
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import finished_run, replayed, tensors, write_recipe
+from transformers import AutoConfig
+
+from es_lite.algorithm.jit import Threads
+from es_lite.algorithm.noise.gaussian import epsilon
+from es_lite.algorithm.noise.place import Place
+from es_lite.algorithm.record import Record
+from es_lite.model.layout import Factors, Layout, Tensor, skeleton
+from es_lite.model.origin import Origin
+from es_lite.recipe import Recipe
+from es_lite.weights.parts import Part
+
+SCORES = [-3.25, -3.5, -2.0, -9.75, -3.0, -1.25, -3.5, -2.75]
+GROUPS = (Factors(r"norm", 0.5, 3.0), Factors(r"mlp\.(up|down)", 2.0, 0.25), Factors(r"q_proj", 0.0, 0.0))
+TINY = {
+    "vocab_size": 90,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 12,
+}
+ALONE = Threads(1)
+
+
+@dataclass(frozen=True)
+class Formula:
+    """A step with these settings, as the papers have it."""
+
+    seed: int = 2**63 + 12345
+    step: int = 6
+    sigma: float = 0.04
+    alpha: float = 0.7
+    shaping: str = "zscore"
+    scale: str = "nes"
+    antithetic: bool = True
+    weight_decay: float = 0.02
+    groups: tuple[Factors, ...] = ()
+
+    def record(self, scores: list[float]) -> Record:
+        """The program's record of the step."""
+        return Record.from_scores(
+            self.step,
+            np.array(scores),
+            seed=self.seed,
+            kind="gaussian",
+            sigma=self.sigma,
+            alpha=self.alpha,
+            shaping_kind=self.shaping,
+            scale=self.scale,
+            antithetic=self.antithetic,
+            weight_decay=self.weight_decay,
+        )
+
+    def moved(self, theta: np.ndarray, tensor: Tensor, scores: list[float]) -> np.ndarray:
+        """θ + α (or α/σ) · 1/N Σ w_j ε_j - α λ θ, in float64, with σ and α of the tensor's group."""
+        group = next((g for g in self.groups if re.search(g.pattern, tensor.name)), Factors("", 1, 1))
+        alpha, sigma = self.alpha * group.alpha, self.sigma * group.sigma
+        utilities = {"zscore": zscores, "rank": ranks}[self.shaping](scores)
+        gradient = np.zeros(theta.size)
+        for member, utility in enumerate(utilities):
+            pair, sign = (member // 2, (1, -1)[member % 2]) if self.antithetic else (member, 1)
+            gradient += utility * sign * self.noise(pair, tensor) / len(scores)
+        step_size = 0.0 if alpha == 0 else alpha / sigma if self.scale == "nes" else alpha
+        return theta + step_size * gradient - alpha * self.weight_decay * theta
+
+    def noise(self, pair: int, tensor: Tensor) -> np.ndarray:
+        return epsilon(Place(self.seed, self.step, pair, tensor.number), 0, tensor.size).astype(np.float64)
+
+
+def zscores(scores: list[float]) -> list[float]:
+    """EA4LLM, algorithm 1; a score that is not finite does not count."""
+    kept = [r for r in scores if math.isfinite(r)]
+    mean = sum(kept) / len(kept)
+    std = math.sqrt(sum((r - mean) ** 2 for r in kept) / len(kept))
+    return [(r - mean) / (std + 1e-8) if math.isfinite(r) else 0.0 for r in scores]
+
+
+def ranks(scores: list[float]) -> list[float]:
+    """-1 for the lowest score to 1 for the highest; equal ones share the mean of their ranks."""
+    kept = [r for r in scores if math.isfinite(r)]
+
+    def rank(r: float) -> float:
+        return sum(other < r for other in kept) + (sum(other == r for other in kept) - 1) / 2
+
+    return [2 * rank(r) / (len(kept) - 1) - 1 if math.isfinite(r) else 0.0 for r in scores]
+
+
+def layout_of(groups: tuple[Factors, ...] = (), nes: bool = False, **sizes: int) -> Layout:
+    return Layout.of(skeleton(AutoConfig.for_model("qwen3", **TINY | sizes)), groups, nes)
+
+
+def initial(tensor: Tensor) -> np.ndarray:
+    return 0.3 * np.random.default_rng(tensor.size).standard_normal(tensor.size, np.float32)
+
+
+def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize("shaping", ["zscore", "rank"])
+@pytest.mark.parametrize("scale", ["standard", "nes"])
+@pytest.mark.parametrize("antithetic", [False, True], ids=["members", "antithetic"])
+@pytest.mark.parametrize("groups", [(), GROUPS], ids=["alike", "groups"])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.02], ids=["", "decay"])
+def test_a_step_is_the_papers_formula(shaping, scale, antithetic, groups, weight_decay):
+    formula = Formula(shaping=shaping, scale=scale, antithetic=antithetic, groups=groups, weight_decay=weight_decay)
+    for scores in (SCORES, [*SCORES[:3], math.nan, *SCORES[4:]]):
+        record = formula.record(scores)
+        for tensor in layout_of(groups, scale == "nes").tensors:
+            theta = initial(tensor)
+            found = theta.copy()
+            Part(tensor, 0, found).advance([record], ALONE)
+            assert found.dtype == np.float32
+            if "q_proj" in tensor.name and groups:
+                assert np.array_equal(found, theta)
+                continue
+            assert relative_error(found, formula.moved(theta.astype(np.float64), tensor, scores)) < 1e-6
+            # The movement alone, from θ = 0, which does not hide it.
+            movement = np.zeros(tensor.size, np.float32)
+            Part(tensor, 0, movement).advance([record], ALONE)
+            assert relative_error(movement, formula.moved(np.zeros(tensor.size), tensor, scores)) < 1e-6
+
+
+def test_consecutive_steps_each_have_their_own_sizes_and_noise():
+    rng = np.random.default_rng(0)
+    formulas = [Formula(step=t, alpha=0.7 * 0.5**t, sigma=0.04 * 0.9**t, groups=GROUPS) for t in range(4)]
+    steps = [(formula, rng.standard_normal(8).tolist()) for formula in formulas]
+    history = [formula.record(scores) for formula, scores in steps]
+    for tensor in layout_of(GROUPS, nes=True).tensors:
+        theta = initial(tensor)
+        expected = theta.astype(np.float64)
+        for formula, scores in steps:
+            expected = formula.moved(expected, tensor, scores)
+        Part(tensor, 0, theta).advance(history, ALONE)
+        assert relative_error(theta, expected) < 1e-6
+
+
+def test_steps_at_once_or_one_by_one_or_in_slices_on_any_number_of_threads_give_the_same_bits():
+    history = [Formula(step=t).record(np.random.default_rng(t).standard_normal(8).tolist()) for t in range(3)]
+    tensor = max(layout_of(GROUPS, nes=True, vocab_size=4001).tensors, key=lambda tensor: tensor.size)
+    theta = initial(tensor)
+    together = theta.copy()
+    Part(tensor, 0, together).advance(history, ALONE)
+    assert not np.array_equal(together, theta)
+
+    one_by_one = theta.copy()
+    for record in history:
+        Part(tensor, 0, one_by_one).advance([record], Threads(2))
+    assert one_by_one.tobytes() == together.tobytes()
+
+    sliced = theta.copy()
+    for low in range(0, theta.size, 33_333):
+        Part(tensor, low, sliced[low : low + 33_333]).advance(history, Threads(2))
+    assert sliced.tobytes() == together.tobytes()
+
+
+def test_equal_scores_change_nothing_but_for_the_decay():
+    tensor = layout_of().tensors[0]
+    for weight_decay in (0.0, 0.02):
+        formula = Formula(weight_decay=weight_decay)
+        theta = initial(tensor)
+        before = theta.copy()
+        Part(tensor, 0, theta).advance([formula.record([-2.5] * 8)], ALONE)
+        assert np.array_equal(theta, before - np.float32(formula.alpha * weight_decay) * before)
+
+
+def test_weights_move_towards_a_better_member_and_away_from_a_worse_one():
+    tensor, formula = layout_of().tensors[0], Formula(weight_decay=0.0)
+    theta = np.zeros(tensor.size, np.float32)
+    Part(tensor, 0, theta).advance([formula.record([1.0, 0.0, 0.0, 1.0])], ALONE)
+    better, worse = (formula.noise(pair, tensor) for pair in (0, 1))
+    assert theta @ better > 0 > theta @ worse
+
+
+def test_the_update_is_the_gradient_of_a_linear_score():
+    """For scores g·(σε_j) and NES, the expected step is along g: many members find it."""
+    tensor = next(tensor for tensor in layout_of().tensors if tensor.name == "model.norm.weight")
+    formula = Formula(step=0, alpha=1.0, weight_decay=0.0)
+    g = np.random.default_rng(3).standard_normal(tensor.size)
+    scores = []
+    for pair in range(4000):
+        along = float(g @ formula.noise(pair, tensor)) * formula.sigma
+        scores += [along, -along]
+    theta = np.zeros(tensor.size, np.float32)
+    Part(tensor, 0, theta).advance([formula.record(scores)], ALONE)
+    assert theta @ g / np.linalg.norm(theta) / np.linalg.norm(g) > 0.99
+    # The z-score of g·σε is g·ε/|g|, and α/σ · E[(g·ε/|g|) ε] = α/σ · g/|g|.
+    assert np.linalg.norm(theta) == pytest.approx(1 / formula.sigma, rel=0.03)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("es", "formula"),
+    [
+        ({}, Formula(scale="standard", sigma=2e-2, alpha=2e-2, weight_decay=0.0)),
+        (
+            {
+                "population": 5,
+                "antithetic": False,
+                "shaping": "rank",
+                "scale": "nes",
+                "alpha": 1e-3,
+                "weight_decay": 0.5,
+                "groups": [{"pattern": "mlp", "sigma": 2.0, "alpha": 0.5}],
+            },
+            Formula(
+                shaping="rank", antithetic=False, sigma=2e-2, alpha=1e-3, weight_decay=0.5, groups=(Factors("mlp", 2.0, 0.5),)
+            ),
+        ),
+    ],
+    ids=["zscore", "rank-nes-groups-decay"],
+)
+def test_a_step_of_the_command_moves_the_model_as_the_formula_says(tmp_path: Path, es: dict, formula: Formula) -> None:
+    recipe = write_recipe(tmp_path, run={"iterations": 1, "seed": 7}, es=es)
+    run = finished_run(recipe, tmp_path / "run")
+    scores = json.loads((run / "journal.jsonl").read_text().splitlines()[1])["scores"]
+    before, after = replayed(run, tmp_path / "before", "--step", "0"), tensors(run)
+    _, layout = Origin.of_recipe(Recipe.load(recipe)).skeleton()
+    formula = replace(formula, seed=7, step=0)
+    errors = updates = 0.0
+    for tensor in layout.tensors:
+        theta = before[tensor.name].astype(np.float64).ravel()
+        expected = formula.moved(theta, tensor, scores) - theta
+        updates += float(np.sum(np.square(expected)))
+        errors += float(np.sum(np.square(after[tensor.name].ravel() - (theta + expected))))
+    assert updates > 0
+    assert np.sqrt(errors / updates) < 1e-6

@@ -1,0 +1,185 @@
+"""Scores of the perturbed model against Hugging Face's own forward of a model whose weights were perturbed in numpy."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from architectures import ARCHITECTURES, BOTH, PLUS, Tiny, batch_of, close, config_of
+
+from es_lite.model.layout import Factors
+from es_lite.scoring.perturbation import UNPERTURBED, Perturbation
+
+
+@pytest.fixture(scope="module")
+def qwen3() -> Tiny:
+    return Tiny(config_of("qwen3"))
+
+
+# Against Hugging Face
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_perturbed_model_scores_as_hugging_face_does_with_perturbed_weights(name, tied):
+    tiny, batch = Tiny(config_of(name, tied)), batch_of()
+    found = tiny.score(BOTH, batch)
+    assert close(found, tiny.expected(BOTH, batch))
+    unperturbed = tiny.score(UNPERTURBED, batch)
+    assert close(unperturbed, tiny.expected(UNPERTURBED, batch))
+    assert np.abs(found - unperturbed).max(axis=1).min() > 1e-2, "a perturbation this small would prove nothing"
+
+
+@pytest.mark.parametrize("name", ["qwen3-sliding", "gemma2", "gemma3", "llama"])
+def test_eager_attention(name):
+    """Its masks are tensors, and Gemma 2 caps its attention only there."""
+    tiny, batch = Tiny(config_of(name, attention="eager")), batch_of()
+    assert close(tiny.score(BOTH, batch), tiny.expected(BOTH, batch))
+
+
+def test_the_window_of_gemma3_matters():
+    """Otherwise the comparison with Hugging Face would not show whether it is applied."""
+    batch = batch_of()
+    near, far = (Tiny(config_of("gemma3", sliding_window=window)).score(PLUS, batch) for window in (5, 50))
+    assert np.abs(near - far)[0, :4].min() > 1e-4
+    assert np.abs(near - far)[0, 4:].max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "gemma3"])
+@pytest.mark.parametrize("perturbation", [PLUS, BOTH], ids=["one", "two"])
+@pytest.mark.parametrize("lengths", [[2], [5], [4, 4], [4, 2], [8, 8, 3, 2], [3, 3, 2], [6] * 3])
+def test_batches_of_every_shape(name, perturbation, lengths):
+    """Some have as many samples as tokens, heads or members, so that one dimension could be taken for another."""
+    tiny, batch = Tiny(config_of(name)), batch_of(lengths)
+    expected = tiny.expected(perturbation, batch)
+    for micro_batch in {1, 2, len(lengths)}:
+        assert close(tiny.score(perturbation, batch, micro_batch=micro_batch), expected)
+
+
+# bfloat16
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen2", "gemma3", "gpt2"])
+def test_scores_in_bf16_are_close_to_those_of_the_same_weights_in_float32(name):
+    """The weights are rounded to bfloat16 in both, so what differs is the rounding of activations and logits, by 2^-9 of their
+    size each time. Logits are about 3 here, and some twenty roundings add up: √20 · 3 · 2^-9 = 0.026 per token, less in the
+    mean of a longer sample."""
+    tiny, batch = Tiny(config_of(name)), batch_of()
+    found = tiny.score(BOTH, batch, torch.bfloat16)
+    for member, sign in enumerate(BOTH.signs):
+        rounded = {name: weight.bfloat16().float() for name, weight in tiny.perturbed(BOTH, sign).items()}
+        errors = np.abs(found[member] - tiny.hugging_face(rounded, batch))
+        assert errors.max() < 0.05
+        assert errors.mean() < 0.015
+    assert np.abs(found - tiny.score(UNPERTURBED, batch, torch.bfloat16)).mean() > 0.05
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama", "gemma2", "gemma3", "gpt2"])
+def test_scores_in_bf16_are_hugging_faces_in_bf16(name):
+    """One sample at a time, the operations are the same; only the log-softmax differs, float32 here and float64 there."""
+    tiny, batch = Tiny(config_of(name)), batch_of()
+    assert close(tiny.score(BOTH, batch, torch.bfloat16, micro_batch=1), tiny.expected(BOTH, batch, torch.bfloat16))
+
+
+# What does not change a score
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt2"])
+@pytest.mark.parametrize("micro_batch", [1, 3, 6])
+def test_micro_batches_of_any_size_agree(name, micro_batch):
+    tiny, batch = Tiny(config_of(name)), batch_of()
+    assert close(tiny.score(BOTH, batch, micro_batch=micro_batch), tiny.score(BOTH, batch, micro_batch=2))
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "gemma3"])
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_the_number_of_samples_in_a_pass_changes_no_bit(name, compute, micro_batch):
+    tiny, batch = Tiny(config_of(name)), batch_of()
+    together = tiny.score(BOTH, batch, compute, micro_batch=micro_batch)
+    for pass_samples in (2, 4, 100):
+        divided = tiny.score(BOTH, batch, compute, micro_batch=micro_batch, pass_samples=pass_samples)
+        assert divided.tobytes() == together.tobytes()
+
+
+def test_members_together_and_alone_have_the_same_bits(qwen3):
+    batch = batch_of()
+    both = qwen3.score(BOTH, batch)
+    for member, sign in enumerate((1, -1)):
+        alone = Perturbation(BOTH.seed, BOTH.step, BOTH.pair, BOTH.sigma, (sign,))
+        assert qwen3.score(alone, batch).tobytes() == both[member : member + 1].tobytes()
+
+
+def test_the_rows_are_the_members_of_all_perturbations_in_order(qwen3):
+    batch = batch_of()
+    other = Perturbation(seed=5, step=1, pair=3, sigma=0.01, signs=(-1,))
+    found = qwen3.model().log_probabilities([UNPERTURBED, BOTH, other], batch, len(batch))
+    assert (found.shape, found.dtype) == ((4, 6), np.float64)
+    expected = [qwen3.score(perturbation, batch) for perturbation in (UNPERTURBED, BOTH, other)]
+    assert found.tobytes() == np.concatenate(expected).tobytes()
+
+
+def test_a_model_scores_the_same_again_after_another_perturbation(qwen3):
+    batch, model = batch_of(), qwen3.model()
+    first = model.log_probabilities([BOTH], batch, 6)
+    model.log_probabilities([UNPERTURBED], batch_of([30, 2]), 6)
+    assert model.log_probabilities([BOTH], batch, 6).tobytes() == first.tobytes()
+
+
+def test_scoring_changes_no_weight(qwen3):
+    before = {tensor.name: qwen3.working.part(tensor).data.copy() for tensor in qwen3.layout.tensors}
+    qwen3.score(BOTH, batch_of(), torch.bfloat16)
+    assert all(np.array_equal(qwen3.working.part(tensor).data, before[tensor.name]) for tensor in qwen3.layout.tensors)
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_threads_change_no_bit(qwen3, compute):
+    batch = batch_of()
+    assert qwen3.score(BOTH, batch, compute, threads=2).tobytes() == qwen3.score(BOTH, batch, compute).tobytes()
+
+
+# Groups and shared noise
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt2"])
+def test_groups_have_their_own_sigma(name):
+    """A factor of 0 leaves a group's tensors unperturbed."""
+    groups = [Factors("norm|ln_", 0, 0), Factors("emb|wte", 2.5, 1), Factors("mlp", 0, 0), Factors("", 0.5, 1)]
+    tiny, batch = Tiny(config_of(name), groups), batch_of()
+    found = tiny.score(BOTH, batch)
+    assert close(found, tiny.expected(BOTH, batch))
+    assert not close(found, Tiny(config_of(name)).score(BOTH, batch), 1e-3)
+
+
+def test_if_every_group_is_frozen_nothing_is_perturbed():
+    tiny, batch = Tiny(config_of("qwen3"), [Factors("", 0, 0)]), batch_of()
+    unperturbed = tiny.score(UNPERTURBED, batch)
+    assert tiny.score(BOTH, batch).tobytes() == np.concatenate([unperturbed, unperturbed]).tobytes()
+
+
+def test_shared_noise():
+    tiny, batch = Tiny(config_of("qwen3"), shared=True), batch_of()
+    found = tiny.score(BOTH, batch)
+    assert close(found, tiny.expected(BOTH, batch))
+    assert not close(found, Tiny(config_of("qwen3")).score(BOTH, batch), 1e-3)
+
+
+# Progress
+
+
+@pytest.mark.parametrize("device", [None, torch.device("cpu")], ids=["kernels", "device"])
+@pytest.mark.parametrize(("name", "tied"), [("qwen3", True), ("qwen3", False), ("gpt2", True)])
+def test_progress_is_told_rising_shares(name, tied, device):
+    """From just above 0 to 1 in each call; an untied embedding's matrix is never used whole, so its share is missing."""
+    shares: list[float] = []
+    tiny, batch = Tiny(config_of(name, tied)), batch_of()
+    model = tiny.model(device=device, progress=shares.append)
+    unused = 0 if tied else tiny.layout.layers[0].size
+    for perturbations, pass_samples in (([BOTH, UNPERTURBED], 6), ([PLUS], 3)):
+        shares.clear()
+        model.log_probabilities(perturbations, batch, pass_samples)
+        assert len(shares) > len(tiny.layout.layers)
+        assert all(0 < share <= 1 for share in shares)
+        assert all(before < after for before, after in itertools.pairwise(shares))
+        assert shares[0] < 0.2
+        assert shares[-1] == pytest.approx(1 - unused / tiny.layout.size, rel=1e-12)

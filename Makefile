@@ -1,6 +1,8 @@
-# Two commands do everything on a fresh machine with Python 3.11 or newer:
-#   make train    sets up and runs recipes/qwen3_0p5b_cpu.toml    (RECIPE=recipes/quickstart.toml for another)
-#   make test     sets up and passes the tests (make test-long: the sweeps and soaks, which take longer)
+# On a fresh machine with Python 3.11 or newer, one command is enough:
+#   make train        installs es_lite in .venv and runs recipes/qwen3_0p5b_cpu.toml
+#                     (another: RECIPE=recipes/quickstart.toml; options: ARGS=--resume)
+#   make test         installs it, checks the code (make lint) and runs the tests
+#   make test-long    runs the sweeps and soaks, which take longer
 PYTHON ?= python3
 VENV ?= .venv
 RECIPE ?= recipes/qwen3_0p5b_cpu.toml
@@ -24,8 +26,8 @@ lint: setup
 
 setup: $(VENV)/ready
 
-# The constraints pin torch. Where pip's index gives torch with CUDA and you have no GPU, set PIP_EXTRA_INDEX_URL to an index of
-# CPU builds: gigabytes less.
+# The constraints pin torch. If your pip index serves torch with CUDA and you have no GPU, set PIP_EXTRA_INDEX_URL to an index of
+# CPU builds, which are gigabytes smaller.
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "es_lite needs Python 3.11 or newer; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)

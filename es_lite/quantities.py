@@ -19,11 +19,14 @@ def parse_size(text: str) -> int:
 
 
 def duration(seconds: float) -> str:
-    """About how long, for people: "0.4 s", "38 s", "12 min", "3 h 20 min", "2 days 4 h"."""
+    """About how long, for people: "0.4 s", "38 s", "2 min 20 s", "12 min", "3 h 20 min", "2 days 4 h"."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     if seconds < 99.5:
         return f"{seconds:.0f} s"
+    if seconds < 600:
+        minutes, rest = divmod(round(seconds, -1), 60)
+        return f"{minutes:.0f} min {rest:.0f} s" if rest else f"{minutes:.0f} min"
     minutes = round(seconds / 60)
     if minutes < 60:
         return f"{minutes} min"

@@ -1,4 +1,4 @@
-"""What compare_memory.py compares with: a Hugging Face model trained by torch.optim.AdamW in fp32, in a process of its own.
+"""What compare_memory.py compares es_lite with: a Hugging Face model trained by torch.optim.AdamW in fp32, in its own process.
 
     python tools/_adamw.py CONFIG_FOLDER TOKENS.npy MICRO_BATCH [--checkpointing]
 
@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 
 def train(config: Path, tokens: np.ndarray, micro_batch: int, checkpointing: bool) -> None:
-    """An optimiser step for each of `tokens`, int64 [steps, samples, length]; prints each step's loss."""
+    """Takes an optimiser step for each of `tokens`, int64 [steps, samples, length], and prints its loss."""
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config), dtype=torch.float32)
     model.config.use_cache = False
     model.train()

@@ -23,7 +23,7 @@ REPEATS = 5
 
 
 @dataclass(frozen=True)
-class Load:
+class StepLoad:
     """What a step of a measured run does."""
 
     config: str
@@ -35,7 +35,7 @@ class Load:
     micro_batch: int
 
     @classmethod
-    def of(cls, arguments: argparse.Namespace) -> "Load":
+    def of(cls, arguments: argparse.Namespace) -> "StepLoad":
         return cls(**{name: getattr(arguments, name) for name in cls.__dataclass_fields__})
 
 
@@ -60,7 +60,7 @@ class Finished:
 
 
 def add_load(parser: argparse.ArgumentParser) -> None:
-    """The options that a `Load` and the runs are made from."""
+    """The options that a `StepLoad` and the runs are made from."""
     parser.add_argument("--config", default="qwen3-0.5b", help="a size of the paper, or a config.json")
     parser.add_argument("--population", type=int, default=8)
     parser.add_argument("--samples", type=int, default=4)
@@ -69,7 +69,7 @@ def add_load(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--directory", help="where runs are kept while they are measured; default: the temporary folder")
 
 
-def run(load: Load, steps: int, directory: str | None, **tables: dict[str, Any]) -> Finished:
+def run(load: StepLoad, steps: int, directory: str | None, **tables: dict[str, Any]) -> Finished:
     """A fresh run of `python -m es_lite.train`; the keys of `tables` are added to the recipe's.
 
     Raises subprocess.CalledProcessError, after the command's own message, if it fails.

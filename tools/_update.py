@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from _measuring import Load
+from _measuring import StepLoad
 
 from es_lite.algorithm.jit import Threads
 from es_lite.algorithm.record import Record
@@ -102,7 +102,7 @@ def record_of(step: int, population: int) -> Record:
     )  # fmt: skip
 
 
-def measure(load: Load, folder: Path, repeats: int) -> tuple[Layout, list[LayerFile], Rates]:
+def measure(load: StepLoad, folder: Path, repeats: int) -> tuple[Layout, list[LayerFile], Rates]:
     """The model's layers, in `folder`, and the rates: of a block that is advanced whole, and of the largest layer in sections."""
     origin = Origin(path="", config=load.config, seed=0, groups=(), nes=False, shared_noise=False)
     model, layout = origin.skeleton()

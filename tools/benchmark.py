@@ -26,7 +26,7 @@ from pathlib import Path
 import _update
 import numpy as np
 import torch
-from _measuring import Finished, Load, add_load, provenance, row, run, seconds_of, spread, table
+from _measuring import Finished, StepLoad, add_load, provenance, row, run, seconds_of, spread, table
 
 from es_lite import system
 from es_lite.algorithm import update as update_kernels
@@ -109,7 +109,7 @@ def run_on(
 ) -> Finished:
     """A fresh run of the real command on that many workers of one thread."""
     memory = {"weights": weights, "master": arguments.master, "residency": residency}
-    return run(Load.of(arguments), steps, arguments.directory, workers={"count": workers, "threads": 1}, memory=memory)
+    return run(StepLoad.of(arguments), steps, arguments.directory, workers={"count": workers, "threads": 1}, memory=memory)
 
 
 def workers(arguments: argparse.Namespace) -> None:
@@ -135,7 +135,7 @@ def update(arguments: argparse.Namespace) -> None:
         for count in measured:
             measured[count] += [step["update_seconds"] for step in run_on(count, 3, arguments).steps[1:]]
     with tempfile.TemporaryDirectory(dir=arguments.directory) as folder:
-        layout, files, rates = _update.measure(Load.of(arguments), Path(folder), arguments.repeats)
+        layout, files, rates = _update.measure(StepLoad.of(arguments), Path(folder), arguments.repeats)
     rows = [["workers", "measured, s", "spread", "on paper, large layers shared, s", "on paper, one task a layer, s", "tasks"]]
     for count in ON_PAPER:
         values = measured.get(count, [])

@@ -1,9 +1,9 @@
-"""Training without a master: the path of the held-out score beside the fp32 master's, and beside plain rounding.
+"""Training without a master: the held-out score over the steps, compared with an fp32 master and with plain rounding.
 
     python tools/compare_rounding.py [--steps 300] [--seeds 3] [--out benchmarks/rounding]
 
-A small model of bytes is trained five ways by the same arithmetic and seeds: from an fp32 master; with the bf16 and the int8
-weights updated themselves, by stochastic rounding; and likewise by rounding to nearest, which es_lite does not
+A small model of bytes is trained in five ways with the same arithmetic and seeds: with an fp32 master; without one, the bf16
+or int8 weights themselves being updated by stochastic rounding; and the same with rounding to nearest, which es_lite does not
 offer. Updates are a fraction of a weight's resolution. Writes OUT.png and OUT.json, prints a table.
 """
 
@@ -23,17 +23,20 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from es_lite import data, system
-from es_lite.algorithm import record as records
+from es_lite import system
+from es_lite.algorithm.formats import Storage
 from es_lite.algorithm.jit import Threads
 from es_lite.algorithm.record import Record
-from es_lite.scoring.forward import PerturbedModel
+from es_lite.data import batch
+from es_lite.data.corpus import BUILTIN, Corpus, read_texts, split
+from es_lite.model.configuration import configuration
+from es_lite.model.layout import Layout, skeleton
+from es_lite.model.source import Random
 from es_lite.scoring.lanes import Lanes
-from es_lite.scoring.perturb import UNPERTURBED, Perturbation
-from es_lite.weights import working
-from es_lite.weights.layout import layout, skeleton
-from es_lite.weights.source import Random, configuration
-from es_lite.weights.stored import Part, Storage
+from es_lite.scoring.model import PerturbedModel
+from es_lite.scoring.perturbation import UNPERTURBED, Perturbation
+from es_lite.weights import working_copy
+from es_lite.weights.parts import Part
 
 MODEL = {
     "model_type": "qwen3",
@@ -57,22 +60,22 @@ WAYS: dict[str, tuple[Storage, Storage, bool]] = {
     "bf16, to nearest": ("bf16", "bf16", False),
     "int8, to nearest": ("int8", "int8", False),
 }
-"""What is stored, what is scored from, and whether the update is rounded stochastically."""
+"""What is stored, what scoring uses, and whether the update is rounded stochastically."""
 
 COLOURS = ("#37352f", "#0b6e99", "#d9730d", "#0b6e99", "#d9730d")
 THREADS = Threads(1)
 
 
-def corpus() -> tuple[data.Corpus, data.Corpus]:
-    """Bytes of the built-in text, cut at LENGTH: to train on, and held out."""
-    lines = [line for document in data.read_texts(data.BUILTIN, 6000) for line in document]
+def corpus() -> tuple[Corpus, Corpus]:
+    """The bytes of the built-in text in samples of LENGTH: to train on, and held out."""
+    lines = [line for document in read_texts(BUILTIN, 6000) for line in document]
     tokens = np.frombuffer("".join(lines).encode(), np.uint8).astype(np.int32)
     starts = np.arange(tokens.size // LENGTH + 1, dtype=np.int64) * LENGTH
-    return data.split(data.Corpus(tokens[: starts[-1]], starts), 0.1)
+    return split(Corpus(tokens[: starts[-1]], starts), 0.1)
 
 
 def nearest(part: Part, record: Record) -> Part:
-    """The update as it would be without stochastic rounding: in float32, then rounded to nearest."""
+    """The update without stochastic rounding: computed in float32, then rounded to nearest."""
     whole = Part(part.tensor, 0, part.float32().copy())
     whole.advance([record], THREADS)
     part.put(whole.data, THREADS)
@@ -83,30 +86,30 @@ def path(way: str, seed: int, steps: int) -> list[float]:
     """The held-out score before the first step and after each EVERY steps."""
     storage, scored_from, stochastic = WAYS[way]
     model = skeleton(configuration("", MODEL))
-    parts = layout(model)
-    theta_0 = Random(model, parts, seed, THREADS)
-    store = [Part.empty(tensor, 0, tensor.size, storage) for tensor in parts.tensors]
-    descriptor = working.allocate(parts, scored_from)
-    copy = working.WorkingCopy(parts, scored_from, descriptor)
+    layout = Layout.of(model)
+    theta_0 = Random(model, layout, seed, THREADS)
+    store = [Part.empty(tensor, 0, tensor.size, storage) for tensor in layout.tensors]
+    descriptor = working_copy.allocate(layout, scored_from)
+    copy = working_copy.WorkingCopy(layout, scored_from, descriptor)
     for part in store:
         part.put(theta_0.read(part.tensor, 0, part.tensor.size), THREADS)
         copy.write(part, THREADS)
-    scorer = PerturbedModel(model, parts, copy, torch.float32, Lanes(1, 1), SAMPLES)
+    scorer = PerturbedModel(model, layout, copy, torch.float32, Lanes(1, 1), SAMPLES)
     train_set, held_out = corpus()
-    test = data.pack(held_out, data.spread(held_out, 64))
+    test = batch.pack(held_out, batch.spread(held_out, 64))
 
     def evaluate() -> float:
-        return float(scorer.score([UNPERTURBED], test, len(test.lengths))[0].mean())
+        return float(scorer.log_probabilities([UNPERTURBED], test, len(test)).mean())
 
     scores = [evaluate()]
     for step in range(steps):
-        batch = data.pack(train_set, data.draw(len(train_set), SAMPLES, seed, step))
+        samples = batch.pack(train_set, batch.draw(len(train_set), SAMPLES, seed, step))
         pairs = [Perturbation(seed, step, pair, SIGMA, (1, -1)) for pair in range(POPULATION // 2)]
-        means = np.concatenate([scores.mean(axis=1) for scores in scorer.score(pairs, batch, SAMPLES)])
-        record = records.make(
+        record = Record.from_scores(
             step,
-            means,
+            scorer.log_probabilities(pairs, samples, SAMPLES).mean(axis=1),
             seed=seed,
+            kind="gaussian",
             sigma=SIGMA,
             alpha=ALPHA,
             shaping_kind="zscore",

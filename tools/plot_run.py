@@ -2,7 +2,7 @@
 
     python tools/plot_run.py RUN [RUN ...] [--out PNG]
 
-A colour is a run; a line's style is what it shows. Keys that a line leaves out, or has as null, leave no point.
+A colour is a run; a line's style is what it shows. A key that is missing or null on a line leaves no point.
 """
 
 import argparse
@@ -51,10 +51,9 @@ Record = dict[str, float | None]
 
 
 def read_metrics(run: Path) -> list[Record]:
-    """The lines of RUN/metrics.jsonl; one torn by a crash is left out, with a word on stderr.
+    """The lines of RUN/metrics.jsonl; one that a crash tore is left out, with a message on stderr.
 
-    Raises:
-        ValueError: there is no such file, or nothing in it.
+    Raises ValueError if there is no such file, or nothing in it.
     """
     path = run / "metrics.jsonl"
     try:
@@ -74,7 +73,7 @@ def read_metrics(run: Path) -> list[Record]:
 
 
 def columns(records: list[Record], *keys: str) -> list[np.ndarray]:
-    """The steps and the values of `keys`, of the lines that have them all."""
+    """The steps and the values of `keys`, from the lines that have them all."""
     rows = [[record.get(key) for key in ("step", *keys)] for record in records]
     complete = [row for row in rows if None not in row]
     return list(np.array(complete, dtype=float).reshape(-1, 1 + len(keys)).T)
@@ -98,10 +97,10 @@ def draw_evaluation(axes: Axes, records: list[Record], colour: str) -> None:
 
 
 def draw_references(axes: Axes, runs: list[list[Record]]) -> None:
-    """What knowing only the words' frequencies would score, and what knowing nothing would."""
+    """The scores of two models that know little: only the tokens' frequencies, or nothing."""
     records = [record for run in runs for record in run]
     _, scores = columns(records, "eval_score")
-    # A model that begins far above them would be a flat line at the top: then they are only named.
+    # If a model begins far above them, drawing them would flatten its own line: then they are only named.
     lowest = min(scores) - max(0.5, max(scores) - min(scores)) if len(scores) else -math.inf
     lines = [(score, "unigram model of the training text", "--") for score in set(columns(records, "unigram_score")[1])]
     lines += [(-math.log(size), f"uniform over {size:,.0f} tokens", ":") for size in set(columns(records, "vocab_size")[1])]
@@ -133,7 +132,7 @@ def line(axes: Axes, points: list[np.ndarray], colour: str, **style: Any) -> Non
     axes.plot(steps, values, color=colour, marker="o" if len(steps) == 1 else "", markersize=4, **style)
 
 
-PANELS = {  # title, unit of the y-axis, what draws a run into it
+PANELS = {  # title, unit of the y-axis, the function that draws a run
     "score": ("Training: scores of the population", "score (higher is better)", draw_score),
     "evaluation": ("Evaluation: score on held-out text", "log-probability (nats a token)", draw_evaluation),
     "tokens": ("Speed: tokens scored a second", "tokens a second", draw_tokens),
@@ -144,11 +143,7 @@ LAYOUT = [["score", "evaluation"], ["score", "evaluation"], ["tokens", "memory"]
 
 
 def draw(runs: dict[str, list[Record]], out: Path) -> None:
-    """Writes the PNG, 1400 x 900 pixels, of the runs by name.
-
-    Raises:
-        OSError: `out` cannot be written.
-    """
+    """Writes the PNG, 1400 x 900 pixels; runs: by name. Raises OSError if `out` cannot be written."""
     colours = dict(zip(runs, itertools.cycle(COLOURS), strict=False))
     with plt.rc_context(STYLE):
         figure, panels = plt.subplot_mosaic(LAYOUT, sharex=True)
@@ -177,7 +172,7 @@ def draw(runs: dict[str, list[Record]], out: Path) -> None:
 
 
 def add_legends(panels: dict[str, Axes]) -> None:
-    """What the styles mean, in grey: colours are runs."""
+    """Explains the styles, in grey, because colours are runs."""
     solid, dashed, dotted = (Line2D([], [], color=GREY, linestyle=style) for style in ("-", "--", ":"))
     pale, dark = (Patch(color=GREY, alpha=alpha, linewidth=0) for alpha in (0.2, 0.5))
     panels["score"].legend([solid, pale, dotted], ["mean", "mean ± std", "best member"], ncols=3)

@@ -69,8 +69,8 @@ def tokenize(
     """The samples of `texts`, each of 2 to `max_length` tokens.
 
     "lines": each item of a document, cut to `max_length`, and the end token if there is room for it. "joined":
-    all documents, the end token between them, cut in windows of `max_length`. What is shorter than 2 is dropped. A
-    tokenizer without an end token goes without.
+    all documents, with the end token between them, cut into windows of `max_length`. Samples shorter than 2 are dropped. If the
+    tokenizer has no end token, there is none.
     """
     end = np.array([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id], np.int32)
     if samples == "lines":
@@ -115,7 +115,7 @@ def split(corpus: Corpus, fraction: float) -> tuple[Corpus, Corpus]:
 
 
 def unigram_score(train: Corpus, held_out: Corpus, vocab_size: int) -> float:
-    """What knowing only the tokens' frequencies scores: the line to pass for a model that has learned more.
+    """The score of knowing only the tokens' frequencies: a model that has learned more is above it.
 
     The mean over the held-out samples of the mean log-probability of tokens 2 to last, under add-one-smoothed
     frequencies of `train`.

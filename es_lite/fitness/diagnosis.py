@@ -1,5 +1,6 @@
 """Is σ of a useful size? Advice if rounding swallows it, or if the perturbed models collapse."""
 
+import contextlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,18 +22,18 @@ def share_moved(files: Sequence[LayerFile], noise: NoiseKind, sigma: float, seed
     """Share of the perturbed weights that σ changes in bfloat16, estimated from the first elements of each tensor."""
     moved, perturbed = 0.0, 0
     for file in files:
-        reader = FileReader(file)
-        for tensor in file.layer.tensors:
-            if tensor.sigma_factor == 0:
-                continue
-            values = reader.part(tensor, 0, min(SAMPLED, tensor.size)).float32()
-            weights = np.empty(values.size, np.uint16)
-            formats.to_bf16(weights, values)
-            out, place = np.empty_like(weights), Place(seed, 0, 0, tensor.number)
-            noise.perturb(out, None, weights, place, sigma * tensor.sigma_factor, start=0, scales=NO_SCALES, width=1)
-            moved += tensor.size * float(np.mean(out != weights))
-            perturbed += tensor.size
-        reader.close()
+        with contextlib.closing(FileReader(file)) as reader:
+            for tensor in file.layer.tensors:
+                if tensor.sigma_factor == 0:
+                    continue
+                rows = -(-min(SAMPLED, tensor.size) // max(1, tensor.width))
+                values = reader.part(tensor, 0, rows * tensor.width).float32()[:SAMPLED]
+                weights = np.empty(values.size, np.uint16)
+                formats.to_bf16(weights, values)
+                out, place = np.empty_like(weights), Place(seed, 0, 0, tensor.number)
+                noise.perturb(out, None, weights, place, sigma * tensor.sigma_factor, start=0, scales=NO_SCALES, width=1)
+                moved += tensor.size * float(np.mean(out != weights))
+                perturbed += tensor.size
     return moved / max(1, perturbed)
 
 

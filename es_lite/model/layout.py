@@ -92,7 +92,7 @@ class Layout:
         _check_patterns(groups, [name for name, _ in named])
         first_block = next(i for i, (name, _) in enumerate(named) if block_of.match(name))
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-        tied = head.weight is embedding.weight
+        tied = head is not None and head.weight is embedding.weight
         tensors_of: list[list[Tensor]] = [[] for _ in range(len(block_list) + 2)]
         first_of_shape: dict[tuple[int, ...], int] = {}
         for position, (name, parameter) in enumerate(named):

@@ -30,7 +30,8 @@ HIDDEN_BYTES = 256 * 2**20
 """Hidden states that a resident worker holds at once if it can choose: more only costs memory."""
 
 CUDA_BYTES = 3 * 2**30
-"""Host memory of a process for the GPU's driver and libraries, and what they keep on the GPU (an allowance, not measured)."""
+"""Host memory of a process (the coordinator and the worker) for the GPU's driver and libraries, and what the worker's keep on the
+GPU: an allowance, not measured."""
 
 UPDATE_BYTES = 4 * SLICE * 4
 """Buffers of the update."""
@@ -157,7 +158,7 @@ class Needs:
         room = gpu.bytes if gpu else 0
         pass_samples = self._pass_samples(lambda samples: CUDA_BYTES + sum(there(samples).values()) <= room)
         on_gpu = {"driver": CUDA_BYTES, **there(pass_samples)}
-        return Parts(host | {"GPU's libraries": CUDA_BYTES}, 1, self._population, pass_samples, on_gpu)
+        return Parts(host | {"GPU's libraries (2x)": 2 * CUDA_BYTES}, 1, self._population, pass_samples, on_gpu)
 
     def _pass_samples(self, fits: Callable[[int], bool]) -> int:
         """Samples of a pass: as many as fit, a multiple of the micro-batch, at least one, in passes of similar size."""

@@ -59,9 +59,13 @@ def estimate(work: Work, execution: Execution, noise: str, run_dir: Path) -> Est
     """How long a step takes on this machine; takes about a second to find out. noise: the kind."""
     scoring, drawing = scoring_rate(work, execution), noise_rate(noise)
     lanes = execution.workers * execution.threads
-    score = work.flops / (scoring * execution.workers) + work.scoring_noise / (drawing * lanes)
-    update = work.update_noise / (drawing * lanes)
     words = f"scoring {scoring / 1e9:.0f} GFLOP/s a worker, noise {drawing / 1e6:.0f} M elements/s a thread"
+    perturbing = drawing * lanes
+    if execution.device != "cpu":
+        perturbing = device_noise_rate(noise, execution.device)
+        words += f" and {perturbing / 1e6:.0f} on the device"
+    score = work.flops / (scoring * execution.workers) + work.scoring_noise / perturbing
+    update = work.update_noise / (drawing * lanes)
     if execution.direct:
         read, write = disk_rates(run_dir)
         disk = work.read_bytes / read + work.written_bytes / write
@@ -77,7 +81,7 @@ def scoring_rate(work: Work, execution: Execution) -> float:
     """FLOP/s of one worker on an MLP of the model's width with its norm and activation: matrix products and what is between."""
     torch.set_num_threads(execution.threads)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[execution.compute]
-    device = "cuda" if execution.device == "cuda" else "cpu"
+    device = torch_device(execution.device)
     width, rows = min(work.hidden, MATRIX // 64), min(work.rows, ROWS)
     inner = max(1, min(work.intermediate, MATRIX // width))
     states = torch.randn(rows, width, device=device).to(dtype)
@@ -99,6 +103,18 @@ def noise_rate(noise: str) -> float:
     return out.size / _fastest(
         lambda: kind.perturb(out, None, weights, place, 1e-3, start=0, scales=np.zeros(0, np.float32), width=1)
     )
+
+
+def device_noise_rate(noise: str, device: str) -> float:
+    """Elements a second that a device draws."""
+    kind, place = kind_of(noise), Place(0, 0, 0, 0)
+    elements = torch.arange(2**20, device=torch_device(device))
+    return elements.numel() / _fastest(lambda: kind.on_device(elements, place)[0].item())  # item() waits for a GPU
+
+
+def torch_device(device: str) -> torch.device:
+    """The device that workers.device means."""
+    return torch.device("cuda" if device == "cuda" else "cpu")
 
 
 def disk_rates(folder: Path) -> tuple[float, float]:

@@ -85,7 +85,7 @@ class FileReader:
             raise file.damaged(error) from None
 
     def part(self, tensor: Tensor, start: int, count: int) -> Part:
-        """Elements start … as they are stored, in memory of their own."""
+        """Elements start … as they are stored, whole rows if they are int8, in memory of their own."""
         part = Part.empty(tensor, start, count, self.file.format.storage)
         small = self._found.small.get(tensor.name)
         if small:

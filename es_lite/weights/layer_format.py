@@ -109,7 +109,7 @@ class LayerFormat:
         sections = []
         for tensor in self.matrices:
             itemsize = dtype_of(tensor, self.storage).itemsize
-            # So many rows that their bytes are a multiple of ALIGNMENT.
+            # Rows whose bytes are a multiple of ALIGNMENT.
             multiple = math.lcm(unit, ALIGNMENT // math.gcd(ALIGNMENT, tensor.width * itemsize))
             rows = max(1, limit // (tensor.width * itemsize) // multiple) * multiple
             offset = self.offset(tensor)

@@ -136,9 +136,12 @@ def advance_sections(
                             new.write(view_of(part.own_scales), file.format.scales_offset(part.tensor) + 4 * first)
                     if new:
                         new.write(view_of(data), section.low)
-            finally:
+            except BaseException:
                 if new:
-                    new.close()
+                    new.discard()
+                raise
+            if new:
+                new.close()
         except OSError as error:
             raise _not_written(file, error) from None
 

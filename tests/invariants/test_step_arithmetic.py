@@ -8,21 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import finished_run, replayed, tensors, write_recipe
+from support import TINY, finished_run, replayed, tensors, write_recipe
 from transformers import AutoConfig
 
 from es_lite.algorithm.jit import Threads
 from es_lite.algorithm.noise.gaussian import epsilon
 from es_lite.algorithm.noise.place import Place
 from es_lite.algorithm.record import Record
+from es_lite.model.configuration import configuration
 from es_lite.model.layout import Factors, Layout, Tensor, skeleton
-from es_lite.model.origin import Origin
-from es_lite.recipe import Recipe
 from es_lite.weights.parts import Part
 
 SCORES = [-3.25, -3.5, -2.0, -9.75, -3.0, -1.25, -3.5, -2.75]
 GROUPS = (Factors(r"norm", 0.5, 3.0), Factors(r"mlp\.(up|down)", 2.0, 0.25), Factors(r"q_proj", 0.0, 0.0))
-TINY = {
+SIZES = {
     "vocab_size": 90,
     "hidden_size": 24,
     "intermediate_size": 40,
@@ -63,20 +62,23 @@ class Formula:
             weight_decay=self.weight_decay,
         )
 
-    def moved(self, theta: np.ndarray, tensor: Tensor, scores: list[float]) -> np.ndarray:
-        """θ + α (or α/σ) · 1/N Σ w_j ε_j - α λ θ, in float64, with σ and α of the tensor's group."""
-        group = next((g for g in self.groups if re.search(g.pattern, tensor.name)), Factors("", 1, 1))
+    def moved(self, theta: np.ndarray, name: str, number: int, scores: list[float]) -> np.ndarray:
+        """θ + α (or α/σ) · 1/N Σ w_j ε_j - α λ θ, in float64, with σ and α of the tensor's group.
+
+        number: the tensor's position among the model's parameters.
+        """
+        group = next((g for g in self.groups if re.search(g.pattern, name)), Factors("", 1, 1))
         alpha, sigma = self.alpha * group.alpha, self.sigma * group.sigma
         utilities = {"zscore": zscores, "rank": ranks}[self.shaping](scores)
         gradient = np.zeros(theta.size)
         for member, utility in enumerate(utilities):
             pair, sign = (member // 2, (1, -1)[member % 2]) if self.antithetic else (member, 1)
-            gradient += utility * sign * self.noise(pair, tensor) / len(scores)
+            gradient += utility * sign * self.noise(pair, number, theta.size) / len(scores)
         step_size = 0.0 if alpha == 0 else alpha / sigma if self.scale == "nes" else alpha
         return theta + step_size * gradient - alpha * self.weight_decay * theta
 
-    def noise(self, pair: int, tensor: Tensor) -> np.ndarray:
-        return epsilon(Place(self.seed, self.step, pair, tensor.number), 0, tensor.size).astype(np.float64)
+    def noise(self, pair: int, number: int, size: int) -> np.ndarray:
+        return epsilon(Place(self.seed, self.step, pair, number), 0, size).astype(np.float64)
 
 
 def zscores(scores: list[float]) -> list[float]:
@@ -98,7 +100,7 @@ def ranks(scores: list[float]) -> list[float]:
 
 
 def layout_of(groups: tuple[Factors, ...] = (), nes: bool = False, **sizes: int) -> Layout:
-    return Layout.of(skeleton(AutoConfig.for_model("qwen3", **TINY | sizes)), groups, nes)
+    return Layout.of(skeleton(AutoConfig.for_model("qwen3", **SIZES | sizes)), groups, nes)
 
 
 def initial(tensor: Tensor) -> np.ndarray:
@@ -118,7 +120,7 @@ def test_a_step_is_the_papers_formula(shaping, scale, antithetic, groups, weight
     formula = Formula(shaping=shaping, scale=scale, antithetic=antithetic, groups=groups, weight_decay=weight_decay)
     for scores in (SCORES, [*SCORES[:3], math.nan, *SCORES[4:]]):
         record = formula.record(scores)
-        for tensor in layout_of(groups, scale == "nes").tensors:
+        for number, tensor in enumerate(layout_of(groups, scale == "nes").tensors):
             theta = initial(tensor)
             found = theta.copy()
             Part(tensor, 0, found).advance([record], ALONE)
@@ -126,11 +128,11 @@ def test_a_step_is_the_papers_formula(shaping, scale, antithetic, groups, weight
             if "q_proj" in tensor.name and groups:
                 assert np.array_equal(found, theta)
                 continue
-            assert relative_error(found, formula.moved(theta.astype(np.float64), tensor, scores)) < 1e-6
+            assert relative_error(found, formula.moved(theta.astype(np.float64), tensor.name, number, scores)) < 1e-6
             # The movement alone, from θ = 0, which does not hide it.
             movement = np.zeros(tensor.size, np.float32)
             Part(tensor, 0, movement).advance([record], ALONE)
-            assert relative_error(movement, formula.moved(np.zeros(tensor.size), tensor, scores)) < 1e-6
+            assert relative_error(movement, formula.moved(np.zeros(tensor.size), tensor.name, number, scores)) < 1e-6
 
 
 def test_consecutive_steps_each_have_their_own_sizes_and_noise():
@@ -138,11 +140,11 @@ def test_consecutive_steps_each_have_their_own_sizes_and_noise():
     formulas = [Formula(step=t, alpha=0.7 * 0.5**t, sigma=0.04 * 0.9**t, groups=GROUPS) for t in range(4)]
     steps = [(formula, rng.standard_normal(8).tolist()) for formula in formulas]
     history = [formula.record(scores) for formula, scores in steps]
-    for tensor in layout_of(GROUPS, nes=True).tensors:
+    for number, tensor in enumerate(layout_of(GROUPS, nes=True).tensors):
         theta = initial(tensor)
         expected = theta.astype(np.float64)
         for formula, scores in steps:
-            expected = formula.moved(expected, tensor, scores)
+            expected = formula.moved(expected, tensor.name, number, scores)
         Part(tensor, 0, theta).advance(history, ALONE)
         assert relative_error(theta, expected) < 1e-6
 
@@ -180,18 +182,18 @@ def test_weights_move_towards_a_better_member_and_away_from_a_worse_one():
     tensor, formula = layout_of().tensors[0], Formula(weight_decay=0.0)
     theta = np.zeros(tensor.size, np.float32)
     Part(tensor, 0, theta).advance([formula.record([1.0, 0.0, 0.0, 1.0])], ALONE)
-    better, worse = (formula.noise(pair, tensor) for pair in (0, 1))
+    better, worse = (formula.noise(pair, 0, theta.size) for pair in (0, 1))
     assert theta @ better > 0 > theta @ worse
 
 
 def test_the_update_is_the_gradient_of_a_linear_score():
     """For scores g·(σε_j) and NES, the expected step is along g: many members find it."""
-    tensor = next(tensor for tensor in layout_of().tensors if tensor.name == "model.norm.weight")
+    number, tensor = next((i, tensor) for i, tensor in enumerate(layout_of().tensors) if tensor.name == "model.norm.weight")
     formula = Formula(step=0, alpha=1.0, weight_decay=0.0)
     g = np.random.default_rng(3).standard_normal(tensor.size)
     scores = []
     for pair in range(4000):
-        along = float(g @ formula.noise(pair, tensor)) * formula.sigma
+        along = float(g @ formula.noise(pair, number, tensor.size)) * formula.sigma
         scores += [along, -along]
     theta = np.zeros(tensor.size, np.float32)
     Part(tensor, 0, theta).advance([formula.record(scores)], ALONE)
@@ -227,13 +229,12 @@ def test_a_step_of_the_command_moves_the_model_as_the_formula_says(tmp_path: Pat
     run = finished_run(recipe, tmp_path / "run")
     scores = json.loads((run / "journal.jsonl").read_text().splitlines()[1])["scores"]
     before, after = replayed(run, tmp_path / "before", "--step", "0"), tensors(run)
-    _, layout = Origin.of_recipe(Recipe.load(recipe)).skeleton()
     formula = replace(formula, seed=7, step=0)
     errors = updates = 0.0
-    for tensor in layout.tensors:
-        theta = before[tensor.name].astype(np.float64).ravel()
-        expected = formula.moved(theta, tensor, scores) - theta
-        updates += float(np.sum(np.square(expected)))
-        errors += float(np.sum(np.square(after[tensor.name].ravel() - (theta + expected))))
+    for number, (name, _) in enumerate(skeleton(configuration("", TINY)).named_parameters()):
+        theta = before[name].astype(np.float64).ravel()
+        expected = formula.moved(theta, name, number, scores)
+        updates += float(np.sum(np.square(expected - theta)))
+        errors += float(np.sum(np.square(after[name].ravel() - expected)))
     assert updates > 0
     assert np.sqrt(errors / updates) < 1e-6

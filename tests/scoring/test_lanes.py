@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import batch_of
-from layers import ALONE, COMBINATIONS, Arrays, bits_of, config_of, layout_of, records, working_copy, written
+from layers import ALONE, TYPES, Arrays, bits_of, config_of, layout_of, records, working_copy, written
 
 from es_lite.model.layout import skeleton
 from es_lite.scoring import heads
@@ -26,7 +26,6 @@ PERTURBATIONS = (
     Perturbation(seed=5, step=8, pair=2, sigma=0.01, signs=(-1,)),
     UNPERTURBED,
 )
-TYPES = pytest.mark.parametrize(("storage", "working"), COMBINATIONS, ids=map("-".join, COMBINATIONS))
 COUNTS = pytest.mark.parametrize("count", [1, 2, 3])
 
 

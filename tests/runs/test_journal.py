@@ -1,3 +1,5 @@
+"""The journal: what was written is read, what a crash tore is dropped, and every other change to the file is refused."""
+
 import json
 import os
 import zlib
@@ -6,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from es_lite.algorithm import noise
+from es_lite.algorithm.noise.philox import VERSION
 from es_lite.algorithm.record import Record
 from es_lite.errors import RunError, UserError
 from es_lite.runs.journal import Journal
@@ -33,14 +35,15 @@ def path(tmp_path) -> Path:
     return tmp_path / "journal.jsonl"
 
 
-def test_what_was_written_is_read(path):
+def test_what_was_written_is_what_is_read(path):
     made = make(path, 5)
     opened = Journal.open(path)
     assert opened.records == made.records == [record(step) for step in range(5)]
-    assert opened.header == made.header == {"format": "es_lite journal 1", "noise": noise.VERSION, **HEADER}
+    assert opened.scores == made.scores == [SCORES] * 5
+    assert opened.header == made.header == {"format": "es_lite journal 1", "noise": VERSION, **HEADER}
 
 
-def test_an_opened_journal_goes_on_as_if_it_had_never_been_closed(path, tmp_path):
+def test_closing_and_opening_a_journal_between_steps_changes_no_byte(path, tmp_path):
     make(tmp_path / "whole.jsonl", 4)
     make(path, 2)
     for step in (2, 3):
@@ -58,6 +61,7 @@ def test_the_file_is_as_documented(path):
         document = json.loads(line)
         assert list(document)[-1] == "check"
         if number:
+            assert " ".join(document) == "step seed sigma antithetic decay coefficients kind scores check"
             assert document["step"] == number - 1
             assert document["scores"] == SCORES
 
@@ -140,7 +144,7 @@ def test_swapped_lines_are_found(path, lines, number):
 
 
 @pytest.mark.parametrize("number", [1, 2, 5])
-def test_a_line_that_is_there_twice_is_found(path, lines, number):
+def test_a_repeated_line_is_found(path, lines, number):
     refused(path, lines[:number] + lines[number - 1 :], number + 1)
 
 
@@ -156,35 +160,67 @@ def test_a_cut_last_line_that_ends_in_a_newline_is_damage_not_a_tear(path, lines
     refused(path, [*lines[:-1], lines[-1][:40] + b"\n"], 5)
 
 
-def rechecked(documents: list[dict]) -> bytes:
+def written(path: Path, documents: list[dict]) -> bytes:
+    """Writes a journal of these objects, each line with the check that it should have. Returns its bytes."""
     out, check = b"", 0
     for document in documents:
         body = json.dumps(document, separators=(",", ":"))[:-1].encode()
         check = zlib.crc32(body, check)
         out += body + f',"check":"{check:08x}"}}\n'.encode()
+    path.write_bytes(out)
     return out
 
 
+def documents_of(path: Path, steps: int) -> list[dict]:
+    """The objects of a good journal, without their checks."""
+    make(path, steps)
+    return [{key: value for key, value in json.loads(line).items() if key != "check"} for line in path.read_bytes().splitlines()]
+
+
 def test_another_version_of_the_noise_is_refused_by_name(path):
-    path.write_bytes(rechecked([{"format": "es_lite journal 1", "noise": "philox4x32-10/table16/9", **HEADER}]))
+    header, *records = documents_of(path, 1)
+    written(path, [header | {"noise": "philox4x32-10/table16/9"}, *records])
     with pytest.raises(UserError) as error:
         Journal.open(path)
-    assert str(path) in str(error.value) and "philox4x32-10/table16/9" in str(error.value) and noise.VERSION in str(error.value)
+    assert str(path) in str(error.value) and "philox4x32-10/table16/9" in str(error.value) and VERSION in str(error.value)
 
 
 def test_another_format_is_refused(path):
-    path.write_bytes(rechecked([{"format": "es_lite journal 2", "noise": noise.VERSION}]))
-    with pytest.raises(UserError, match="another version"):
+    header, *records = documents_of(path, 1)
+    written(path, [header | {"format": "es_lite journal 2"}, *records])
+    with pytest.raises(UserError, match="is not an 'es_lite journal 1'; another version of es_lite may have written it"):
         Journal.open(path)
 
 
-def test_steps_out_of_order_are_refused_even_with_good_checks(path):
-    made = make(path, 1)
-    document = json.loads(path.read_bytes().splitlines()[1])
-    document.pop("check")
-    path.write_bytes(rechecked([made.header, document, document | {"step": 2}]))
-    with pytest.raises(UserError, match="line 3 should be step 1"):
+@pytest.mark.parametrize("steps", [(0, 2), (0, 0), (1, 2)])
+def test_steps_out_of_order_are_refused_even_if_the_checks_agree(path, steps):
+    header, record = documents_of(path, 1)
+    written(path, [header, *(record | {"step": step} for step in steps)])
+    line, expected = (2, 0) if steps[0] else (3, 1)
+    found = steps[expected]
+    with pytest.raises(UserError, match=f"{path}: line {line}: expected step {expected}, found {found}"):
         Journal.open(path)
+
+
+def test_what_this_version_does_not_know_is_refused_by_name_if_it_may_change_a_step(path):
+    """The lines' checks agree: it is another version of es_lite that wrote them."""
+    header, first, second = documents_of(path, 2)
+    for change, named in (
+        ({"rotation": 3, "momentum": 0.9}, "the record has momentum, rotation, which this version of es_lite does not know"),
+        ({"kind": "lattice"}, "noise of the kind 'lattice', which this version of es_lite does not know"),
+    ):
+        before = written(path, [header, first, second | change])
+        with pytest.raises(UserError) as error:
+            Journal.open(path)
+        assert f"{path}: line 3: " in str(error.value) and named in str(error.value)
+        assert path.read_bytes() == before
+
+
+def test_what_this_version_does_not_know_is_ignored_if_it_is_information_about_the_run(path):
+    header, *records = documents_of(path, 2)
+    written(path, [header | {"weather": "fair"}, *records])
+    assert Journal.open(path).records == [record(0), record(1)]
+    assert Journal.open(path).header["weather"] == "fair"
 
 
 def test_a_file_that_is_no_journal_is_refused(path):
@@ -202,12 +238,15 @@ def no_space(*_):
     raise OSError(28, "No space left on device")
 
 
-def short(descriptor, data, offset, pwrite=os.pwrite):
+def half(descriptor, data, offset, pwrite=os.pwrite):
+    """Writes half of a line, as a disk does that is full after that: the other half fails."""
+    if data[:1] != b"{":
+        no_space()
     return pwrite(descriptor, data[: len(data) // 2], offset)
 
 
 @pytest.mark.parametrize(
-    ("call", "failing"), [("pwrite", short), ("pwrite", no_space), ("fsync", no_space)], ids=["short", "none", "fsync"]
+    ("call", "failing"), [("pwrite", half), ("pwrite", no_space), ("fsync", no_space)], ids=["half", "none", "fsync"]
 )
 def test_an_append_that_fails_leaves_the_journal_as_it_was(path, monkeypatch, call, failing):
     journal = make(path, 2)
@@ -219,13 +258,21 @@ def test_an_append_that_fails_leaves_the_journal_as_it_was(path, monkeypatch, ca
     assert str(path) in str(error.value) and "No space left on device" in str(error.value)
     assert path.read_bytes() == before
     assert journal.records == [record(0), record(1)]
-    journal.append(record(2), SCORES)  # once there is room again
+    journal.append(record(2), SCORES)  # there is room again
     assert Journal.open(path).records == [record(step) for step in range(3)]
+
+
+def test_a_line_that_the_system_writes_in_pieces_is_whole(path, tmp_path, monkeypatch):
+    make(tmp_path / "whole.jsonl", 2)
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda descriptor, data, offset: pwrite(descriptor, data[:100], offset))
+    make(path, 2)
+    assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 def test_a_new_journal_appears_with_its_whole_header_or_not_at_all(path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(os, "pwrite", short)
+        patch.setattr(os, "pwrite", half)
         with pytest.raises(RunError):
             Journal.create(path, HEADER)
     assert not path.exists()
@@ -234,7 +281,7 @@ def test_a_new_journal_appears_with_its_whole_header_or_not_at_all(path, monkeyp
     assert Journal.open(path).header["origin"] == HEADER["origin"]
 
 
-def test_a_journal_that_was_removed_is_not_begun_anew_in_the_middle(path):
+def test_a_journal_that_was_removed_is_not_created_again_without_its_beginning(path):
     journal = make(path, 2)
     path.unlink()
     with pytest.raises(RunError, match=str(path)):

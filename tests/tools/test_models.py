@@ -1,4 +1,4 @@
-"""The folders that tools/make_*.py make from packages. Those that take a package index are slow."""
+"""tools/make_smollm2.py and tools/make_qwen_tokenizer.py. Tests that need a package index are slow."""
 
 import os
 import subprocess
@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import ROOT
 
-TOOLS = Path(__file__).parents[1] / "tools"
+TOOLS = ROOT / "tools"
 CACHE = Path(os.environ.get("ES_LITE_CACHE", "~/.cache/es_lite")).expanduser()
 NOWHERE = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_EXTRA_INDEX_URL": "", "PIP_FIND_LINKS": ""}
 PROGRAMS = pytest.mark.parametrize("program", ["make_smollm2.py", "make_qwen_tokenizer.py"])
@@ -19,7 +20,7 @@ def run(program: str, *arguments: object, **environment: str) -> subprocess.Comp
 
 
 def made(program: str, name: str, tmp_path_factory) -> Path:
-    """The folder: the user's own where it is there, else one made for the test."""
+    """The folder in the user's cache if it exists, else one that is made for the test."""
     out = CACHE / name
     if not out.is_dir():
         out = tmp_path_factory.mktemp("models") / name
@@ -77,12 +78,12 @@ def test_without_a_package_index(tmp_path, program):
     assert done.returncode == 1
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1
-    assert "pip cannot get" in done.stderr and "is the package index within reach?" in done.stderr
+    assert "pip cannot get" in done.stderr and "can the package index be reached?" in done.stderr
     assert list((tmp_path / "models").iterdir()) == []
 
 
 @PROGRAMS
-def test_a_folder_that_is_whole_is_kept(tmp_path, program):
+def test_a_complete_folder_is_kept(tmp_path, program):
     out = tmp_path / {"make_smollm2.py": "smollm2-135m-instruct", "make_qwen_tokenizer.py": "qwen-tokenizer"}[program]
     out.mkdir()
     for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
@@ -93,7 +94,7 @@ def test_a_folder_that_is_whole_is_kept(tmp_path, program):
 
 
 @PROGRAMS
-def test_what_is_in_the_way_is_not_overwritten(tmp_path, program):
+def test_a_folder_of_something_else_is_not_overwritten(tmp_path, program):
     (tmp_path / "mine.txt").write_text("mine")
     done = run(program, tmp_path, **NOWHERE)
     assert done.returncode == 1

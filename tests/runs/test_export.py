@@ -1,25 +1,28 @@
+"""Exports: Hugging Face loads the exact weights, and the folder is replaced whole or not at all."""
+
 import json
-import os
 import resource
 import shutil
 from pathlib import Path
 
 import numpy as np
+import plain
 import pytest
 import torch
+from layers import ALONE, STORAGES, Arrays, bits_of, config_of, expected, layout_of, open_files, records, written
 from safetensors import safe_open
+from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from es_lite.algorithm.jit import Threads
+from es_lite.data.tokenizer import train_bpe
 from es_lite.errors import RunError
-from es_lite.runs import directory
-from es_lite.runs import export as exporting
+from es_lite.files import finish_replacement
+from es_lite.model.layout import Layout, skeleton
+from es_lite.model.source import Pretrained
+from es_lite.runs import export as module
 from es_lite.runs.export import export, model_card, step_of
-from es_lite.tokenizer import train_bpe
-from es_lite.weights import store
-from es_lite.weights.layerfile import LayerFile
-from es_lite.weights.layout import layout, skeleton
-from es_lite.weights.source import Pretrained, Random
+from es_lite.weights.parts import Part
+from es_lite.weights.reading import LayerReader
 
 TINY = {
     "vocab_size": 300,
@@ -40,27 +43,30 @@ TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class Model:
-    """A tiny model, its weights in float32 by name."""
+    """A tiny model, its weights in float32 by name; it is also the reader of each of its layers."""
 
     def __init__(self, kind: str = "qwen3", tied: bool = False) -> None:
         self.skeleton = skeleton(AutoConfig.for_model(kind, **KINDS[kind], tie_word_embeddings=tied))
-        self.layout = layout(self.skeleton)
+        self.layout = Layout.of(self.skeleton)
         random = np.random.default_rng(4)
         self.weights = {tensor.name: random.standard_normal(tensor.size, np.float32) for tensor in self.layout.tensors}
 
-    def close(self):
-        pass
+    def part(self, tensor, start, count):
+        return Part(tensor, start, self.weights[tensor.name][start : start + count])
 
-    def read(self, tensor, start, count):
-        return self.weights[tensor.name][start : start + count]
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
 
     def export(self, folder: Path, dtype: str = "fp32", tokenizer=None, step: int = 5) -> None:
         state = {"step": step, "eval_score": None}
         export(folder, self.skeleton, self.layout, lambda layer: self, tokenizer, dtype, "the card\n", state)
 
 
-def loaded_is(folder: Path, model: Model, dtype: str) -> None:
-    """from_pretrained finds every tensor, no other, of the type and with the very bits."""
+def assert_loaded(folder: Path, model: Model, dtype: str) -> None:
+    """from_pretrained finds every tensor and no other, of the expected type and with the exact bits."""
     found, report = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert type(found) is type(model.skeleton)
@@ -78,18 +84,18 @@ def content(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_hugging_face_loads_the_very_weights(tmp_path, kind, tied, dtype):
+def test_hugging_face_loads_the_exact_weights(tmp_path, kind, tied, dtype):
     model = Model(kind, tied)
     assert ("lm_head.weight" in model.weights) is not tied
     model.export(tmp_path / "out", dtype)
-    loaded_is(tmp_path / "out", model, dtype)
+    assert_loaded(tmp_path / "out", model, dtype)
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("size", [1, 50_000])
 def test_shards_are_loaded_too(tmp_path, monkeypatch, size, tied):
-    """One of them may be larger than it should, where a layer is."""
-    monkeypatch.setattr(exporting, "SHARD_BYTES", size)
+    """A shard holds at least one layer, even if that is larger than a shard should be."""
+    monkeypatch.setattr(module, "SHARD_BYTES", size)
     model = Model(tied=tied)
     model.export(tmp_path / "out")
     files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
@@ -100,11 +106,11 @@ def test_shards_are_loaded_too(tmp_path, monkeypatch, size, tied):
     for name, file in places.items():
         with safe_open(tmp_path / "out" / file, "pt") as opened:
             assert name in opened.keys()  # noqa: SIM118
-    loaded_is(tmp_path / "out", model, "fp32")
+    assert_loaded(tmp_path / "out", model, "fp32")
 
 
-def test_what_was_exported_is_a_start_of_a_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(exporting, "SHARD_BYTES", 50_000)
+def test_a_run_can_start_from_an_export(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SHARD_BYTES", 50_000)
     model = Model()
     model.export(tmp_path / "out", "bf16")
     source = Pretrained(tmp_path / "out", model.skeleton, model.layout)
@@ -113,7 +119,7 @@ def test_what_was_exported_is_a_start_of_a_run(tmp_path, monkeypatch):
         assert np.array_equal(source.read(tensor, 0, tensor.size), expected)
 
 
-def test_the_folder_has_all_that_belongs_to_a_model(tmp_path):
+def test_the_folder_has_everything_that_belongs_to_a_model(tmp_path):
     model = Model()
     tokenizer = train_bpe([["some text for it"]], 257)
     model.export(tmp_path / "out", tokenizer=tokenizer)
@@ -133,18 +139,18 @@ def test_the_step_of_no_folder_is_none(tmp_path):
     assert step_of(tmp_path) is None
 
 
-def test_a_new_export_takes_the_old_ones_place(tmp_path):
+def test_a_new_export_replaces_the_old_one(tmp_path):
     Model(tied=True).export(tmp_path / "out", step=1)
-    (tmp_path / "out" / "stray").write_text("of the old one")
+    (tmp_path / "out" / "stray").write_text("from before")
     model = Model()
     model.export(tmp_path / "out", step=2)
     assert step_of(tmp_path / "out") == 2
     assert not (tmp_path / "out" / "stray").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    loaded_is(tmp_path / "out", model, "fp32")
+    assert_loaded(tmp_path / "out", model, "fp32")
 
 
-def test_the_model_in_use_is_as_before(tmp_path):
+def test_an_export_leaves_the_configuration_in_use_unchanged(tmp_path):
     model = Model()
     model.export(tmp_path / "out")
     assert model.skeleton.config.use_cache is False
@@ -174,7 +180,7 @@ def test_a_crash_before_or_between_the_renames_leaves_the_old_folder(tmp_path, m
         patch.setattr(Path, "rename", crashing(Path.rename, rename))
         with pytest.raises(Crash):
             Model().export(tmp_path / "out", step=2)
-    directory.settle(tmp_path / "out")
+    finish_replacement(tmp_path / "out")
     assert content(tmp_path / "out") == old
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     Model().export(tmp_path / "out", step=2)
@@ -185,10 +191,10 @@ def test_a_crash_after_the_renames_leaves_the_new_folder(tmp_path, monkeypatch):
     Model().export(tmp_path / "out", step=1)
     Model().export(tmp_path / "other", step=2)
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", crashing(shutil.rmtree, 1))  # call 0 clears the way for the export
+        patch.setattr(shutil, "rmtree", crashing(shutil.rmtree, 1))  # call 0 removes what an earlier export left unfinished
         with pytest.raises(Crash):
             Model().export(tmp_path / "out", step=2)
-    directory.settle(tmp_path / "out")
+    finish_replacement(tmp_path / "out")
     assert content(tmp_path / "out") == content(tmp_path / "other")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
 
@@ -198,15 +204,15 @@ def test_a_crash_in_the_first_export_leaves_nothing(tmp_path, monkeypatch):
         patch.setattr(Path, "rename", crashing(Path.rename, 0))
         with pytest.raises(Crash):
             Model().export(tmp_path / "out")
-    directory.settle(tmp_path / "out")
+    finish_replacement(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_settling_what_is_settled_changes_nothing(tmp_path):
+def test_finishing_a_replacement_that_is_finished_changes_nothing(tmp_path):
     Model().export(tmp_path / "out")
     before = content(tmp_path / "out")
-    directory.settle(tmp_path / "out")
-    directory.settle(tmp_path / "absent")
+    finish_replacement(tmp_path / "out")
+    finish_replacement(tmp_path / "absent")
     assert content(tmp_path / "out") == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -228,28 +234,38 @@ def test_a_full_disk_is_an_error_of_the_run_and_leaves_the_old_folder(tmp_path, 
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts descriptors in /proc")
-def test_exports_of_the_layers_files_leave_none_open(tmp_path):
+@pytest.mark.parametrize("storage", STORAGES)
+def test_layers_that_are_behind_are_exported_at_the_step_asked_for_and_no_file_stays_open(tmp_path, storage):
     """A run exports many times: descriptors that stay open would end it."""
-    model, threads = Model(), Threads(1)
-    source = Random(model.skeleton, model.layout, 1, threads)
-    files = [LayerFile(tmp_path, layer, "fp32") for layer in model.layout.layers]
-    for file in files:
-        store.bring_level(file, lambda: source, [], 0, None, threads)
-
-    def opened(layer):
-        return store.Finished(files[layer.index], [], 0, threads)
-
-    before = len(os.listdir("/proc/self/fd"))
+    layout, theta_0, history = layout_of("gpt2"), Arrays(layout_of("gpt2")), records(3)
+    files = written(tmp_path / "layers", layout, storage, step=1)
+    before, open_before = bits_of(files), open_files()
     for _ in range(3):
-        export(tmp_path / "out", model.skeleton, model.layout, opened, None, "bf16", "", {"step": 0})
-    assert len(os.listdir("/proc/self/fd")) <= before
+        export(
+            tmp_path / "out",
+            skeleton(config_of("gpt2")),
+            layout,
+            lambda layer: LayerReader.of_file(files[layer.index], history, 3, ALONE),
+            None,
+            "fp32",
+            "",
+            {"step": 3},
+        )
+    assert open_files() <= open_before
+    assert bits_of(files) == before
+    found = load_file(tmp_path / "out/model.safetensors")
+    for layer in layout.layers:
+        wanted = expected(layer, theta_0, storage, history)
+        for tensor in layer.tensors:
+            values = plain.as_float32(*wanted[tensor.name], tensor.width)
+            assert plain.same_bits(found[tensor.name].ravel(), values), tensor.name
 
 
-def test_the_card_tells_what_there_is_to_tell(tmp_path):
-    plain = model_card(7, "", "", None)
-    assert "7 steps, started at random" in plain and "toml" not in plain and "Held-out" not in plain
-    full = model_card(7, "[es]\nsigma = 1\n", "Qwen/Qwen3-0.6B", -2.5)
+def test_the_card_says_what_there_is_to_say(tmp_path):
+    least = model_card(7, "", "", "")
+    assert "7 steps, started from random weights" in least and "toml" not in least and "Held-out" not in least
+    full = model_card(7, "[es]\nsigma = 1\n", "Qwen/Qwen3-0.6B", "-2.5000 (a unit)")
     assert full.startswith("---\nlibrary_name: transformers\n") and "\nbase_model: Qwen/Qwen3-0.6B\n---" in full
-    assert "-2.5000" in full and "```toml\n[es]\nsigma = 1\n```" in full
-    assert "base_model" not in model_card(7, "", str(tmp_path), None), "a local folder is no name on the hub"
+    assert "7 steps, started from `Qwen/Qwen3-0.6B`" in full
+    assert "\nHeld-out score: -2.5000 (a unit).\n" in full and "```toml\n[es]\nsigma = 1\n```" in full
+    assert "base_model" not in model_card(7, "", str(tmp_path), ""), "a local folder is not a name on the hub"

@@ -1,6 +1,5 @@
-"""tools/compare_memory.py: through the command, and its formula beside what autograd keeps."""
+"""tools/compare_memory.py: the command, and its formula against what autograd keeps."""
 
-import importlib.util
 import json
 import os
 import struct
@@ -8,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compare_memory
 import psutil
 import pytest
 import torch
+from _memory_formula import Load, adamw_parts, block_bytes, load_model
 from support import ROOT, TEXT, TINY
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -19,22 +20,15 @@ MODES = ["adamw", "adamw-checkpointing", "bf16", "int8", "streamed"]
 SMALL = TINY | {"hidden_size": 96, "intermediate_size": 320, "num_attention_heads": 8, "num_key_value_heads": 2}
 
 
-def tool():
-    """The tool as a module, for what is checked within it."""
-    spec = importlib.util.spec_from_file_location("compare_memory", TOOL)
-    module = sys.modules["compare_memory"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def compare(*arguments: object, path: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """The command, with the modules in `path` before all others."""
     environment = os.environ | {"PYTHONPATH": f"{path}{os.pathsep}{ROOT}"}
     command = [sys.executable, str(TOOL), *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 def kept_bytes(layers: int, checkpointing: bool) -> int:
-    """What autograd keeps of a forward over 4 x 64 tokens, the parameters left out."""
+    """Bytes that autograd keeps of a forward over 4 x 64 tokens, without the parameters."""
     config = AutoConfig.for_model(**(SMALL | {"num_hidden_layers": layers}))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
     model.config.use_cache = False
@@ -60,7 +54,7 @@ def kept_bytes(layers: int, checkpointing: bool) -> int:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_block_keeps_what_the_formula_says(checkpointing):
     config = AutoConfig.for_model(**SMALL)
-    block = 4 * config.hidden_size if checkpointing else tool().block_bytes(config)
+    block = 4 * config.hidden_size if checkpointing else block_bytes(config)
     assert kept_bytes(3, checkpointing) - kept_bytes(2, checkpointing) == 4 * 64 * block
 
 
@@ -81,11 +75,9 @@ def test_all_sizes_by_formula(tmp_path):
     assert struct.unpack(">II", (tmp_path / "memory.png").read_bytes()[16:24]) == (1560, 800)
 
 
-def test_gradients_of_several_micro_batches_are_summed(tmp_path):
-    module = tool()
-    model = module.load_model("qwen3-0.5b")
-    one = module.adamw_parts(model, module.Load(4, 256, 4, 4, 2, 2, ""), False)
-    two = module.adamw_parts(model, module.Load(8, 256, 4, 4, 2, 2, ""), False)
+def test_gradients_of_several_micro_batches_are_summed():
+    model = load_model("qwen3-0.5b")
+    one, two = (adamw_parts(model, Load(samples, 256, 4, 4, 2, 2, ""), False) for samples in (4, 8))
     assert (one["gradients"], two["gradients"]) == (0, 4 * model.layout.size)
     assert {**one, "gradients": 0} == {**two, "gradients": 0}
 
@@ -113,7 +105,7 @@ def test_measured_through_the_real_runs(tmp_path):
         ("--sizes qwen3-9b", "qwen3-9b: expected qwen3-0.5b, "),
         ("--sizes {tmp}/none.json", "none.json: missing"),
         ("--sizes {tmp}/llama.json", "is a llama; the formula for what a block keeps is that of qwen3 alone"),
-        ("--sizes {tmp}/tiny.json", "fitness.max_length = 256: the model has max_position_embeddings = 64"),
+        ("--sizes {tmp}/tiny.json", "fitness.max_length = 256: the model's max_position_embeddings is 64"),
         ("--sizes {tmp}/tiny.json --length 32 --population 3", "es.population = 3: must be even"),
         (
             "--config {tmp}/tiny.json --length 32 --samples 999 --text {tmp}/text.txt",
@@ -131,7 +123,7 @@ def test_bad_input(tmp_path, capsys, words, message):
     (tmp_path / "llama.json").write_text(json.dumps(TINY | {"model_type": "llama"}))
     (tmp_path / "text.txt").write_text(TEXT)
     out = [] if "--out" in words else ["--out", str(tmp_path / "memory")]
-    assert tool().main([*words.format(tmp=tmp_path).split(), *out]) == 2
+    assert compare_memory.main([*words.format(tmp=tmp_path).split(), *out]) == 2
     error = capsys.readouterr().err
     assert error.startswith("compare_memory: ") and message in error
     assert not list(tmp_path.glob("memory.*"))
@@ -146,5 +138,5 @@ def test_without_matplotlib(tmp_path):
 
 def test_a_number_below_one_is_refused(capsys):
     with pytest.raises(SystemExit) as ended:
-        tool().main(["--steps", "0"])
+        compare_memory.main(["--steps", "0"])
     assert ended.value.code == 2 and "0: expected a whole number of at least 1" in capsys.readouterr().err

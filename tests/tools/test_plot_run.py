@@ -1,4 +1,4 @@
-"""tools/plot_run.py, through the command."""
+"""tools/plot_run.py: the command."""
 
 import json
 import struct
@@ -8,8 +8,9 @@ from pathlib import Path
 
 import matplotlib.image
 import pytest
+from support import ROOT
 
-TOOL = Path(__file__).parents[1] / "tools/plot_run.py"
+TOOL = ROOT / "tools/plot_run.py"
 
 
 def plot(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -17,7 +18,7 @@ def plot(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def write_run(run: Path, steps: int = 20, **changes: object) -> Path:
-    """A run of `steps` steps; `changes` replace keys on every line after step 0."""
+    """Writes the metrics of a run of `steps` steps; `changes` replace keys on every line after step 0."""
     run.mkdir()
     lines: list[dict] = [{"step": 0, "eval_score": -9.1, "unigram_score": -6.3, "vocab_size": 8192, "pss_gib": 1.2}]
     for step in range(1, steps + 1):
@@ -33,7 +34,7 @@ def write_run(run: Path, steps: int = 20, **changes: object) -> Path:
 
 
 def check_picture(path: Path, colours: int = 1) -> None:
-    """A PNG of the right size in which each of the first `colours` run colours is really drawn."""
+    """It is a PNG of the right size, in which each of the first `colours` run colours is really drawn."""
     assert struct.unpack(">II", path.read_bytes()[16:24]) == (1400, 900)
     pixels = (matplotlib.image.imread(path)[..., :3] * 255).round().astype(int)
     for colour in ((0x0B, 0x6E, 0x99), (0xD9, 0x73, 0x0D))[:colours]:
@@ -74,7 +75,7 @@ def test_a_key_may_be_null_on_every_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("steps", [0, 1])
-def test_a_run_that_has_hardly_begun(tmp_path: Path, steps: int) -> None:
+def test_a_run_that_has_just_begun(tmp_path: Path, steps: int) -> None:
     result = plot(write_run(tmp_path / "run", steps))
     assert (result.returncode, result.stderr) == (0, "")
     assert (tmp_path / "run/plot.png").stat().st_size > 10_000

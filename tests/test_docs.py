@@ -129,6 +129,11 @@ def test_the_house_in_the_design_has_every_module_on_its_floor() -> None:
     assert {row[1].strip("`"): row[0].strip("| ") for row in table} == expected
 
 
+def test_every_test_of_an_invariant_is_in_the_design() -> None:
+    files = [f"tests/invariants/{path.name}" for path in (ROOT / "tests" / "invariants").glob("test_*.py")]
+    assert [file for file in files if f"`{file}`" not in read("docs/design.md")] == []
+
+
 # All pages
 
 

@@ -40,13 +40,18 @@ class Origin:
     def of_header(cls, header: dict[str, Any], where: Path) -> Self:
         """where: the journal that the header is of. Raises UserError if it has keys that this version does not know."""
         document = dict(header["origin"])
-        if unknown := document.keys() - cls.__dataclass_fields__.keys():
+        groups = document.get("groups", ())
+        unknown = document.keys() - cls.__dataclass_fields__.keys()
+        unknown |= {key for group in groups for key in group} - Factors.__dataclass_fields__.keys()
+        if unknown:
             raise UserError(
                 f"{where}: its origin has {', '.join(sorted(unknown))}, which this version of es_lite does not know and which "
                 "may change what its records mean; use the version that wrote it"
             )
-        document["groups"] = tuple(Factors(**group) for group in document["groups"])
-        return cls(**document)
+        try:
+            return cls(**document | {"groups": tuple(Factors(**group) for group in groups)})
+        except TypeError as error:  # a key is missing
+            raise UserError(f"{where}: its origin is incomplete ({error}); restore the file from a copy") from None
 
     def skeleton(self) -> tuple[PreTrainedModel, Layout]:
         """The model without weights, and its layout. Raises UserError if there is no such model."""

@@ -109,7 +109,7 @@ def device_noise_rate(noise: str, device: str) -> float:
     """Elements a second that a device draws."""
     kind, place = kind_of(noise), Place(0, 0, 0, 0)
     elements = torch.arange(2**20, device=torch_device(device))
-    return elements.numel() / _fastest(lambda: kind.on_device(elements, place)[0].item())  # item() waits for a GPU
+    return elements.numel() / _fastest(lambda: kind.epsilon_on_device(elements, place)[0].item())  # item() waits for a GPU
 
 
 def torch_device(device: str) -> torch.device:

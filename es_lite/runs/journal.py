@@ -74,8 +74,8 @@ class Journal:
             lines.append(document)
         if not lines or lines[0].get("format") != FORMAT:
             raise UserError(f"{path}: is not an {FORMAT!r}; another version of es_lite may have written it")
-        if lines[0]["noise"] != VERSION:
-            raise UserError(f"{path}: its noise is {lines[0]['noise']!r}, but this version of es_lite makes {VERSION!r}")
+        if lines[0].get("noise") != VERSION:
+            raise UserError(f"{path}: its noise is {lines[0].get('noise')!r}, but this version of es_lite makes {VERSION!r}")
         records = []
         for number, document in enumerate(lines[1:]):
             try:
@@ -83,7 +83,7 @@ class Journal:
             except ValueError as error:
                 raise UserError(f"{path}: line {number + 2}: {error}") from None
         journal = cls(path, lines[0], records, check, len(whole))
-        journal.scores = [document["scores"] for document in lines[1:]]
+        journal.scores = [document.get("scores", []) for document in lines[1:]]
         return journal
 
     def append(self, record: Record, scores: list[float | None]) -> None:
@@ -130,10 +130,13 @@ def _record(document: dict[str, Any], step: int) -> Record:
             f"the record has {', '.join(sorted(unknown))}, which this version of es_lite does not know and which may change what "
             "the step does; use the version that wrote it"
         )
-    kind_of(document["kind"])
-    return Record(
-        **{key: document[key] for key in Record.__dataclass_fields__} | {"coefficients": tuple(document["coefficients"])}
-    )
+    fields = {key: value for key, value in document.items() if key != "scores"}
+    try:
+        record = Record(**fields | {"coefficients": tuple(document["coefficients"])})
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"the record is incomplete ({error}); restore the file from a copy") from None
+    kind_of(record.kind)
+    return record
 
 
 def _parse(line: bytes, check: int) -> tuple[dict[str, Any], int]:

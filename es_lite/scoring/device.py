@@ -130,7 +130,7 @@ class DeviceScratch:
             for out in outs:
                 out.copy_(on_device.as_float32(stored, scales, tensor.width))
             return
-        draw, place = perturbation.noise.on_device, perturbation.place_of(tensor)
+        draw, place = perturbation.noise.epsilon_on_device, perturbation.place_of(tensor)
         on_device.perturb(outs, stored, scales, tensor.width, elements, draw, place, sigma)
 
     def _reserve(self, members: int, size: int) -> list[torch.Tensor]:

@@ -83,8 +83,9 @@ class LayerReader:
         """
         stored = FileReader(file, direct)
         at = stored.front.step
-        needed = [record for record in records if at <= record.step < step]
-        if [record.step for record in needed] != list(range(at, step)):
+        needed = _between(records, at, step)
+        if needed is None:
+            stored.close()
             raise file.damaged(f"says it holds step {at}, from where it cannot be brought to {step}")
         return cls(stored, file.format, needed, threads)
 
@@ -100,7 +101,10 @@ class LayerReader:
         """From the layer's file if there is one, else from θ₀, which is opened only then."""
         if file.exists():
             return cls.of_file(file, records, step, threads)
-        return cls.of_theta_0(file.format, theta_0(), records[:step], threads)
+        needed = _between(records, 0, step)
+        if needed is None:
+            raise file.damaged(f"is missing, and the records at hand do not lead from the beginning to step {step}")
+        return cls.of_theta_0(file.format, theta_0(), needed, threads)
 
     def part(self, tensor: Tensor, start: int, count: int) -> Part:
         """Elements start …, whole rows, in memory of their own."""
@@ -143,3 +147,9 @@ class LayerReader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _between(records: Sequence[Record], at: int, step: int) -> list[Record] | None:
+    """The records that lead from step `at` to `step`; None if some are missing."""
+    needed = [record for record in records if at <= record.step < step]
+    return needed if [record.step for record in needed] == list(range(at, step)) else None

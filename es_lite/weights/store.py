@@ -167,7 +167,7 @@ def finish(
             new = NewFile(file.path, keep=True)
             try:
                 front = reader.front
-                for tensor in file.format.scaled:
+                for tensor in (t for t in file.format.matrices if t.name in front.scales):
                     scales = view_of(front.scales_of(tensor))
                     read_fully(new.descriptor, scales, file.format.scales_offset(tensor), len(scales))
                 front.step = step

@@ -74,10 +74,12 @@ class Stream:
             size = buffer_bytes(self._files, self._layout)
             self._buffers = [Buffer(size) for _ in range(BUFFERS)]
         with contextlib.ExitStack() as opened:
-            ends = [self._open(self._files[0]), self._open(self._files[-1])]
+            ends: list[PassingLayer] = []
             self._parts = {}
-            for end in ends:
+            for file in (self._files[0], self._files[-1]):
+                end = self._open(file)
                 opened.callback(end.reader.close)
+                ends.append(end)
                 self._parts |= {part.tensor.name: self._convert([part], own_memory=True)[0] for part in end.reader.small()}
             self._head, other = ends if self._layout.tied else ends[::-1]
             # It passes only to be written or, if it has no matrices, to be checked.

@@ -1,17 +1,20 @@
-"""The plan: parameter counts of the paper's sizes, what fits, what is refused and how."""
+"""The plan: what fits, what is refused and how, what "auto" becomes, and what people are told."""
 
 import dataclasses
-from pathlib import Path
 
 import pytest
+from support import ROOT
 
 from es_lite import plan
-from es_lite import recipe as recipes
-from es_lite.runs.origin import Origin
+from es_lite.errors import UserError
+from es_lite.model.configuration import SIZES
+from es_lite.model.origin import Origin
+from es_lite.planning.rates import Estimate
 from es_lite.system import MemoryLimit
-from es_lite.weights.source import SIZES
 
-ROOT = Path(__file__).parent.parent
+GIB = 2**30
+RECIPE = str(ROOT / "recipes" / "qwen3_0p5b_cpu.toml")
+EXPECTED = Estimate(score_seconds=25.0, update_seconds=5.0, rates="the rates of the test")
 
 
 def by_hand(size: dict) -> int:
@@ -33,59 +36,200 @@ def test_the_papers_sizes_have_their_parameters_and_layers(name):
     )
 
 
-def planned(*overrides: str) -> plan.Plan:
-    recipe = recipes.load(ROOT / "recipes" / "qwen3_0p5b_cpu.toml", overrides)
-    model, layout = Origin.of_recipe(recipe).skeleton()
-    return plan.make(recipe, model.config, layout)
-
-
-def test_workers_on_auto_are_as_many_as_fit(monkeypatch):
-    monkeypatch.setattr(plan.system, "cores", lambda: 8)
+def test_workers_on_auto_are_as_many_as_fit(planned, machine):
     resident = "memory.residency=resident"
     least = sum(planned(resident, "workers.count=1").memory.values())
     most = sum(planned(resident, "workers.count=8").memory.values())
     for limit, expected in ((most, 8), (most - 1, 7), (least, 1), (least - 1, 1)):
-        monkeypatch.setattr(plan.system, "memory_limit", lambda _, held, limit=limit: MemoryLimit(limit, "the test"))
-        assert planned(resident).workers == expected
-        streamed = limit < least  # left to "auto", what does not fit is streamed
-        assert planned().streamed == streamed
+        machine(memory=limit)
+        assert planned(resident).execution.workers == expected
+        streamed = limit < least  # residency "auto": what does not fit is streamed
+        assert planned().execution.streamed == streamed
         if not streamed:
-            assert planned().workers == expected
+            assert planned().execution.workers == expected
 
 
-def test_no_more_workers_than_tasks(monkeypatch):
-    monkeypatch.setattr(plan.system, "cores", lambda: 64)
-    assert planned("es.population=6").workers == 3
-    assert planned("es.population=6", "es.antithetic=false").workers == 6
+def test_there_are_no_more_workers_than_tasks(planned, machine):
+    machine(cores=64)
+    assert planned("es.population=6").execution.workers == 3
+    assert planned("es.population=6", "es.antithetic=false").execution.workers == 6
 
 
-def test_many_samples_go_in_passes_of_whole_micro_batches():
+def test_workers_have_as_many_threads_as_the_recipe_says(planned):
+    execution = planned("workers.threads=4").execution
+    assert (execution.workers, execution.threads) == (2, 4)
+
+
+def test_many_samples_go_in_passes_of_whole_micro_batches(planned):
     few, many = planned("fitness.samples=8"), planned("fitness.samples=5000")
-    assert (few.passes, few.pass_samples) == (1, 16)  # eval.samples = 16 are more than 8
+    assert (few.passes, few.execution.pass_samples) == (1, 16)  # eval.samples = 16 are more than 8
     assert many.passes > 1
-    assert many.pass_samples % 4 == 0
-    assert (many.passes - 1) * many.pass_samples < 5000 <= many.passes * many.pass_samples
+    assert many.execution.pass_samples % 4 == 0
+    assert (many.passes - 1) * many.execution.pass_samples < 5000 <= many.passes * many.execution.pass_samples
 
 
-def test_what_does_not_fit_is_said_in_numbers():
+def test_layers_pass_the_page_cache_by_only_if_it_has_no_room_for_them(planned, machine):
+    streamed = "memory.residency=streamed"
+    used = sum(planned(streamed).memory.values())
+    stored = planned(streamed).work.written_bytes
+    for limit, direct in ((used + stored, False), (used + stored - 1, True)):
+        machine(memory=limit)
+        assert planned(streamed).execution.direct == direct
+    assert not planned("memory.residency=resident").execution.direct
+
+
+def test_what_does_not_fit_is_said_in_numbers(planned):
     fits = planned()
-    assert plan.shortfall(fits) is None
+    assert fits.shortfall() is None
     short = dataclasses.replace(fits, limit=MemoryLimit(2**30, "memory.limit of the recipe"))
-    assert "of memory, there are 1.00 (memory.limit of the recipe)" in plan.shortfall(short)
+    assert "GiB of memory, 1.00 are available (memory.limit of the recipe)" in short.shortfall()
     full = dataclasses.replace(fits, free_disk=2**30)
-    assert "of disk, there are 1.00 free" in plan.shortfall(full)
+    assert "GiB of disk, 1.00 are free" in full.shortfall()
 
 
-def test_the_command_prints_the_plan_and_the_refusal(capsys):
-    recipe = str(ROOT / "recipes" / "qwen3_0p5b_cpu.toml")
-    assert plan.main([recipe]) == 0
-    output = capsys.readouterr().out
-    assert "533,126,144 parameters" in output and "a step takes about" in output
-    assert plan.main([recipe, "--set", "memory.limit=1 GiB"]) == 2
-    assert "does not fit" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("residency", "remedy"), [("resident", 'Set memory.residency = "streamed"'), ("streamed", "Set es.antithetic to false")]
+)
+def test_what_to_change_depends_on_the_residency(planned, residency, remedy):
+    short = dataclasses.replace(planned(f"memory.residency={residency}"), limit=MemoryLimit(1, "the test"))
+    assert remedy in short.shortfall() and "lower workers.count" in short.shortfall()
 
 
-def test_an_exports_disk_is_counted_where_it_is_on():
+def test_a_gpu_that_is_too_small_is_said_in_numbers(planned, machine):
+    machine(gpu=2 * GIB)
+    short = planned("workers.device=cuda")
+    assert f"needs {sum(short.gpu.values()) / GIB:.2f} GiB of GPU memory, 2.00 are available (a GPU)" in short.shortfall()
+    machine(gpu=40 * GIB)
+    assert planned("workers.device=cuda").shortfall() is None
+
+
+def test_a_gpu_that_is_not_there_is_refused(planned):
+    with pytest.raises(UserError, match='workers.device = "cuda": torch finds no GPU here'):
+        planned("workers.device=cuda")
+
+
+def test_items_that_are_too_long_for_the_model_are_refused(planned):
+    planned("fitness.max_length=32768")
+    with pytest.raises(UserError, match=r"fitness.max_length = 32769: the model's max_position_embeddings is 32768"):
+        planned("fitness.max_length=32769")
+
+
+def test_an_exports_disk_is_counted_if_it_is_on(planned):
     off = planned("run.checkpoint_every=0", "eval.every=0")
     assert set(off.disk) == {"master"}
     assert set(planned().disk) == {"master", "checkpoint", "best"}
+    assert set(planned("memory.master=none").disk) == {"weights", "checkpoint", "best"}
+    bf16, fp32 = planned(), planned("run.checkpoint_dtype=fp32")
+    assert bf16.export_bytes == 2 * bf16.layout.size and fp32.export_bytes == 2 * bf16.export_bytes
+    assert bf16.disk["checkpoint"] == bf16.disk["best"] == 2 * bf16.export_bytes  # the old one stays until the new one is there
+
+
+def test_the_layers_disk_includes_those_that_are_being_replaced(planned):
+    one, four = (planned("memory.residency=resident", f"workers.count={count}") for count in (1, 4))
+    largest = max(layer.size for layer in one.layout.layers) * 4
+    assert four.disk["master"] - one.disk["master"] == pytest.approx(3 * largest, rel=1e-3)
+    assert one.work.written_bytes == pytest.approx(4 * one.layout.size, rel=1e-3)
+    assert planned("memory.residency=streamed").disk["master"] == one.disk["master"]
+
+
+def test_the_work_of_a_step(planned):
+    plan = planned("memory.residency=streamed")
+    size, population, samples, length = plan.layout.size, 16, 8, 256
+    assert plan.tokens == population * samples * (length - 1)
+    assert plan.work.flops == 2 * size * plan.tokens  # tied: the embedding is multiplied as the head
+    assert plan.work.scoring_noise == size * population // 2 * plan.passes
+    assert plan.work.update_noise == size * population // 2
+    assert plan.work.read_bytes == plan.passes * plan.work.written_bytes
+    assert planned("memory.master=none").work.update_noise == size * (population // 2 + 1)  # stochastic rounding
+    untied = planned("model.config=qwen3-8b")
+    assert untied.work.flops == 2 * (untied.layout.size - untied.layout.layers[0].size) * untied.tokens
+
+
+def test_the_summary_says_whether_it_fits_how_long_it_takes_and_what_is_there_at_the_end(planned):
+    plan = planned()
+    memory, disk = sum(plan.memory.values()) / GIB, sum(plan.disk.values()) / GIB
+    assert plan.summary(EXPECTED, 40).splitlines() == [
+        "533,126,144 parameters in 26 layers",
+        f"fits: needs {memory:.2f} of 64.00 GiB of memory and {disk:.2f} of 100.00 GiB of disk",
+        "a step takes about 30 s on this machine, 40 steps about 20 min",
+        "at the end:",
+        "  runs/qwen3_0p5b_cpu/checkpoint: the model after the last step, a Hugging Face folder, 0.99 GiB in bf16",
+        "  runs/qwen3_0p5b_cpu/best: the model that scored best on held-out text, likewise",
+    ]
+
+
+def test_the_summary_of_what_does_not_fit(planned, machine):
+    machine(memory=GIB // 2)
+    assert planned().summary(EXPECTED, 1).splitlines()[1].startswith("does not fit: needs ")
+    assert planned().summary(EXPECTED, 1).splitlines()[2].endswith(", 1 step about 30 s")
+
+
+def test_the_summary_names_the_budget(planned):
+    line = planned("run.minutes=90").summary(EXPECTED, 1000).splitlines()[2]
+    assert line.endswith("1,000 steps about 8 h 20 min (run.minutes ends it after 90 min)")
+
+
+def test_without_exports_the_summary_says_how_to_make_the_model(planned):
+    none = planned("run.checkpoint_every=0", "eval.best=false", "run.dir=runs/mine", "run.checkpoint_dtype=fp32")
+    assert none.summary(EXPECTED, 1).splitlines()[3:] == [
+        "at the end:",
+        "  runs/mine/journal.jsonl: from it, `es-lite replay runs/mine --out DIR` makes the model (1.99 GiB in fp32)",
+    ]
+
+
+def test_the_summary_names_the_gpus_memory(planned, machine):
+    machine(gpu=40 * GIB)
+    plan = planned("workers.device=cuda")
+    assert f", {sum(plan.gpu.values()) / GIB:.2f} of 40.00 GiB of GPU memory and " in plan.summary(EXPECTED, 1)
+    assert "\nGPU, GiB\n" in plan.details(EXPECTED)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "how"),
+    [
+        (["workers.count=2"], "resident, 2 workers with 1 thread each, compute bf16, 1 pass of 16 samples"),
+        (
+            ["memory.residency=streamed", "workers.threads=2"],
+            "streamed, 4 lanes with 2 threads each, compute bf16, 1 pass of 16 samples",
+        ),
+        (["workers.device=torch"], "resident, on torch, 1 lane with 8 threads each, compute bf16, 1 pass of 16 samples"),
+    ],
+)
+def test_the_details_say_how_the_machine_is_used(planned, overrides, how):
+    assert planned(*overrides).details(EXPECTED).splitlines()[0] == how
+
+
+def test_the_details_add_up(planned):
+    plan = planned()
+    lines = plan.details(EXPECTED).splitlines()
+    for name, parts in (("memory, all processes, GiB", plan.memory), ("disk, GiB", plan.disk)):
+        at = lines.index(name) + 1
+        table = [line.rsplit(maxsplit=1) for line in lines[at : at + len(parts)]]
+        assert [(part.strip(), float(size)) for part, size in table] == [
+            (part, round(size / GIB, 2)) for part, size in parts.items()
+        ]
+        assert lines[at + len(parts)].split()[:2] == ["total", f"{sum(parts.values()) / GIB:.2f}"]
+    assert lines[-1] == "estimated from the rates of the test"
+
+
+def test_the_command_prints_the_summary_before_the_details(capsys, monkeypatch):
+    monkeypatch.setattr(plan, "estimate", lambda *_: EXPECTED)
+    assert plan.main([RECIPE]) == 0
+    summary, details = capsys.readouterr().out.split("\n\n")
+    assert summary.splitlines()[0] == "533,126,144 parameters in 26 layers"
+    assert "100 steps about 50 min" in summary and "at the end:" in summary
+    assert "memory, all processes, GiB" in details and "memory, all processes, GiB" not in summary
+
+
+def test_the_command_refuses_what_does_not_fit(capsys, monkeypatch):
+    monkeypatch.setattr(plan, "estimate", lambda *_: EXPECTED)
+    assert plan.main([RECIPE, "--set", "memory.limit=1 GiB"]) == 2
+    output = capsys.readouterr()
+    assert "does not fit: needs " in output.out
+    assert output.err.startswith(f"es_lite: {RECIPE}: does not fit: needs ")
+
+
+def test_the_command_measures_the_machine(capsys):
+    assert plan.main([RECIPE]) == 0
+    output = capsys.readouterr().out
+    assert "533,126,144 parameters" in output and "a step takes about" in output and "GFLOP/s a worker" in output

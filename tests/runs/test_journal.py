@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from journals import documents_of, write_documents
 
 from es_lite.algorithm.noise.philox import VERSION
 from es_lite.algorithm.record import Record
@@ -160,42 +161,31 @@ def test_a_cut_last_line_that_ends_in_a_newline_is_damage_not_a_tear(path, lines
     refused(path, [*lines[:-1], lines[-1][:40] + b"\n"], 5)
 
 
-def written(path: Path, documents: list[dict]) -> bytes:
-    """Writes a journal of these objects, each line with the check that it should have. Returns its bytes."""
-    out, check = b"", 0
-    for document in documents:
-        body = json.dumps(document, separators=(",", ":"))[:-1].encode()
-        check = zlib.crc32(body, check)
-        out += body + f',"check":"{check:08x}"}}\n'.encode()
-    path.write_bytes(out)
-    return out
-
-
-def documents_of(path: Path, steps: int) -> list[dict]:
+def made_documents(path: Path, steps: int) -> list[dict]:
     """The objects of a good journal, without their checks."""
     make(path, steps)
-    return [{key: value for key, value in json.loads(line).items() if key != "check"} for line in path.read_bytes().splitlines()]
+    return documents_of(path)
 
 
 def test_another_version_of_the_noise_is_refused_by_name(path):
-    header, *records = documents_of(path, 1)
-    written(path, [header | {"noise": "philox4x32-10/table16/9"}, *records])
+    header, *records = made_documents(path, 1)
+    write_documents(path, [header | {"noise": "philox4x32-10/table16/9"}, *records])
     with pytest.raises(UserError) as error:
         Journal.open(path)
     assert str(path) in str(error.value) and "philox4x32-10/table16/9" in str(error.value) and VERSION in str(error.value)
 
 
 def test_another_format_is_refused(path):
-    header, *records = documents_of(path, 1)
-    written(path, [header | {"format": "es_lite journal 2"}, *records])
+    header, *records = made_documents(path, 1)
+    write_documents(path, [header | {"format": "es_lite journal 2"}, *records])
     with pytest.raises(UserError, match="is not an 'es_lite journal 1'; another version of es_lite may have written it"):
         Journal.open(path)
 
 
 @pytest.mark.parametrize("steps", [(0, 2), (0, 0), (1, 2)])
 def test_steps_out_of_order_are_refused_even_if_the_checks_agree(path, steps):
-    header, record = documents_of(path, 1)
-    written(path, [header, *(record | {"step": step} for step in steps)])
+    header, record = made_documents(path, 1)
+    write_documents(path, [header, *(record | {"step": step} for step in steps)])
     line, expected = (2, 0) if steps[0] else (3, 1)
     found = steps[expected]
     with pytest.raises(UserError, match=f"{path}: line {line}: expected step {expected}, found {found}"):
@@ -204,21 +194,38 @@ def test_steps_out_of_order_are_refused_even_if_the_checks_agree(path, steps):
 
 def test_what_this_version_does_not_know_is_refused_by_name_if_it_may_change_a_step(path):
     """The lines' checks agree: it is another version of es_lite that wrote them."""
-    header, first, second = documents_of(path, 2)
+    header, first, second = made_documents(path, 2)
     for change, named in (
         ({"rotation": 3, "momentum": 0.9}, "the record has momentum, rotation, which this version of es_lite does not know"),
         ({"kind": "lattice"}, "noise of the kind 'lattice', which this version of es_lite does not know"),
     ):
-        before = written(path, [header, first, second | change])
+        before = write_documents(path, [header, first, second | change])
         with pytest.raises(UserError) as error:
             Journal.open(path)
         assert f"{path}: line 3: " in str(error.value) and named in str(error.value)
         assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize("key", ["seed", "coefficients", "scores"])
+def test_a_record_that_lacks_something_is_refused_by_name(path, key):
+    header, first, second = made_documents(path, 2)
+    del second[key]
+    write_documents(path, [header, first, second])
+    with pytest.raises(UserError, match=f"{path}: line 3: .*{key}"):
+        Journal.open(path)
+
+
+def test_a_record_without_a_key_that_has_a_default_is_read(path):
+    """As records are that an earlier version of es_lite wrote, before there was such a key."""
+    header, first = made_documents(path, 1)
+    del first["kind"]
+    write_documents(path, [header, first])
+    assert Journal.open(path).records == [record(0)]
+
+
 def test_what_this_version_does_not_know_is_ignored_if_it_is_information_about_the_run(path):
-    header, *records = documents_of(path, 2)
-    written(path, [header | {"weather": "fair"}, *records])
+    header, *records = made_documents(path, 2)
+    write_documents(path, [header | {"weather": "fair"}, *records])
     assert Journal.open(path).records == [record(0), record(1)]
     assert Journal.open(path).header["weather"] == "fair"
 

@@ -1,5 +1,7 @@
 """The conveyor: how layers are cut into sections, and three buffers that circulate between reader, user and writer."""
 
+import os
+import threading
 from collections import Counter
 
 import pytest
@@ -93,18 +95,15 @@ def test_sections_come_in_order_and_layers_are_opened_when_the_reader_gets_to_th
 
 
 def test_no_more_sections_are_read_than_there_are_buffers(tmp_path):
-    """The reader waits until a buffer is free; releasing one twice frees it once."""
+    """The reader waits until a buffer is free."""
     passing = Passing(tmp_path, 0)
     with passing.conveyor as taking:
         held = [taking.take() for _ in range(conveyor.BUFFERS)]
         assert len({id(filled.buffer) for filled in held}) == conveyor.BUFFERS
         assert taking._ready.empty()
         taking.release(held[0])
-        taking.release(held[0])
-        following = taking.take()
-        assert following.buffer is held[0].buffer
-        assert taking._ready.empty() and taking._free.empty()
-        taking.release(following)
+        assert taking.take().buffer is held[0].buffer
+        assert taking._ready.empty()
 
 
 def test_what_is_sent_is_written_even_if_it_is_released_at_once(tmp_path):
@@ -123,6 +122,19 @@ def test_what_is_sent_is_written_even_if_it_is_released_at_once(tmp_path):
                 taking.release(filled)
             assert filled.layer.file == file
     assert bits_of(passing.files) == wanted
+
+
+def test_a_buffer_is_not_free_before_it_is_written_however_often_it_is_released(tmp_path, monkeypatch):
+    passing, write, may_write = Passing(tmp_path, 2), os.pwrite, threading.Event()
+    monkeypatch.setattr(os, "pwrite", lambda *arguments: may_write.wait(20) and write(*arguments))
+    with passing.conveyor as taking:
+        filled = taking.take()
+        taking.send(filled)
+        for _ in range(3):
+            taking.release(filled)
+            assert filled.buffer.holders == 1, "the writer"
+        may_write.set()
+    assert filled.buffer.holders == 0
 
 
 def test_a_damaged_layer_is_an_error_of_take(tmp_path):

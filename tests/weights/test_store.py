@@ -380,6 +380,7 @@ def test_a_full_disk_leaves_the_old_file_of_a_shared_layer(tmp_path, monkeypatch
             with pytest.raises(RunError, match=f"{file.path}: .*{message}"):
                 shared(file, never, records(2), 2, None, ranges_of(file))
         assert file.path.read_bytes() == before and open_files() == descriptors
+        assert not next_to(file.path).exists()
         for low, high in ranges_of(file):
             store.advance_sections(file, low, high, never, records(2), 2, None, ALONE)
         with monkeypatch.context() as patch:
@@ -395,8 +396,8 @@ def test_a_full_disk_leaves_the_old_file_of_a_shared_layer(tmp_path, monkeypatch
 @pytest.mark.parametrize("call", ["open", "ftruncate", "replace"])
 @pytest.mark.usefixtures("small_sections")
 def test_a_disk_that_refuses_anything_else_leaves_the_old_file_of_a_shared_layer(tmp_path, monkeypatch, call):
-    file = written(tmp_path, layout_of("tied"), "int8", 1)[1]
-    before, really_open = file.path.read_bytes(), os.open
+    files = written(tmp_path, layout_of("tied"), "int8", 1)
+    file, before, really_open = files[1], bits_of(files), os.open
 
     def some(path, flags, *rest, **named):
         return refused("open")() if flags & (os.O_WRONLY | os.O_RDWR) else really_open(path, flags, *rest, **named)
@@ -407,7 +408,7 @@ def test_a_disk_that_refuses_anything_else_leaves_the_old_file_of_a_shared_layer
             patch.setattr(type(file.path), "replace", refused(call))
         with pytest.raises(RunError, match=str(file.path)):
             shared(file, never, records(2), 2, None, ranges_of(file))
-    assert file.path.read_bytes() == before
+    assert bits_of(files) == before
     shared(file, never, records(2), 2, None, ranges_of(file))
     assert file.front().step == 2
     file.check()

@@ -13,10 +13,11 @@ import hashlib
 from statistics import NormalDist
 
 import numpy as np
+import torch
 
 from es_lite.algorithm.formats import NO_SCALES, load, round_bf16
 from es_lite.algorithm.jit import CHUNK, jit
-from es_lite.algorithm.noise import philox
+from es_lite.algorithm.noise import on_device, philox
 from es_lite.algorithm.noise.kernels import draw_lanes, words_buffer, words_of
 from es_lite.algorithm.noise.place import Place
 
@@ -44,6 +45,16 @@ def table() -> np.ndarray:
 def epsilon(place: Place, start: int, count: int) -> np.ndarray:
     """The definition: ε of elements start … start + count - 1, float32 [count], exact multiples of 1/4096."""
     return table()[philox.lanes(place, start, count)].astype(np.float32) / np.float32(QUANTUM)
+
+
+@functools.cache
+def _table_on(device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(table().copy()).to(device)
+
+
+def epsilon_on_device(elements: torch.Tensor, place: Place) -> torch.Tensor:
+    """The same by torch operations: ε of elements (as in `on_device.lanes`), float32 [n], on their device."""
+    return _table_on(elements.device)[on_device.lanes(elements, place)].to(torch.float32) / QUANTUM
 
 
 @jit

@@ -1,18 +1,18 @@
-"""The kinds of noise by name. A kind is one file that has the operations of `NoiseKind`."""
+"""The kinds of noise by name. A kind is one module that has the operations of `NoiseKind`, as `gaussian` does."""
 
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from es_lite.algorithm.noise import gaussian, on_device
+from es_lite.algorithm.noise import gaussian
 from es_lite.algorithm.noise.place import Place
 
 
 class NoiseKind(Protocol):
     """What scoring and the update do with a kind of noise; shapes and types are those of `gaussian`'s functions."""
 
-    name: str
+    NAME: str
 
     def perturb(
         self,
@@ -47,22 +47,12 @@ class NoiseKind(Protocol):
         """out = Σ_p c_p ε_p of a slice of a tensor."""
         ...
 
-    def on_device(self, elements: torch.Tensor, place: Place) -> torch.Tensor:
-        """ε of the elements of a tensor, by torch operations on their device (`on_device.gaussian`)."""
+    def epsilon_on_device(self, elements: torch.Tensor, place: Place) -> torch.Tensor:
+        """ε of the elements of a tensor, by torch operations on their device."""
         ...
 
 
-class Gaussian:
-    """Independent standard normal noise for every element."""
-
-    name = gaussian.NAME
-    perturb = staticmethod(gaussian.perturb)
-    perturb_rows = staticmethod(gaussian.perturb_rows)
-    total = staticmethod(gaussian.total)
-    on_device = staticmethod(on_device.gaussian)
-
-
-KNOWN: dict[str, NoiseKind] = {Gaussian.name: Gaussian()}
+KNOWN: dict[str, NoiseKind] = {gaussian.NAME: gaussian}
 
 
 def kind_of(name: str) -> NoiseKind:

@@ -1,17 +1,15 @@
-"""The noise by torch's integer operations, on any device: the same bits as the numpy definitions, and the perturbation from it.
+"""Philox by torch's integer operations, on any device: the same bits as `philox`, and the perturbation from a kind's ε.
 
 Philox works on unsigned 32-bit words; torch has signed 64-bit integers everywhere. A product of two words wraps around in
 them without harm: its low and high halves are masked out of the same 64 bits. Each arithmetic operation is a call of its own, so
 no compiler fuses a multiplication with an addition: the sums are the kernels', bit for bit.
 """
 
-import functools
 from collections.abc import Callable
 
 import torch
 
 from es_lite.algorithm.formats import RECIPROCAL
-from es_lite.algorithm.noise import gaussian as definition
 from es_lite.algorithm.noise.philox import KEY_INCREMENTS, LANES, MULTIPLIERS, ROUNDS
 from es_lite.algorithm.noise.place import Place
 
@@ -19,11 +17,6 @@ CHUNK = 2**22
 """Elements made at a time: for every 8 of them, 10 words of 8 bytes are in use at once."""
 
 _LOW = 0xFFFFFFFF
-
-
-@functools.cache
-def _table(device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(definition.table().copy()).to(device)
 
 
 def philox4x32(counters: torch.Tensor, place: Place) -> torch.Tensor:
@@ -45,11 +38,6 @@ def lanes(elements: torch.Tensor, place: Place) -> torch.Tensor:
     """
     words = philox4x32(elements[::LANES] // LANES, place)
     return torch.stack([words & 0xFFFF, words >> 16], dim=-1).reshape(-1)
-
-
-def gaussian(elements: torch.Tensor, place: Place) -> torch.Tensor:
-    """ε of the elements (as in `lanes`), float32 [n], exact multiples of 1/4096."""
-    return _table(elements.device)[lanes(elements, place)].to(torch.float32) / definition.QUANTUM
 
 
 def as_float32(stored: torch.Tensor, scales: torch.Tensor | None, width: int, first: int = 0) -> torch.Tensor:

@@ -17,20 +17,22 @@ def test_an_unknown_kind_is_refused_by_name():
 
 
 def test_every_kind_has_the_name_it_is_known_by():
-    assert {name: kind.name for name, kind in KNOWN.items()} == {"gaussian": "gaussian"}
+    assert {name: kind.NAME for name, kind in KNOWN.items()} == {"gaussian": "gaussian"}
 
 
 def test_the_kind_gaussian_is_its_definition():
-    assert np.array_equal(kind_of("gaussian").on_device(torch.arange(16, 80), PLACE).numpy(), gaussian.epsilon(PLACE, 16, 64))
+    assert np.array_equal(
+        kind_of("gaussian").epsilon_on_device(torch.arange(16, 80), PLACE).numpy(), gaussian.epsilon(PLACE, 16, 64)
+    )
 
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_all_operations_of_a_kind_have_the_same_noise(name):
-    """`total` of one pair and `on_device` are ε itself; perturbing zeros by σ = 1 gives ε and -ε; so do rows of a matrix."""
+    """`total` of one pair and `epsilon_on_device` are ε itself; perturbing zeros by σ = 1 gives ε and -ε; so do rows of a matrix."""
     kind = kind_of(name)
     epsilon = np.empty(64, np.float32)
     kind.total(epsilon, PLACE._replace(pair=77), np.array([4], np.uint32), np.ones(1, np.float32), start=16)
-    assert np.array_equal(kind.on_device(torch.arange(16, 80), PLACE).numpy(), epsilon)
+    assert np.array_equal(kind.epsilon_on_device(torch.arange(16, 80), PLACE).numpy(), epsilon)
 
     zeros, none = np.zeros(64, np.uint16), np.empty(0, np.float32)
     plus, minus = np.empty(64, np.float32), np.empty(64, np.float32)

@@ -59,7 +59,7 @@ def test_lanes(device, first):
 @FIRST
 def test_the_noise_equals_its_definition(device, first):
     elements = torch.arange(first, first + 8 * 77, device=device)
-    assert bits(on_device.gaussian(elements, PLACE)) == bits(gaussian.epsilon(PLACE, first, 8 * 77))
+    assert bits(gaussian.epsilon_on_device(elements, PLACE)) == bits(gaussian.epsilon(PLACE, first, 8 * 77))
 
 
 @DEVICES
@@ -81,7 +81,7 @@ def test_perturbed_bfloat16_equals_the_kernels(device, compute, count, start, le
     stored = plain.bf16(normal(length))
     outs = [torch.empty(length, dtype=compute, device=device) for _ in range(count)]
     there = torch.from_numpy(stored).view(torch.bfloat16).to(device)
-    on_device.perturb(outs, there, None, length, start, on_device.gaussian, PLACE, SIGMA)
+    on_device.perturb(outs, there, None, length, start, gaussian.epsilon_on_device, PLACE, SIGMA)
     assert [bits(out) for out in outs] == perturbed_by_kernel(compute, count, stored, start=start)
 
 
@@ -98,7 +98,7 @@ def test_perturbed_int8_equals_the_kernels(device, compute, count, width, row, m
     start = row * width
     outs = [torch.empty(stored.size - start, dtype=compute, device=device) for _ in range(count)]
     there = torch.from_numpy(stored[start:]).to(device), torch.from_numpy(scales[row:]).to(device)
-    on_device.perturb(outs, *there, width, start, on_device.gaussian, PLACE, SIGMA)
+    on_device.perturb(outs, *there, width, start, gaussian.epsilon_on_device, PLACE, SIGMA)
     expected = perturbed_by_kernel(compute, count, stored[start:], start=start, scales=scales, width=width)
     assert [bits(out) for out in outs] == expected
     wrong = perturbed_by_kernel(compute, count, stored[start:], start=start, scales=np.roll(scales, 1), width=width)
@@ -124,7 +124,7 @@ def test_perturbed_rows_equal_the_kernels(device, compute, count, storage, monke
     numbers = torch.from_numpy(some.ravel())
     numbers = (numbers if storage == "int8" else numbers.view(torch.bfloat16)).to(device)
     outs = [torch.empty(rows.size * width, dtype=compute, device=device) for _ in range(count)]
-    on_device.perturb(outs, numbers, there, width, elements, on_device.gaussian, PLACE, SIGMA)
+    on_device.perturb(outs, numbers, there, width, elements, gaussian.epsilon_on_device, PLACE, SIGMA)
 
     expected = [array.reshape(rows.size, width) for array in arrays(compute, count, rows.size * width)]
     minus = expected[1] if count == 2 else None

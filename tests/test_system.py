@@ -69,7 +69,7 @@ def test_no_cgroups_leave_available_memory(machine: Machine) -> None:
     assert system.cores(machine.proc) == 8
 
 
-def test_what_the_run_holds_already_is_its_own_but_never_more_than_the_limit(machine: Machine) -> None:
+def test_what_the_run_holds_already_counts_as_available_up_to_the_limit(machine: Machine) -> None:
     mount = machine.mount("memory", "cgroup", "memory")
     machine.cgroup("4:memory:/")
     v1(mount, 500 * MIB, usage=100 * MIB)
@@ -78,12 +78,12 @@ def test_what_the_run_holds_already_is_its_own_but_never_more_than_the_limit(mac
     assert system.memory_limit(300 * MIB, machine.proc, held=200 * MIB).bytes == 300 * MIB
 
 
-def test_recipe_limit_bounds_only_where_it_is_least(machine: Machine) -> None:
+def test_the_recipes_limit_counts_only_if_it_is_the_least(machine: Machine) -> None:
     assert system.memory_limit(300 * MIB, machine.proc) == MemoryLimit(300 * MIB, "memory.limit of the recipe")
     assert system.memory_limit(2000 * MIB, machine.proc) == MemoryLimit(1000 * MIB, "available memory")
 
 
-def test_v1_limit_less_what_cannot_be_reclaimed(machine: Machine) -> None:
+def test_a_v1_limit_leaves_what_is_not_used_for_good(machine: Machine) -> None:
     mount = machine.mount("memory", "cgroup", "memory")
     machine.cgroup("9:name=systemd:/", "4:memory:/user/run", "0::/")
     v1(mount, UNLIMITED_V1, 700 * MIB)
@@ -95,7 +95,7 @@ def test_v1_limit_less_what_cannot_be_reclaimed(machine: Machine) -> None:
     assert system.memory_limit(proc=machine.proc).source == "available memory"
 
 
-def test_v2_ancestor_with_less_left_bounds(machine: Machine) -> None:
+def test_a_v2_ancestor_with_less_left_counts(machine: Machine) -> None:
     mount = machine.mount("cgroup", "cgroup2", "nsdelegate")
     machine.cgroup("0::/user.slice/run.scope")
     v2(mount / "user.slice", 800 * MIB, 700 * MIB, 100 * MIB)
@@ -135,12 +135,12 @@ def test_hybrid_reads_v1_and_v2(machine: Machine) -> None:
     ("root", "own"),
     [
         ("/docker/abc", "/docker/abc"),  # the mount shows the container's own cgroup only
-        ("/", "/docker/abc"),  # the path is the host's, and leads nowhere here
+        ("/", "/docker/abc"),  # the path is the host's, and does not exist here
         ("/", "/../abc"),  # a cgroup outside this cgroup namespace
         ("/../..", "/"),  # the host's tree mounted into a container with a namespace of its own
     ],
 )
-def test_a_containers_view_is_the_mount_itself(machine: Machine, root: str, own: str) -> None:
+def test_in_a_containers_view_the_mount_is_the_own_cgroup(machine: Machine, root: str, own: str) -> None:
     mount = machine.mount("memory", "cgroup", "memory", root)
     machine.cgroup(f"4:memory:{own}", "0::/")
     (machine.folder / "abc").mkdir()  # what /../abc would reach
@@ -191,6 +191,41 @@ def test_compute_dtype_auto_follows_the_cpu(machine: Machine, cpuinfo: str, dtyp
     assert [system.compute_dtype(given, machine.proc) for given in ("bf16", "fp32")] == ["bf16", "fp32"]
 
 
+def test_compute_dtype_auto_is_bf16_on_a_gpu(machine: Machine) -> None:
+    (machine.proc / "cpuinfo").write_text("flags\t\t: fpu avx2\n")
+    found = {device: system.compute_dtype("auto", machine.proc, device=device) for device in ("cpu", "torch", "cuda")}
+    assert found == {"cpu": "fp32", "torch": "fp32", "cuda": "bf16"}
+    assert system.compute_dtype("fp32", machine.proc, device="cuda") == "fp32"
+
+
+def test_a_gpus_memory_is_what_is_free_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert system.gpu_memory() is None
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (3 * MIB, 4 * MIB))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
+    assert system.gpu_memory() == MemoryLimit(3 * MIB, "a GPU")
+
+
+def test_oom_kills_of_v1_and_v2_are_summed(machine: Machine) -> None:
+    memory, unified = machine.mount("memory", "cgroup", "memory"), machine.mount("unified", "cgroup2", "nsdelegate")
+    machine.cgroup("4:memory:/a", "0::/b")
+    (memory / "a").mkdir()
+    (unified / "b").mkdir()
+    assert system.oom_kills(machine.proc) == 0
+    (memory / "a/memory.oom_control").write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 2\n")
+    (unified / "b/memory.events").write_text("low 0\nhigh 0\nmax 5\noom 4\noom_kill 3\noom_group_kill 7\n")
+    assert system.oom_kills(machine.proc) == 5
+
+
+def test_a_folders_bytes_are_those_of_its_files(tmp_path: Path) -> None:
+    assert system.folder_bytes(tmp_path / "absent") == 0
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "one").write_bytes(b"x" * 5)
+    (tmp_path / "inside/two").write_bytes(b"x" * 7)
+    assert system.folder_bytes(tmp_path) == 12
+
+
 def test_free_disk_of_a_folder_to_be_made(tmp_path: Path) -> None:
     assert 0 < system.free_disk_bytes(tmp_path / "runs/new/master") <= psutil.disk_usage(str(tmp_path)).total
 
@@ -204,7 +239,7 @@ def test_box_is_complete() -> None:
 
 @pytest.fixture
 def child() -> Iterator[object]:
-    """Starts a child that runs `code`, then waits for what it prints; ends it when the test does."""
+    """Starts a child that runs `code` and waits until it is ready; it is killed when the test ends."""
     children = []
 
     def start(code: str, *fds: int) -> subprocess.Popen:
@@ -290,7 +325,7 @@ def real_v1_cgroup() -> Iterator[Path]:
         yield folder
 
 
-def test_a_real_v1_cgroup_bounds_its_process(real_v1_cgroup: Path) -> None:
+def test_a_real_v1_cgroup_limits_its_process(real_v1_cgroup: Path) -> None:
     (real_v1_cgroup / "memory.limit_in_bytes").write_text(f"{256 * MIB}")
     code = "from es_lite.system import memory_limit; limit = memory_limit(); print(limit.bytes, limit.source)"
     shell = 'echo $$ > "$0/cgroup.procs" && exec "$@"'

@@ -65,11 +65,12 @@ class Comparison:
     def difference(self) -> float:
         """The greatest relative difference of a score of the first step; infinite if a score is not finite."""
         pairs = [
-            (left, right)
+            scores
             for cpu, device in zip(self.cpu, self.device, strict=True)
-            for left, right in zip(cpu.scores[0], device.scores[0], strict=True)
+            for scores in zip(cpu.scores[0], device.scores[0], strict=True)
         ]
-        return max(float("inf") if None in pair else abs(pair[0] - pair[1]) / abs(pair[0]) for pair in pairs)
+        missing = float("inf")
+        return max(missing if cpu is None or device is None else abs(cpu - device) / abs(cpu) for cpu, device in pairs)
 
     @property
     def tolerance(self) -> float:

@@ -1,4 +1,4 @@
-"""A recipe, and runs of it that nothing disturbed, which tests compare others with; no test changes them."""
+"""A recipe and undisturbed runs of it, with which tests compare other runs; no test changes them."""
 
 from pathlib import Path
 
@@ -10,14 +10,14 @@ STEPS = 100
 
 @pytest.fixture(scope="session")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of 100 steps on two workers, evaluated and exported now and then."""
+    """A recipe of 100 steps on two workers, with evaluations and exports."""
     run = {"iterations": STEPS, "checkpoint_every": 3, "checkpoint_dtype": "fp32"}
     return write_recipe(tmp_path_factory.mktemp("recipe"), run=run, eval={"every": 10, "samples": 4})
 
 
 @pytest.fixture(scope="session")
 def reference(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The finished run."""
+    """The finished run of the recipe."""
     return finished_run(recipe, tmp_path_factory.mktemp("reference") / "run")
 
 

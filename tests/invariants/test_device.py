@@ -15,7 +15,7 @@ TORCH = "workers.device=torch"
 
 
 class Runs:
-    """Of one recipe: on the device, resident and streamed, and by the kernels of the CPU."""
+    """Runs of one recipe: on the device, resident and streamed, and two steps with the CPU's kernels."""
 
     def __init__(self, folder: Path, weights: str, master: str) -> None:
         self.recipe = write_recipe(
@@ -51,7 +51,7 @@ def test_streamed_and_resident_give_the_same_bits(runs: Runs) -> None:
     assert leftovers(runs.streamed) == leftovers(runs.resident) == []
 
 
-def test_the_first_scores_are_those_of_the_cpus_kernels_up_to_the_last_bits(runs: Runs) -> None:
+def test_the_first_scores_agree_with_those_of_the_cpus_kernels(runs: Runs) -> None:
     on_device, on_cpu = scores(runs.resident, 0), scores(runs.cpu, 0)
     assert np.ptp(on_cpu) > 1e-3  # they tell members apart
     np.testing.assert_allclose(on_device, on_cpu, rtol=0, atol=2e-6)

@@ -27,7 +27,7 @@ def test_no_process_maps_the_working_copy_writable(recipe: Path, tmp_path: Path)
 
 
 def permissions_of_working_copy(pid: int) -> list[str]:
-    """Of each mapping of it that the process has."""
+    """The permissions of each mapping of the working copy that the process has."""
     lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
     return [line.split()[1] for line in lines if "es_lite-working-copy" in line]
 

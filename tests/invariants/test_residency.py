@@ -16,7 +16,7 @@ STREAMED = "memory.residency=streamed"
 
 @pytest.fixture(params=["bf16-fp32", "bf16-none", "int8-fp32", "int8-none"])
 def recipe(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """Of three steps, without an evaluation or a checkpoint."""
+    """A recipe of three steps, without an evaluation or a checkpoint."""
     weights, master = request.param.split("-")
     # Untied if there is no master: the embedding is then a layer that passes by itself, after the head.
     model = {"config": TINY | {"tie_word_embeddings": master == "fp32"}}

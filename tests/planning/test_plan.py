@@ -104,13 +104,13 @@ def test_a_gpu_that_is_too_small_is_said_in_numbers(planned, machine):
 
 
 def test_a_gpu_that_is_not_there_is_refused(planned):
-    with pytest.raises(UserError, match='workers.device = "cuda": torch finds no GPU here'):
+    with pytest.raises(UserError, match=r'workers\.device = "cuda": torch finds no GPU here'):
         planned("workers.device=cuda")
 
 
 def test_items_that_are_too_long_for_the_model_are_refused(planned):
     planned("fitness.max_length=32768")
-    with pytest.raises(UserError, match=r"fitness.max_length = 32769: the model's max_position_embeddings is 32768"):
+    with pytest.raises(UserError, match=r"fitness\.max_length = 32769: the model's max_position_embeddings is 32768"):
         planned("fitness.max_length=32769")
 
 

@@ -98,12 +98,14 @@ def test_a_run_that_fails_ends_it(check, monkeypatch, tmp_path, capsys):
 
 def test_the_tests_that_use_a_gpu_are_found():
     found = {str(path.relative_to(ROOT / "tests")) for path in gpu_check.tests_that_use_a_gpu()}
-    assert found == {"algorithm/noise/test_on_device.py", "scoring/test_device.py"}
+    assert found >= {"algorithm/noise/test_on_device.py", "scoring/test_device.py"}
 
 
 @pytest.mark.slow
 def test_with_the_gpus_code_on_the_cpu(check, tmp_path):
-    assert check("--weights", "int8", "--repeats", 1) == 0
+    """Streamed for the measured runs, resident for those in fp32: all that `--device cuda` would do but for the other weights."""
+    assert check("--weights", "int8", "--residency", "streamed", "--repeats", 1) == 0
     text = (tmp_path / "gpu.md").read_text()
-    assert text.count("| agree |") == 3 and "GPU: none" in text
+    assert "| int8, streamed | " in text and "| int8, resident | fp32 | " in text
+    assert text.count("| agree |") == 2 and "GPU: none" in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu.md", "test_pass.py", "tiny.json"]

@@ -1,18 +1,19 @@
-"""Memory that runs short: the pool shrinks, a run ends itself at a step or never begins, and the kernel ends nothing."""
+"""If memory is short the pool shrinks, or the run ends after a step or before it begins; the kernel kills nothing."""
 
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from support import TINY, arguments, digest, finished_run, records, start, train, v1_cgroup, write_recipe
+from support import TINY, Finished, digest, finished_run, records, start, train, train_here, v1_cgroup, write_recipe
 
-from es_lite import train as training
+from es_lite import system
+from es_lite.engine import local
+from es_lite.engine.guard import Guard
 from es_lite.system import MemoryLimit
-from es_lite.workers import guard as guards
-from es_lite.workers.guard import Guard
 
 MIB = 2**20
 HOG = """
@@ -25,7 +26,7 @@ time.sleep(600)
 
 
 class Pressure:
-    """In the guard's place: memory is `level` ("short", "critical") from the journal's `after` records on, `times` times."""
+    """Replaces the guard: from the journal's `after` records on memory is short or critical, until measured `times` times."""
 
     reason = "7 MiB left of 100 (a test)"
 
@@ -40,11 +41,11 @@ class Pressure:
     def critical(self) -> bool:
         return self.short and self._level == "critical"
 
-    def look(self) -> None:
+    def measure(self) -> None:
         self._left -= 1
 
     def killed(self) -> bool:
-        return self._level == "killed"
+        return False
 
     def __enter__(self) -> "Pressure":
         return self
@@ -73,6 +74,7 @@ class Group:
         return int(words[words.index("oom_kill") + 1])
 
     def command(self, *command: str) -> list[str]:
+        """The command line that runs `command` in the group."""
         return ["sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', str(self.folder), *command]
 
     @contextmanager
@@ -103,39 +105,39 @@ def reference(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return finished_run(recipe, tmp_path_factory.mktemp("reference") / "run")
 
 
-def under(pressure: Pressure, recipe: Path, run: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> int:
-    """Exit code of the command, in this process, with `pressure` for its guard."""
-    monkeypatch.setattr(training, "Guard", lambda *_: pressure)
-    return training.main(arguments(recipe, run, *overrides))
+def under(pressure: Pressure, recipe: Path, run: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> Finished:
+    """Runs the command with `pressure` in place of the guard."""
+    monkeypatch.setattr(local, "Guard", lambda *_: pressure)
+    return train_here(recipe, run, *overrides)
 
 
 @pytest.mark.parametrize("level", ["short", "critical"])
-def test_the_pool_shrinks_and_no_bit_changes(recipe, reference, tmp_path, monkeypatch, capsys, level):
-    """Short: a worker leaves after its task. Critical: at once, and another does its task."""
-    assert under(Pressure(tmp_path / "run", level, times=2), recipe, tmp_path / "run", monkeypatch) == 0
-    said = capsys.readouterr().err
-    assert said.count("is let go, memory is short: 7 MiB left of 100 (a test)") == 2
-    assert "2 workers left" in said and "1 worker left" in said
+def test_the_pool_shrinks_and_no_bit_changes(recipe, reference, tmp_path, monkeypatch, level):
+    """Short: a worker is stopped after its task. Critical: at once, and another does its task."""
+    finished = under(Pressure(tmp_path / "run", level, times=2), recipe, tmp_path / "run", monkeypatch)
+    assert finished.code == 0
+    assert finished.err.count("was stopped to free memory: 7 MiB left of 100 (a test)") == 2
+    assert "2 workers left" in finished.err and "1 worker left" in finished.err
     assert digest(tmp_path / "run") == digest(reference)
 
 
 @pytest.mark.parametrize(
-    ("level", "words"), [("short", "stopped after step 3, memory is short"), ("critical", "too short for one worker")]
+    ("level", "words"), [("short", "stopped after step 3, memory is short"), ("critical", "too little memory for one worker")]
 )
-def test_with_one_worker_the_run_ends_itself_and_resumes(recipe, reference, tmp_path, monkeypatch, capsys, level, words):
+def test_with_one_worker_the_run_ends_itself_and_can_be_resumed(recipe, reference, tmp_path, monkeypatch, level, words):
     run = tmp_path / "run"
-    after = 3 if level == "short" else 2
-    assert under(Pressure(run, level, after, times=1000), recipe, run, monkeypatch, "workers.count=1") == 1
-    said = capsys.readouterr().err
-    assert words in said and "7 MiB left" in said and "nothing is lost: add --resume" in said
+    pressure = Pressure(run, level, after=3 if level == "short" else 2, times=1000)
+    finished = under(pressure, recipe, run, monkeypatch, "workers.count=1")
+    assert finished.code == 1
+    assert words in finished.err and "7 MiB left" in finished.err and "nothing is lost: add --resume" in finished.err
     assert train(recipe, run, resume=True).code == 0
     assert digest(run) == digest(reference)
 
 
-def test_a_worker_that_the_kernel_ended_for_memory_is_not_replaced(recipe, reference, tmp_path):
-    """Three workers, one killed while the kernel's count of such ends has risen: two do the rest."""
+def test_a_worker_that_the_kernel_killed_for_memory_is_not_replaced(recipe, reference, tmp_path):
+    """Three workers, one killed while the kernel's count of such kills has risen: two do the rest."""
     code = (
-        "import sys; sys.path.insert(0, 'tests'); from es_lite import train, system; kills = iter(range(10**6)); "
+        "import sys; from es_lite import train, system; kills = iter(range(10**6)); "
         "system.oom_kills = lambda: next(kills); sys.exit(train.main(sys.argv[1:]))"
     )
     with start(recipe, tmp_path / "run", code=code) as live:
@@ -143,7 +145,7 @@ def test_a_worker_that_the_kernel_ended_for_memory_is_not_replaced(recipe, refer
         live.workers()[0].kill()
         finished = live.finish()
     assert finished.code == 0, finished.err
-    assert "was ended by the kernel for memory; 2 workers left" in finished.err
+    assert "was killed by the kernel for memory; 2 workers left" in finished.err
     assert digest(tmp_path / "run") == digest(reference)
 
 
@@ -151,32 +153,39 @@ def test_a_worker_that_the_kernel_ended_for_memory_is_not_replaced(recipe, refer
     ("left", "short", "critical"), [(1000, False, False), (100, False, False), (47, True, False), (15, True, True)]
 )
 def test_the_nearest_limit_decides(monkeypatch, left, short, critical):
-    """MiB left under a cgroup's limit of a GiB, beside a machine with plenty."""
+    """`left` MiB below a cgroup's limit of 1 GiB, on a machine that has plenty."""
     nearest = MemoryLimit(left * MIB, "cgroup x")
-    monkeypatch.setattr(guards.system, "cgroup_usage", lambda proc=None: [(nearest, 1024 * MIB - left * MIB)])
+    monkeypatch.setattr(system, "cgroup_usage", lambda *_: [(nearest, 1024 * MIB - left * MIB)])
     guard = Guard(0, lambda: 0)
-    guard.look()
+    guard.measure()
     assert (guard.short, guard.critical) == (short, critical)
     if short:
         assert guard.reason == f"{left} MiB left of 1024 (cgroup x)"
 
 
 def test_the_recipes_own_limit_counts_what_the_processes_use(monkeypatch):
-    monkeypatch.setattr(guards.system, "cgroup_usage", list)
+    monkeypatch.setattr(system, "cgroup_usage", lambda *_: [])
     guard = Guard(1000 * MIB, lambda: 980 * MIB)
-    guard.look()
+    guard.measure()
     assert guard.short and not guard.critical and guard.reason == "20 MiB left of 1000 (memory.limit of the recipe)"
 
 
+def test_it_measures_while_its_block_runs(monkeypatch):
+    measured = threading.Event()
+    monkeypatch.setattr(Guard, "measure", lambda self: measured.set())
+    with Guard(0, lambda: 0):
+        assert measured.wait(30)
+
+
 @pytest.mark.slow
-def test_under_a_real_limit_a_neighbour_takes_memory_and_the_pool_shrinks(recipe, tmp_path, group: Group):
-    """What is left falls under what counts as short: workers go until the rest has room, and the kernel ends none."""
+def test_under_a_real_limit_the_pool_shrinks_if_another_process_takes_memory(recipe, tmp_path, group: Group):
+    """Too little is left: workers are stopped until the others have room, and the kernel kills none."""
     long = ("run.iterations=100000", "log.tensorboard=false")
     group.limit(2000 * MIB)
     with start(recipe, tmp_path / "run", *long, prefix=group.command()) as live:
         live.wait_for_records(20)
         with group.hog(group.left() - 40 * MIB):
-            live.wait_until(lambda: "is let go, memory is short" in live.err)
+            live.wait_until(lambda: "was stopped to free memory" in live.err)
             reached = live.records()
             live.wait_for_records(reached + 20)
         live.process.terminate()
@@ -186,11 +195,10 @@ def test_under_a_real_limit_a_neighbour_takes_memory_and_the_pool_shrinks(recipe
 
 @pytest.mark.slow
 def test_under_a_real_limit_what_does_not_fit_resident_is_streamed(tmp_path, group: Group):
-    """160 million parameters in a gigabyte for all: the same journal as resident, where there is room."""
+    """160 million parameters in a gigabyte for everything: the same journal as resident, with room enough."""
     config = TINY | {"vocab_size": 40_000, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 10}
     config |= {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128}
-    one_thread = {"count": 1}
-    recipe = write_recipe(tmp_path, model={"config": config}, workers=one_thread, run={"iterations": 2})
+    recipe = write_recipe(tmp_path, model={"config": config}, workers={"count": 1}, run={"iterations": 2})
     group.limit(1230 * MIB)
     with start(recipe, tmp_path / "small", prefix=group.command()) as live:
         finished = live.finish()
@@ -198,8 +206,7 @@ def test_under_a_real_limit_what_does_not_fit_resident_is_streamed(tmp_path, gro
     assert "streamed past the page cache" in finished.out
     assert group.kills() == 0
     large = finished_run(recipe, tmp_path / "large")
-    assert "journal.jsonl" in digest(large)
-    assert digest(tmp_path / "small")["journal.jsonl"] == digest(large)["journal.jsonl"]
+    assert (tmp_path / "small/journal.jsonl").read_bytes() == (large / "journal.jsonl").read_bytes()
 
 
 @pytest.mark.slow

@@ -1,10 +1,11 @@
-"""Reading and writing files whole, optionally past the page cache, and replacing files and folders safely.
+"""Complete reads and writes, optionally bypassing the page cache, and safe replacement of files and folders.
 
-Nothing is changed in place: a new file or folder is written next to the old one (its name plus ".next") and renamed over it, so
-a crash leaves the old one or the new one, each complete.
+Nothing is changed in place: a new version is written next to the old one (its name plus ".next") and renamed over it, so a crash
+leaves one of the two, complete.
 """
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ALIGNMENT = 4096
-"""Direct reads and writes use offsets and sizes that are multiples of this."""
+"""Direct reads and writes need memory, offsets and sizes that are multiples of this."""
 
 READ_BYTES = 16 * 2**20
 """Largest single read request."""
@@ -21,10 +22,10 @@ NEXT, OLD = ".next", ".old"
 
 
 def open_file(path: Path, flags: int, direct: bool = False) -> int:
-    """A file descriptor. direct: bypass the page cache if the system and the file system can."""
+    """A file descriptor. direct: bypass the page cache if the file system supports it."""
     flags |= os.O_CLOEXEC
     if direct and hasattr(os, "O_DIRECT"):
-        with contextlib.suppress(OSError):  # a file system without direct access; any other failure happens again below
+        with contextlib.suppress(OSError):  # no direct access on this file system; any other error recurs below
             return os.open(path, flags | os.O_DIRECT, 0o644)
     return os.open(path, flags, 0o644)
 
@@ -33,13 +34,15 @@ def write_fully(descriptor: int, view: memoryview, position: int) -> None:
     """Writes all of `view` at `position`. Raises OSError."""
     while view:
         written = os.pwrite(descriptor, view, position)
+        if not written:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         view, position = view[written:], position + written
 
 
 def read_fully(descriptor: int, view: memoryview, position: int, size: int) -> None:
-    """Reads `size` bytes from `position` into `view`; if `view` is larger, bytes beyond them may follow.
+    """Reads `size` bytes at `position` into the beginning of `view`; bytes beyond them may be overwritten too.
 
-    Raises OSError, also when the file ends before that.
+    Raises OSError, also if the file ends too soon.
     """
     done = 0
     while done < size:
@@ -50,12 +53,12 @@ def read_fully(descriptor: int, view: memoryview, position: int, size: int) -> N
 
 
 def view_of(array: Any) -> memoryview:
-    """The bytes of a contiguous numpy array. (numpy's stubs for Python 3.11 do not say that arrays are buffers.)"""
+    """The bytes of a contiguous array; `Any`, since numpy's stubs for Python 3.11 do not declare arrays as buffers."""
     return memoryview(array).cast("B")
 
 
 def aligned(size: int) -> int:
-    """The next multiple of ALIGNMENT."""
+    """`size` rounded up to a multiple of ALIGNMENT."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
@@ -71,9 +74,9 @@ class NewFile:
     """
 
     def __init__(self, path: Path, direct: bool = False, keep: bool = False) -> None:
-        """direct: bypass the page cache if possible; what is written is then aligned memory.
+        """direct: bypass the page cache if possible; memory to write must then be aligned.
 
-        keep: what another process has already written to the new version stays.
+        keep: continue a new version that another process has begun.
         """
         self._path = path
         self._size = 0
@@ -92,7 +95,7 @@ class NewFile:
         write_fully(self._descriptor, view, position)
 
     def commit(self, size: int | None = None, durable: bool = False) -> None:
-        """Replaces the old file. size: cut or extend the new one to that; durable: it survives a power cut from now on."""
+        """Replaces the old file. size: truncate or extend the new one to this; durable: wait until it is on disk."""
         if size is not None:
             os.ftruncate(self._descriptor, size)
         if durable:
@@ -103,7 +106,7 @@ class NewFile:
             _sync(self._path.parent)
 
     def discard(self) -> None:
-        """Removes the new version; the old file is as it was."""
+        """Removes the new version."""
         self.close()
         next_to(self._path).unlink(missing_ok=True)
 
@@ -124,7 +127,7 @@ class NewFile:
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Replaces the file `path`; when this returns it is on disk. Raises OSError; the old file is then as it was."""
+    """Replaces the file `path` and waits until it is on disk. Raises OSError; the old file is then unchanged."""
     new = NewFile(path)
     try:
         new.append(text.encode())
@@ -136,7 +139,7 @@ def write_durably(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: Path, durable: bool = False) -> Iterator[Path]:
-    """An empty folder to be filled, which replaces `folder` when the block succeeds and vanishes when it raises.
+    """Yields an empty folder to fill, which replaces `folder` if the block succeeds and is removed if it raises.
 
     A crash between the renames leaves a state that `finish_replacement` repairs.
     """
@@ -172,7 +175,7 @@ def finish_replacement(folder: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes the new files in `folder` that a killed process did not complete."""
+    """Removes incomplete new files that a killed process left in `folder`."""
     for path in folder.glob("*" + NEXT):
         path.unlink()
 

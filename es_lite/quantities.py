@@ -1,4 +1,4 @@
-"""Sizes and durations: from words and in words."""
+"""Parses sizes, and puts durations and counts into words."""
 
 import re
 
@@ -19,7 +19,7 @@ def parse_size(text: str) -> int:
 
 
 def duration(seconds: float) -> str:
-    """About how long, for people: "less than 0.1 s", "0.4 s", "38 s", "2 min 20 s", "12 min", "3 h 20 min", "2 days 4 h"."""
+    """An approximate duration: "less than 0.1 s", "0.4 s", "38 s", "2 min 20 s", "12 min", "3 h 20 min", "2 days 4 h"."""
     if seconds < 0.1:
         return "less than 0.1 s"
     if seconds < 9.95:

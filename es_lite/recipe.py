@@ -1,8 +1,6 @@
-"""The recipe of a run: TOML tables into frozen dataclasses, with every mistake reported at once.
+"""The recipe of a run: TOML tables read into frozen dataclasses, with every mistake reported at once.
 
-A field's type says what it accepts, and its `Check` which values are possible. `Recipe.load` collects all
-problems (unknown names with the nearest right one, wrong types, impossible values, contradictions)
-and raises one `UserError` that lists them. docs/recipe.md lists the keys.
+A field's type and `Check` say what it accepts. docs/recipe.md documents the keys.
 """
 
 import dataclasses
@@ -86,7 +84,7 @@ class FitnessTable:
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters whose name matches `pattern` (re.search) have σ and α multiplied; the first match counts."""
+    """Factors of σ and α for parameters whose names match `pattern` (re.search); the first matching group applies."""
 
     pattern: Annotated[str, PATTERN] = ""
     sigma: Annotated[float, at_least(0)] = 1.0
@@ -96,7 +94,7 @@ class Group:
 @dataclass(frozen=True)
 class ESTable:
     population: Annotated[int, at_least(2)] = 30
-    """N members a step."""
+    """N: members per step."""
     sigma: Annotated[float, ABOVE_0] = 1e-3
     """σ: the perturbation's standard deviation."""
     alpha: Annotated[float, ABOVE_0] = 5e-4
@@ -128,9 +126,9 @@ class WorkersTable:
     count: Annotated[int | str, COUNT_OR_AUTO] = "auto"
     """Worker processes or, if weights are streamed, lanes of one; "auto" is one per core, fewer if memory is short."""
     threads: Annotated[int | str, COUNT_OR_AUTO] = "auto"
-    """Threads of a worker; "auto" is 1, or with a device one per core."""
+    """Threads per worker or lane; "auto" is 1, or with a device one per core."""
     deadline: Annotated[float, at_least(0)] = 0.0
-    """Seconds after which a worker's task counts as hung; 0 is what the slowest machine would take, at least 600."""
+    """Seconds after which a worker's task counts as hung; 0: the time that the slowest machine would take, at least 600."""
     compute: Literal["auto", "bf16", "fp32"] = "auto"
     """The type that layers are computed in; "auto" is bf16 on a GPU or if the CPU has AVX512-BF16 or AMX, else fp32."""
     device: Literal["cpu", "cuda", "torch"] = "cpu"
@@ -141,7 +139,7 @@ class WorkersTable:
 @dataclass(frozen=True)
 class MemoryTable:
     limit: Annotated[str, SIZE] = ""
-    """What all processes together may use; "" is what the machine and its cgroups leave."""
+    """Memory that all processes together may use; "" is all that the machine and its cgroups leave."""
     weights: Literal["bf16", "int8"] = "bf16"
     """Type of the weights that are scored from; "int8" is row-wise absmax."""
     master: Literal["fp32", "none"] = "fp32"
@@ -151,7 +149,7 @@ class MemoryTable:
 
     @property
     def limit_bytes(self) -> int:
-        """0 if there is none."""
+        """`limit` in bytes; 0 if there is none."""
         return parse_size(self.limit)
 
     @property
@@ -161,7 +159,7 @@ class MemoryTable:
 
     @property
     def folder(self) -> str:
-        """Where the layers' files are in the run directory."""
+        """The folder of the layers' files in the run directory."""
         return "master" if self.master == "fp32" else "weights"
 
 
@@ -173,7 +171,7 @@ class EvalTable:
     every: Annotated[int, at_least(0)] = 0
     """Steps between evaluations; 0 is off."""
     samples: Annotated[int, at_least(1)] = 64
-    """At most this many held-out samples, evenly spread."""
+    """At most this many held-out samples, evenly spaced."""
     best: bool = True
     """Keep best/, the model that scored best; false saves its disk (`es_lite.replay --step` makes it from the journal)."""
 
@@ -223,7 +221,7 @@ class Recipe:
         return recipe
 
     def dumps(self) -> str:
-        """The recipe as TOML, every default written out; `load` gives it back."""
+        """The recipe as TOML, defaults included; `load` reads it back."""
         return tomli_w.dumps(dataclasses.asdict(self))
 
     def changes(self, new: "Recipe") -> list[str]:
@@ -262,7 +260,7 @@ def _apply(document: dict, override: str, problems: list[str]) -> None:
 
 
 def _recipe(document: dict, problems: list[str]) -> Recipe:
-    """The recipe, with the defaults for tables that have problems; contradictions are sought among the others."""
+    """The recipe, with defaults for tables that have problems; contradictions are sought only among the others."""
     tables = {}
     for name, values in document.items():
         before = len(problems)
@@ -276,7 +274,7 @@ def _recipe(document: dict, problems: list[str]) -> Recipe:
 
 
 def _contradictions(recipe: Recipe) -> typing.Iterator[tuple[set[str], str]]:
-    """What does not go together, with the tables that it takes to say so."""
+    """(tables involved, message) for each contradiction."""
     es, path, config = recipe.es, recipe.model.path, recipe.model.config
     if bool(path) == bool(config):
         yield {"model"}, "model: give one of model.path and model.config" + (", not both" if path else "")

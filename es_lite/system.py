@@ -1,7 +1,6 @@
-"""What the machine has, and how much of it a run uses.
+"""The machine's resources, and how much of them a run uses. Sizes are in bytes.
 
-Linux first: /proc and the cgroups, v1 and v2. Elsewhere psutil stands in. Sizes are bytes.
-Functions that read /proc take its path, so that tests can show them another machine.
+On Linux from /proc and the cgroups (v1 and v2), elsewhere from psutil. Tests pass another `proc` to simulate other machines.
 """
 
 import contextlib
@@ -24,8 +23,8 @@ from es_lite import __version__
 
 PROC = Path("/proc")
 
-# A cgroup's limit, its usage, and the parts of memory.stat that the kernel takes back before it kills: v1, then v2.
-# memory.high kills nobody, but slows what is above it to a crawl.
+# A cgroup's limit, its usage, and the parts of memory.stat that the kernel reclaims before it kills: v1, then v2.
+# Exceeding memory.high kills nothing, but slows processes to a crawl.
 MEMORY_FILES = (
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_(?:in)?active_file"),
     ("memory.max", "memory.current", "(?:in)?active_file"),
@@ -38,14 +37,14 @@ OTHER_FLAGS = {"avx512f": "AVX512", "avx512_vnni": "AVX512-VNNI", "amx_int8": "A
 
 @dataclass(frozen=True)
 class MemoryLimit:
-    """Bytes that may be taken, and in words what sets that bound."""
+    """Bytes that may be used, and the name of what limits them."""
 
     bytes: int
     source: str
 
 
 def cores(proc: Path = PROC) -> int:
-    """Cores this process can keep busy: its affinity, cut to the CPU quotas of its cgroups (rounded up)."""
+    """Cores this process can keep busy: its CPU affinity, limited by the CPU quotas of its cgroups (rounded up)."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for folder in cgroup_folders("cpu", proc):
         quota_v1 = f"{_read(folder / 'cpu.cfs_quota_us')} {_read(folder / 'cpu.cfs_period_us')}"
@@ -56,8 +55,8 @@ def cores(proc: Path = PROC) -> int:
 
 
 def memory_limit(recipe_limit: int = 0, proc: Path = PROC, held: int = 0) -> MemoryLimit:
-    """What a run can take in all: the least of available memory, what each cgroup from this process's own up to the root
-    has left, each with the bytes that the run has already (`held`), and `recipe_limit` (0 is none)."""
+    """The most memory that a run can use: the least of the machine's available memory and what each cgroup has left, both plus
+    the bytes that the run already uses (`held`), and of `recipe_limit` (0: none)."""
     limits = [MemoryLimit(left.bytes + min(held, used), left.source) for left, used in memory_usage(proc)]
     if recipe_limit:
         limits.append(MemoryLimit(recipe_limit, "memory.limit of the recipe"))
@@ -65,13 +64,13 @@ def memory_limit(recipe_limit: int = 0, proc: Path = PROC, held: int = 0) -> Mem
 
 
 def memory_usage(proc: Path = PROC) -> list[tuple[MemoryLimit, int]]:
-    """What the machine and each cgroup with a memory limit have left, and the bytes used that cannot be reclaimed."""
+    """(what is left, bytes used that cannot be reclaimed) for the machine and for each cgroup with a memory limit."""
     machine = psutil.virtual_memory()
     return [(MemoryLimit(machine.available, "available memory"), machine.total - machine.available), *cgroup_usage(proc)]
 
 
 def cgroup_usage(proc: Path = PROC) -> list[tuple[MemoryLimit, int]]:
-    """What each cgroup with a memory limit has left, and the bytes it uses that cannot be reclaimed."""
+    """The same for the cgroups alone."""
     limits = []
     for folder in cgroup_folders("memory", proc):
         for limit_name, usage_name, reclaimable in MEMORY_FILES:
@@ -85,7 +84,7 @@ def cgroup_usage(proc: Path = PROC) -> list[tuple[MemoryLimit, int]]:
 
 
 def oom_kills(proc: Path = PROC) -> int:
-    """Processes that the kernel has ended for memory in the cgroups from this process's own up to the root."""
+    """Processes killed for lack of memory in this process's cgroup and its ancestors."""
     counts = []
     for folder in cgroup_folders("memory", proc):
         for name in ("memory.events", "memory.oom_control"):  # v2, v1
@@ -109,7 +108,7 @@ def cgroup_folders(controller: str, proc: Path = PROC) -> list[Path]:
             continue
         root, point = map(_unescape, mount.split(" ")[3:5])
         folder = top = Path(point)
-        # A container's view: a path that does not lead anywhere under the mount means the mount itself.
+        # In a container, a path that does not exist under the mount means the mount itself.
         if PurePosixPath(own[hierarchy]).is_relative_to(root):
             inside = PurePosixPath(own[hierarchy]).relative_to(root)
             if ".." not in inside.parts and (top / inside).is_dir():
@@ -119,26 +118,23 @@ def cgroup_folders(controller: str, proc: Path = PROC) -> list[Path]:
 
 
 def family() -> list[int]:
-    """Process numbers of this process and all that it started, directly or not."""
+    """IDs of this process and all its descendants."""
     return [os.getpid(), *(process.pid for process in psutil.Process().children(recursive=True))]
 
 
 def pss_bytes(pids: Iterable[int]) -> int:
-    """Memory of the processes together, a shared page counted once among those that share it (PSS).
+    """Total PSS of the processes: a page that several share is divided among them. A process that has ended counts 0.
 
-    Without /proc/PID/smaps_rollup (macOS) it is USS, which leaves shared pages out. A process that is gone counts 0.
-
-    Raises:
-        PermissionError: for a process of another user.
+    Without /proc/PID/smaps_rollup (macOS), USS, which excludes shared pages. Raises PermissionError for another user's process.
     """
     measure = _pss if (PROC / "self/smaps_rollup").exists() else _uss
     return sum(map(measure, pids))
 
 
 def io_bytes(pids: Iterable[int]) -> tuple[int, int]:
-    """Bytes that the processes made the disk read and write since they started; 0 if the system does not say.
+    """Bytes that the processes have read from and written to disks; 0 if the system does not say.
 
-    What the page cache served is not in it; a write counts when it dirties the page cache.
+    Reads that the page cache serves do not count; a write counts when it dirties the page cache.
     """
     read = written = 0
     for pid in pids:
@@ -149,7 +145,7 @@ def io_bytes(pids: Iterable[int]) -> tuple[int, int]:
 
 
 class Watcher:
-    """Calls `look` again and again, in a thread of its own, while the `with` block runs."""
+    """Calls `look` repeatedly, in a background thread, while the `with` block runs."""
 
     def __init__(self, name: str, look: Callable[[], object], every_seconds: float) -> None:
         self._look = look
@@ -169,9 +165,9 @@ class Watcher:
         seconds = 0.0
         while not self._stop.wait(seconds):
             began = time.perf_counter()
-            with contextlib.suppress(Exception):  # a figure that cannot be had now must not end the run
+            with contextlib.suppress(Exception):  # a failed measurement must not end the run
                 self._look()
-            # For PSS the kernel walks every page table (milliseconds a GiB): never more than 2 % of a core.
+            # For PSS the kernel walks every page table (milliseconds per GiB): use at most 2 % of a core.
             seconds = max(self._every_seconds, 50 * (time.perf_counter() - began))
 
 
@@ -189,7 +185,7 @@ class PeakPss(Watcher):
         self._lock = threading.Lock()
 
     def sample(self) -> int:
-        """Measures now: bytes of PSS."""
+        """Measures the PSS now."""
         now = pss_bytes(self._pids())
         with self._lock:
             self.last_bytes, self.peak_bytes = now, max(self.peak_bytes, now)
@@ -197,7 +193,7 @@ class PeakPss(Watcher):
 
 
 def gpu_memory() -> MemoryLimit | None:
-    """Bytes free on the GPU that torch would use, and its name; None if there is none."""
+    """Free memory and name of the GPU that torch would use; None if there is none."""
     import torch
 
     if not torch.cuda.is_available():
@@ -206,7 +202,7 @@ def gpu_memory() -> MemoryLimit | None:
 
 
 def compute_dtype(requested: str, proc: Path = PROC, device: str = "cpu") -> str:
-    """The type that layers are computed in: "bf16" or "fp32" as `requested`, or what is fast there for "auto"."""
+    """The type to compute layers in, "bf16" or "fp32"; "auto" is bf16 if the device computes it natively."""
     if requested != "auto":
         return requested
     if device == "cuda":
@@ -215,13 +211,13 @@ def compute_dtype(requested: str, proc: Path = PROC, device: str = "cpu") -> str
 
 
 def free_disk_bytes(path: str | Path) -> int:
-    """Bytes free to this user on the disk that `path` is on, or would be created on."""
+    """Bytes free to this user on the disk of `path`, which need not exist."""
     path = Path(path).absolute()
     return shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.exists())).free
 
 
 def folder_bytes(path: Path) -> int:
-    """Size of the files in `path` and below; those that vanish meanwhile count 0."""
+    """Size of all files under `path`; those that vanish meanwhile count 0."""
     size = 0
     for file in path.rglob("*"):
         with contextlib.suppress(OSError):
@@ -230,7 +226,7 @@ def folder_bytes(path: Path) -> int:
 
 
 def box() -> dict[str, str | int | float]:
-    """Where a figure was taken: the machine, the part of it that this process may use, and versions."""
+    """Describes the machine for a measurement: hardware, the part of it that this process may use, and versions."""
     model = re.search(r"^model name\s*: (.+)$", _read(PROC / "cpuinfo"), re.MULTILINE)
     features = [words for flag, words in (BF16_FLAGS | OTHER_FLAGS).items() if flag in _cpu_flags(PROC)]
     return {

@@ -50,6 +50,7 @@ def train(recipe: Recipe, resume: bool = False, rebuild: bool = False) -> None:
     Raises UserError for what the user must change, RunError if the run cannot continue; after either, the run
     directory can be resumed.
     """
+    began = time.monotonic()
     # What is to be trained, and whether it fits, before anything is loaded or written.
     origin, fitness = Origin.of_recipe(recipe), fitness_of(recipe.fitness.kind)
     model, layout = origin.skeleton()
@@ -80,7 +81,7 @@ def train(recipe: Recipe, resume: bool = False, rebuild: bool = False) -> None:
         expected = estimate(plan.work, plan.execution, recipe.noise.kind, run.path)
         remaining = max(0, recipe.run.iterations - len(journal.records))
         print(f"{plan.summary(expected, remaining)}\n\n{plan.details(expected)}\n", flush=True)
-        pace = Pace(expected.score_seconds, expected.update_seconds, recipe.run.minutes)
+        pace = Pace(expected.score_seconds, expected.update_seconds, recipe.run.minutes, began)
         with (
             Console(recipe.run.iterations, len(journal.records)) as console,
             LocalEngine(recipe, origin, layout, store, plan.execution, run.lock, console.warn) as engine,

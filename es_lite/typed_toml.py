@@ -1,4 +1,4 @@
-"""A TOML document into frozen dataclasses: unknown names, wrong types and impossible values, all collected as text."""
+"""Reads TOML documents into dataclasses; collects unknown names, wrong types and invalid values as messages."""
 
 import dataclasses
 import difflib
@@ -10,14 +10,14 @@ from typing import Annotated, Any, Literal
 
 @dataclass(frozen=True)
 class Check:
-    """What a value must satisfy, in words and as a test."""
+    """A condition on a value, in words and as a function."""
 
     expected: str
     holds: typing.Callable[[Any], bool]
 
 
 def read(cls: type, values: Any, path: str, problems: list[str]) -> Any:
-    """An instance of the dataclass `cls`, or None if there was something wrong with it."""
+    """An instance of the dataclass `cls`; None if that is impossible: `problems` then has the messages."""
     if not isinstance(values, dict):
         problems.append(f"{path}: expected a table, got {values!r}")
         return None

@@ -18,9 +18,8 @@ from _measuring import StepLoad
 
 from es_lite.algorithm.jit import Threads
 from es_lite.algorithm.record import Record
-from es_lite.engine.base import Execution, Progress
-from es_lite.engine.local import LocalEngine
-from es_lite.engine.messages import Advance, AdvanceSections, Finish, Task
+from es_lite.engine.local import divide
+from es_lite.engine.messages import Advance, AdvanceSections, Check, Finish, Task
 from es_lite.model.layout import Layout
 from es_lite.model.origin import Origin
 from es_lite.weights import store, working_copy
@@ -35,6 +34,7 @@ class Rates:
 
     advance: float
     advance_sections: float
+    check: float
     finish: float
 
     def seconds(self, task: Task, files: Sequence[LayerFile]) -> float:
@@ -44,34 +44,15 @@ class Rates:
         if isinstance(task, AdvanceSections):
             sections = files[task.layer].format.sections(SECTION_BYTES)[task.low : task.high]
             return self.advance_sections * sum(count for section in sections for _, _, count in section.parts)
+        if isinstance(task, Check):
+            return self.check * files[task.layer].layer.size
         assert isinstance(task, Finish)
         return self.finish * files[task.layer].layer.size
 
 
-class Division(LocalEngine):
-    """The engine without its processes: keeps the tasks of an update, a list for each round that all workers wait for."""
-
-    def __init__(self, layout: Layout, files: Sequence[LayerFile], workers: int) -> None:
-        self._layout = layout
-        self._files = files
-        self._execution = Execution(
-            streamed=False, direct=False, device="cpu", compute="fp32", workers=workers, threads=1,
-            members=1, pass_samples=1, micro_batch=1,
-        )  # fmt: skip
-        self._records: list[Record] = []
-        self._at = 0
-        self._unchecked: set[int] = set()
-        self.rounds: list[list[Task]] = []
-
-    def _each(self, tasks: Sequence[Task], history: Sequence[Record], progress: Progress) -> None:
-        self.rounds.append(list(tasks))
-
-
-def divided(layout: Layout, files: Sequence[LayerFile], workers: int) -> list[list[Task]]:
+def divided(files: Sequence[LayerFile], workers: int) -> tuple[list[Task], ...]:
     """The tasks that the engine makes of an update, by round: those of the second begin when the first is done."""
-    division = Division(layout, files, workers)
-    division.advance([record_of(0, 2)], lambda share: None)
-    return division.rounds
+    return divide(files, [record_of(0, 2)], 1, workers)
 
 
 def undivided(layout: Layout) -> list[list[Task]]:
@@ -115,7 +96,7 @@ def measure(load: StepLoad, folder: Path, repeats: int) -> tuple[Layout, list[La
     largest = max(files, key=lambda file: file.layer.size)
     for file in {block.layer.index: block, largest.layer.index: largest}.values():
         store.advance(file, lambda: theta_0, [], 0, copy, threads)
-    seconds: dict[str, list[float]] = {"advance": [], "sections": [], "finish": []}
+    seconds: dict[str, list[float]] = {"advance": [], "sections": [], "check": [], "finish": []}
     at = dict.fromkeys((block.layer.index, largest.layer.index), 0)
 
     def timed(kind: str, file: LayerFile, act: Callable[..., None], *section: int) -> None:
@@ -128,6 +109,9 @@ def measure(load: StepLoad, folder: Path, repeats: int) -> tuple[Layout, list[La
         timed("advance", block, store.advance)
         at[block.layer.index] += 1
         timed("sections", largest, store.advance_sections, 0, store.sections(largest))
+        start = time.perf_counter()
+        largest.check()
+        seconds["check"].append((time.perf_counter() - start) / largest.layer.size)
         timed("finish", largest, store.finish)
         at[largest.layer.index] += 1
     os.close(descriptor)

@@ -140,7 +140,7 @@ def update(arguments: argparse.Namespace) -> None:
     for count in ON_PAPER:
         values = measured.get(count, [])
         found = [f"{statistics.median(values):.3g}", spread(values)] if values else ["", ""]
-        rounds, whole = _update.divided(layout, files, count), _update.undivided(layout)
+        rounds, whole = _update.divided(files, count), _update.undivided(layout)
         seconds = [_update.seconds_on_paper(tasks, files, count, rates) for tasks in (rounds, whole)]
         rows.append([str(count), *found, *(f"{value:.3g}" for value in seconds), str(sum(map(len, rounds)))])
     print(table(rows))

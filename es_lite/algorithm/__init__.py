@@ -1,1 +1,1 @@
-"""Pure functions: noise, formats, the update, shaping, schedules, the record of a step. Touches no file, process or model."""
+"""Pure functions: noise, formats, the update, shaping, schedules, the record of a step. They touch no file, process or model."""

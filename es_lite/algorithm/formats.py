@@ -1,8 +1,8 @@
-"""The formats that weights are stored in, to and from float32: bfloat16 bits (uint16), and int8 with one scale per row.
+"""Converts between float32 and the formats of stored weights: bfloat16 bits (uint16), and int8 with one scale per row.
 
-int8 is row-wise absmax, as bitsandbytes' `int8_vectorwise_quant` makes it: a row's scale is its greatest magnitude, an
-element is stored as round(x · ((1 / scale) · 127)), halves to even, and its value is element · scale · (1/127), each operation
-in float32. A row of zeros has the scale 0. Values are assumed to be finite.
+int8 is row-wise absmax, as in bitsandbytes' `int8_vectorwise_quant`: a row's scale is its greatest magnitude, an element is
+stored as round(x · ((1 / scale) · 127)), halves to even, and its value is element · scale · (1/127), each operation in float32.
+A row of zeros has the scale 0. Values are assumed to be finite.
 """
 
 from typing import Literal
@@ -12,7 +12,7 @@ import numpy as np
 from es_lite.algorithm.jit import CHUNK, jit
 
 Storage = Literal["fp32", "bf16", "int8"]
-"""What tensors are stored as. In "int8", vectors (norms, biases) are bfloat16."""
+"""How tensors are stored. With "int8", vectors (norms, biases) are bfloat16."""
 
 _u32, _f32 = np.uint32, np.float32
 
@@ -22,17 +22,17 @@ MAGIC = np.float32(12582912.0)
 """1.5 · 2²³: adding and subtracting it rounds to a whole number, halves to even."""
 
 TINY = np.float32(1e-36)
-"""A row whose magnitudes are below this counts as zeros: the reciprocal of its scale might not be finite."""
+"""A row without a greater magnitude counts as zeros: the reciprocal of its scale might not be finite."""
 
 NO_SCALES = np.zeros(0, np.float32)
-"""The scales of a tensor that has none."""
+"""Stands for the scales of a tensor without any."""
 
 
 @jit
 def load(values, bits, stored, scales, width, start):
-    """Elements start … of a stored tensor into values[: stored.size]; `bits` is `values` seen as uint32.
+    """Converts `stored`, a tensor's elements from `start` on, into values[: stored.size]; `bits` is `values` viewed as uint32.
 
-    scales: of all the tensor's rows of `width` elements, if it is int8; empty if it is bfloat16.
+    scales: of all rows of `width` elements of the tensor, if it is int8; empty if it is bfloat16.
     """
     if scales.size == 0:
         for i in range(stored.size):
@@ -54,14 +54,14 @@ def load(values, bits, stored, scales, width, start):
 
 @jit
 def round_bf16(out, bits):
-    """float32 bits rounded to the nearest bfloat16, ties to even."""
+    """Rounds float32 bits to the nearest bfloat16, ties to even."""
     for i in range(out.size):
         out[i] = np.uint16((bits[i] + _u32(0x7FFF) + ((bits[i] >> _u32(16)) & _u32(1))) >> _u32(16))
 
 
 @jit
 def greatest(values):
-    """The greatest magnitude among values."""
+    """The greatest magnitude."""
     lanes = np.zeros(32, _f32)
     whole = values.size // 32 * 32
     for low in range(0, whole, 32):
@@ -78,7 +78,7 @@ def greatest(values):
 
 @jit
 def factor_of(scale):
-    """What the elements of a row are multiplied by to become levels."""
+    """The factor from a row's values to its int8 levels."""
     return _f32(1) / scale * LEVELS if scale > TINY else _f32(0)
 
 
@@ -114,23 +114,23 @@ def _to_bf16(out, values):
 
 
 def to_bf16(out: np.ndarray, values: np.ndarray) -> None:
-    """float32 [n] rounded to bfloat16 bits, uint16 [n]: to nearest, ties to even."""
+    """Rounds float32 [n] to bfloat16 bits, uint16 [n]: to nearest, ties to even."""
     _to_bf16(out, values)
 
 
 def quantise(out: np.ndarray, scales: np.ndarray, values: np.ndarray) -> None:
-    """float32 [rows·width] as int8 [rows·width] and float32 scales [rows]."""
+    """Converts float32 [rows·width] to int8 [rows·width] and float32 scales [rows]."""
     _quantise(out, scales, values, values.size // scales.size)
 
 
 def dequantise(out: np.ndarray, stored: np.ndarray, *, scales: np.ndarray, width: int, start: int) -> None:
-    """Stored elements start … of a tensor as float32 [n], or rounded to bfloat16 bits, uint16 [n]: `perturb` with σ = 0."""
+    """Converts stored elements, as in `load`, to float32 [n] or, rounded to nearest, to bfloat16 bits, uint16 [n]."""
     kernel = _dequantise_bf16 if out.dtype == np.uint16 else _dequantise_fp32
     kernel(out, stored, scales, width, start)
 
 
 def as_float32(stored: np.ndarray, scales: np.ndarray = NO_SCALES, width: int = 1, start: int = 0) -> np.ndarray:
-    """The exact values of stored elements start … of a tensor, float32: of bfloat16 bits, or of int8 with the tensor's scales."""
+    """The values, float32, of bfloat16 bits, or of int8 elements from `start` on with all the tensor's scales."""
     if not scales.size:
         return (stored.astype(np.uint32) << 16).view(np.float32)
     out = np.empty(stored.size, np.float32)

@@ -16,7 +16,7 @@ class Record:
     seed: int
     """The key of the noise."""
     sigma: float
-    """The σ that members were perturbed by; the update does not need it."""
+    """The σ of the perturbations; the update does not need it."""
     antithetic: bool
     decay: float
     """α·λ of the weight decay, a float32 value; 0 if it is off."""
@@ -40,7 +40,7 @@ class Record:
         antithetic: bool,
         weight_decay: float,
     ) -> Self:
-        """The record that scores r_j, [N], decide: c_j = α/N·w_j (scale "standard") or α/(Nσ)·w_j ("nes").
+        """The record that follows from scores r_j, [N]: c_j = α/N·w_j (scale "standard") or α/(Nσ)·w_j ("nes").
 
         Raises ValueError if fewer than two scores are finite.
         """
@@ -58,7 +58,7 @@ class Record:
         )
 
     def pairs(self) -> tuple[np.ndarray, np.ndarray]:
-        """Noise pairs that contribute, uint32 [P], and their coefficients, float32 [P], in member order.
+        """Pairs that contribute, uint32 [P], and their coefficients, float32 [P], in member order.
 
         Member j's noise is that of pair j; with antithetic sampling, pair p's coefficient is c_2p - c_2p+1.
         Pairs of coefficient 0 are left out, which changes no bit of the sum.

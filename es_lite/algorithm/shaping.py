@@ -8,7 +8,7 @@ def utilities(scores: np.ndarray, shaping: str) -> np.ndarray:
 
     "zscore": (r_j - mean) / (std + 1e-8), ddof 0. "rank": 2·rank/(N-1) - 1; ties share their mean rank.
     Scores that are not finite are left out of mean, std and ranks, and their utility is 0. Raises ValueError if fewer than two
-    are finite: there is nothing to compare.
+    are finite.
     """
     finite = np.isfinite(scores)
     kept = scores[finite].astype(np.float64)

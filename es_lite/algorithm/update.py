@@ -1,15 +1,15 @@
-"""The update of a step, θ ← (θ - decay·θ) + Σ_p c_p·ε_p, on weights in any of the formats they are stored in (numba).
+"""The update of a step, θ ← (θ - decay·θ) + Σ_p c_p·ε_p, on weights in any stored format (numba).
 
-float32 takes it as it is. bfloat16 and int8, if there is no full-precision copy, are rounded stochastically: up with the
-probability of what is cut off, so that updates far below a format's resolution still move the weights as
-much as they should on average. The rounding's random 16 bits come from the noise's counter with the reserved pair ROUNDING:
-element i takes lane i % 8 of its words. So the update is a pure function of the stored bits and the record.
+float32 needs no further rounding. bfloat16 and int8 are rounded stochastically: up with the probability of the fraction that is
+cut off, so updates far below the format's resolution still move the weights by the right amount on average. The 16 random bits
+come from the noise's counter with the reserved pair ROUNDING: element i takes lane i % 8 of counter i // 8. So the update is a
+pure function of the stored bits and the record.
 
-    bfloat16   the 16 bits that are cut off, plus the random 16 bits, carry or not: exactly unbiased
-    int8       floor(x·((1/scale)·127) + (random + ½)/65536), after the row's scale has grown if the row would be clipped:
-               by factors of 17/16, the fewest for which no magnitude is above it. Scales never shrink.
+    bfloat16   (bits + random) >> 16: exactly unbiased
+    int8       floor(x·((1/scale)·127) + (random + ½)/65536). If a magnitude exceeds the row's scale, the scale first grows, by
+               factors of 17/16 until none does. Scales never shrink.
 
-The sum Σ_p c_p·ε_p is the noise kind's; it is made in blocks that stay in the second-level cache.
+The noise kind computes the sum Σ_p c_p·ε_p, in blocks that stay in the second-level cache.
 """
 
 import numpy as np
@@ -23,7 +23,7 @@ from es_lite.algorithm.noise.place import ROUNDING, Place
 _u32, _f32 = np.uint32, np.float32
 
 BLOCK = 32 * CHUNK
-"""Elements whose sum is made at a time: a quarter of a megabyte."""
+"""Elements whose sum is computed at a time: 256 KiB."""
 
 GROWTH = np.float32(17 / 16)
 """A row's scale grows by this factor at a time."""
@@ -53,7 +53,7 @@ def _apply_bf16(theta, total, decay, start, none, tensor, pair, step, k0, k1):
 
 @jit
 def _apply_int8(theta, scales, total, decay, start, tensor, pair, step, k0, k1):
-    """theta: whole rows; scales: theirs alone."""
+    """theta: whole rows; scales: of these rows only."""
     words, lanes = words_buffer()
     width = theta.size // scales.size
     value = np.empty(width, _f32)
@@ -92,8 +92,8 @@ def advance(
 ) -> None:
     """θ ← (θ - decay·θ) + Σ_p coefficients[p]·ε_{pairs[p]}, in place; the sum runs in the order given, in float32.
 
-    theta: elements start … of the tensor, float32 [n], bfloat16 bits, uint16 [n], or int8 [n], whole rows whose scales,
-    float32 [rows], change too. place: its pair is not used. pairs: uint32 [P]; coefficients: float32 [P].
+    theta: elements of the tensor from `start` on: float32 [n]; bfloat16 bits, uint16 [n]; or int8 [n], whole rows, whose scales,
+    float32 [rows], change too. place: its pair is ignored. pairs: uint32 [P]; coefficients: float32 [P].
     """
     rounding = words_of(place._replace(pair=ROUNDING))
     width = theta.size // scales.size if scales.size else 1

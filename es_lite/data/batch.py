@@ -10,7 +10,7 @@ from es_lite.errors import UserError
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """B samples, longest first, padded with 0 on the right to the longest's T tokens."""
+    """B samples, longest first, padded on the right with 0 to T, the length of the longest."""
 
     tokens: np.ndarray
     """int32 [B, T]."""
@@ -18,7 +18,7 @@ class Batch:
     """int32 [B]."""
 
     def __len__(self) -> int:
-        """B."""
+        """The number of samples, B."""
         return self.lengths.size
 
     @property
@@ -32,15 +32,15 @@ class Batch:
 
 
 def spread(corpus: Corpus, count: int) -> np.ndarray:
-    """int64 [at most `count`]: samples at even distances, the first among them."""
+    """Indices of at most `count` evenly spaced samples, beginning with the first: int64."""
     count = min(count, len(corpus))
     return np.arange(count) * len(corpus) // count
 
 
 def draw(samples: int, m: int, seed: int, step: int) -> np.ndarray:
-    """int64 [m]: distinct numbers below `samples`, a pure function of the arguments, the same everywhere.
+    """m distinct indices below `samples`, int64 [m]: a pure function of the arguments, the same on every machine.
 
-    numpy promises that a generator's raw words never change, and no more than that: so they are what is sorted.
+    Sorts raw words of the generator: numpy promises only of these that they never change. Raises UserError if m > samples.
     """
     if m > samples:
         raise UserError(f"fitness.samples = {m}: the corpus has only {samples} samples; lower it or give more text")
@@ -50,7 +50,7 @@ def draw(samples: int, m: int, seed: int, step: int) -> np.ndarray:
 
 
 def pack(corpus: Corpus, indices: np.ndarray) -> Batch:
-    """The samples `indices` [B], B > 0; those of equal length stay in their order."""
+    """A batch of the samples `indices`, [B], B > 0; samples of equal length keep their order."""
     lengths = corpus.starts[indices + 1] - corpus.starts[indices]
     order = np.argsort(-lengths, kind="stable")
     indices, lengths = indices[order], lengths[order].astype(np.int32)

@@ -1,4 +1,4 @@
-"""A corpus: text files to documents, tokens and samples.
+"""A corpus: from text files to documents, tokens and samples.
 
 Token ids are int32. Text that cannot be used raises `UserError`.
 """
@@ -21,18 +21,18 @@ from es_lite.errors import UserError
 BUILTIN = "builtin:python-reference"
 SUFFIXES = (".txt", ".jsonl")
 
-# A tokenizer's own result takes hundreds of bytes a token, and one text only one core: so long texts go block by block.
+# Long texts are tokenized in blocks: a tokenizer's output takes hundreds of bytes per token, and it uses one core per text.
 BLOCK_CHARACTERS = 2**16
 BATCH_BLOCKS = 64
 
 Document = list[str]
-"""The lines of a .txt with their ends, or the text of a .jsonl record as one item: with data.samples = "lines",
-each item is a sample. Joined, they are the text."""
+"""Pieces that together are a text: the lines of a .txt with their line ends, or the whole text of a .jsonl record. With
+data.samples = "lines", each piece is a sample."""
 
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """Samples of at least 2 tokens, one after the other."""
+    """Samples of at least 2 tokens, concatenated."""
 
     tokens: np.ndarray
     """int32 [total]."""
@@ -48,9 +48,9 @@ class Corpus:
 
 
 def read_texts(path: str, lines: int) -> list[Document]:
-    """The documents of a .txt (one) or .jsonl file (one a record), of a folder of them, or of `BUILTIN`.
+    """The documents of a .txt (one) or .jsonl file (one per record), of a folder of such files, or of `BUILTIN`.
 
-    If `lines` is above 0, reading stops after that many lines or records in total. Blank documents are left out.
+    lines: stop after this many lines or records in total; 0 reads all. Blank documents are left out.
     """
     try:
         pieces = islice(_pieces(path), lines or None)
@@ -68,9 +68,9 @@ def tokenize(
 ) -> Corpus:
     """The samples of `texts`, each of 2 to `max_length` tokens.
 
-    "lines": each item of a document, cut to `max_length`, and the end token if there is room for it. "joined":
-    all documents, with the end token between them, cut into windows of `max_length`. Samples shorter than 2 are dropped. If the
-    tokenizer has no end token, there is none.
+    "lines": each piece of a document, cut to `max_length`, with the end token if there is room. "joined": all documents, with the
+    end token between them, cut into windows of `max_length`. Shorter samples are dropped. The end token is left out if the
+    tokenizer has none.
     """
     end = np.array([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id], np.int32)
     if samples == "lines":
@@ -101,7 +101,7 @@ def check_vocabulary(corpus: Corpus, vocab_size: int) -> None:
 
 
 def split(corpus: Corpus, fraction: float) -> tuple[Corpus, Corpus]:
-    """To train on, and held out: the last `fraction` of the samples, rounded up."""
+    """(training, held out): the last `fraction` of the samples, rounded up, is held out."""
     samples = len(corpus)
     held_out = math.ceil(round(samples * fraction, 6))  # 100 * 0.07 is 7.000000000000001
     if fraction > 0:
@@ -115,10 +115,10 @@ def split(corpus: Corpus, fraction: float) -> tuple[Corpus, Corpus]:
 
 
 def unigram_score(train: Corpus, held_out: Corpus, vocab_size: int) -> float:
-    """The score of knowing only the tokens' frequencies: a model that has learned more is above it.
+    """The held-out score of a model that knows only token frequencies, as a reference.
 
-    The mean over the held-out samples of the mean log-probability of tokens 2 to last, under add-one-smoothed
-    frequencies of `train`.
+    The mean over the held-out samples of the mean log-probability of tokens 2 to last, under add-one-smoothed frequencies of
+    `train`.
     """
     counts = np.bincount(train.tokens, minlength=vocab_size) + 1
     scores = np.log(counts / counts.sum())[held_out.tokens]
@@ -128,7 +128,7 @@ def unigram_score(train: Corpus, held_out: Corpus, vocab_size: int) -> float:
 
 
 def fingerprint(*parts: Corpus | None) -> str:
-    """SHA-256 of the samples: what a run trains on and is evaluated on."""
+    """SHA-256 of the samples."""
     digest = hashlib.sha256()
     for part in parts:
         if part is not None:
@@ -138,7 +138,7 @@ def fingerprint(*parts: Corpus | None) -> str:
 
 
 def _pieces(path: str) -> Iterator[tuple[object, str]]:
-    """The items of all documents, each with what tells its document from the one before."""
+    """The pieces of all documents, each with a key of its document."""
     if path.startswith("builtin:"):
         yield from _builtin(path)
         return
@@ -176,7 +176,7 @@ def _files(path: str) -> list[Path]:
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Line numbers, from 1, and lines, their ends made a single newline."""
+    """Line numbers, from 1, and lines, each with a single newline as its end."""
     with file.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             if b"\0" in line:
@@ -204,7 +204,7 @@ def _text_of_record(line: str, where: str) -> str:
 
 
 def _blocks(document: Document) -> Iterator[str]:
-    """The document's text, cut at line ends in blocks of at least `BLOCK_CHARACTERS`."""
+    """The document's text, cut at line ends into blocks of at least `BLOCK_CHARACTERS`."""
     block: list[str] = []
     size = 0
     for line in document:
@@ -218,10 +218,10 @@ def _blocks(document: Document) -> Iterator[str]:
 
 
 def _encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[np.ndarray]:
-    """int32 [tokens] of each text."""
+    """The token ids of each text, int32."""
     texts = iter(texts)
     while batch := list(islice(texts, BATCH_BLOCKS)):
-        # verbose = False: a text longer than the model's context is cut here, so it is nothing to warn of
+        # verbose = False: no warning of a text longer than the model's context, since it is cut afterwards
         for ids in tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]:
             yield np.array(ids, np.int32)
 

@@ -17,10 +17,7 @@ END = "<|endoftext|>"
 def load_tokenizer(table: DataTable, model_path: str, run_dir: Path, texts: Iterable[Document]) -> PreTrainedTokenizerBase:
     """The tokenizer that `table` names; a "bpe" is trained on `texts` once, then always read from run_dir/tokenizer.
 
-    A "bpe" has an eos_token; one that was pretrained may have none.
-
-    Raises:
-        UserError: there is no such tokenizer, or it is broken.
+    A "bpe" has an eos_token; a pretrained tokenizer may have none. Raises UserError if there is no such tokenizer, or it is broken.
     """
     if table.tokenizer != "bpe":
         key, name = ("data.tokenizer", table.tokenizer) if table.tokenizer else ("model.path", model_path)
@@ -34,7 +31,7 @@ def load_tokenizer(table: DataTable, model_path: str, run_dir: Path, texts: Iter
 def train_bpe(texts: Iterable[Document], vocab_size: int) -> PreTrainedTokenizerBase:
     """A byte-level BPE of the end token (0), the 256 bytes (1 … 256) and merges: `vocab_size` entries in all.
 
-    The same texts give the same tokenizer. A small text yields fewer merges, and then there are fewer entries.
+    The same texts give the same tokenizer; small ones may yield fewer entries.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -57,17 +54,17 @@ def _open(name: str, where: str) -> PreTrainedTokenizerBase:
         raise UserError(f"{where}: no such tokenizer folder (and not a hub name such as Qwen/Qwen3-0.6B)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # a broken file is any of a dozen kinds, one of them a bare Exception
+    except Exception as error:  # a broken file raises any of a dozen types, among them a bare Exception
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(f"{where}: no tokenizer can be loaded from it: {type(error).__name__}: {reason}") from None
-    # With a config.json, but without the tokenizer's files, transformers makes one that has special tokens only.
+    # From a config.json without tokenizer files, transformers makes a tokenizer of special tokens only.
     if len(tokenizer) <= len(tokenizer.all_special_ids) + 1:
         raise UserError(f"{where}: has no vocabulary; a tokenizer folder has a tokenizer.json, or what it is made from")
     return tokenizer
 
 
 def _save(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """All of `folder` or, after a crash, none of it."""
+    """Writes `folder`; a crash leaves all of it or none."""
     try:
         with new_folder(folder, durable=True) as partial:
             save_tokenizer(tokenizer, partial)
@@ -81,5 +78,5 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
     except OSError:
         raise
-    except Exception as error:  # the Rust side has no class of its own for a full disk
+    except Exception as error:  # the Rust library has no specific exception for a full disk
         raise OSError(None, str(error)) from None

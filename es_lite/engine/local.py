@@ -25,6 +25,7 @@ from es_lite.model.origin import Origin
 from es_lite.recipe import Recipe
 from es_lite.scoring.perturbation import Perturbation
 from es_lite.weights import store, working_copy
+from es_lite.weights.layer_file import LayerFile
 from es_lite.weights.store import Store
 
 SLOWEST_FLOPS, SLOWEST_NOISE = 5e9, 2e7
@@ -99,7 +100,7 @@ class LocalEngine:
         if self._execution.streamed:  # as layers pass; but what is missing cannot pass
             layers = [file.layer for file in self._files if not file.exists()]
         else:
-            layers = sorted(self._layout.layers, key=lambda layer: -layer.size)
+            layers = list(self._layout.layers)
         if layers:
             self._advance(layers, history, step, progress)
         if not self._execution.streamed:
@@ -138,22 +139,11 @@ class LocalEngine:
         return values
 
     def _advance(self, layers: Sequence[Layer], history: Sequence[Record], step: int, progress: Progress) -> None:
-        """Brings layers to `step`, largest first; a layer that would keep one worker busy for longest is divided among them."""
-        tasks: list[Task] = []
-        divided: list[Task] = []
-        share = self._layout.size // self._execution.processes
-        for layer in layers:
-            sections = store.sections(self._files[layer.index])
-            if layer.size <= share or sections <= 1:
-                tasks.append(Advance(layer.index, history, step))
-                continue
-            count = -(-sections * share // (4 * layer.size))
-            ranges = [(low, min(low + count, sections)) for low in range(0, sections, count)]
-            tasks += [AdvanceSections(layer.index, history, step, low, high) for low, high in ranges]
-            divided.append(Finish(layer.index, history, step))
-        done = len(tasks) / (len(tasks) + len(divided))
-        self._each(tasks, history, lambda value: progress(done * value))
-        self._each(divided, history, lambda value: progress(done + (1 - done) * value))
+        """Brings layers to `step`."""
+        first, second = divide([self._files[layer.index] for layer in layers], history, step, self._execution.processes)
+        done = len(first) / (len(first) + len(second))
+        self._each(first, history, lambda value: progress(done * value))
+        self._each(second, history, lambda value: progress(done + (1 - done) * value))
         self._unchecked -= {layer.index for layer in layers}
 
     def _each(self, tasks: Sequence[Task], history: Sequence[Record], progress: Progress) -> None:
@@ -161,3 +151,26 @@ class LocalEngine:
         members = sum(len(record.coefficients) for record in history)
         drawn = (1 + members) * max(layer.size for layer in self._layout.layers)
         self._pool.map(tasks, drawn / SLOWEST_NOISE, progress)
+
+
+def divide(files: Sequence[LayerFile], history: Sequence[Record], step: int, processes: int) -> tuple[list[Task], list[Task]]:
+    """The tasks that bring layers to `step`, in two rounds, largest layer first.
+
+    A layer that is larger than a process's share is divided into ranges of sections, about four to a share; the second round
+    completes it.
+    """
+    first: list[Task] = []
+    second: list[Task] = []
+    share = sum(file.layer.size for file in files) // processes
+    for file in sorted(files, key=lambda file: -file.layer.size):
+        layer, sections = file.layer.index, store.sections(file)
+        if file.layer.size <= share or sections <= 1:
+            first.append(Advance(layer, history, step))
+            continue
+        count = -(-sections * share // (4 * file.layer.size))
+        for low in range(0, sections, count):
+            first.append(AdvanceSections(layer, history, step, low, min(low + count, sections)))
+        if file.exists():
+            first.append(Check(layer))  # the old file, before it is replaced
+        second.append(Finish(layer, history, step))
+    return first, second

@@ -23,11 +23,11 @@ SIZES: dict[str, dict[str, object]] = {
     "qwen3-14b": _qwen3(40, 5120, 40, 17408),
     "qwen3-32b": _qwen3(64, 8192, 64, 25600, max_position_embeddings=40960),
 }
-"""The configurations of EA4LLM."""
+"""The model sizes of EA4LLM."""
 
 
 def locate(path: str) -> Path:
-    """The local folder of a Hugging Face folder or hub name; downloads it if it is not there yet."""
+    """The local folder of a Hugging Face folder or hub name; downloads it if necessary. Raises UserError."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
@@ -61,7 +61,7 @@ def configuration(path: str, config: str | dict) -> PretrainedConfig:
         raise UserError(f"{where}: needs code from the model's folder, which es_lite never runs")
     try:
         return AutoConfig.for_model(kind, **document)
-    except Exception as error:  # each configuration class has checks, and exceptions, of its own
+    except Exception as error:  # each configuration class has its own checks and exceptions
         raise UserError(f"{where}: not a configuration that transformers accepts: {error}") from None
 
 

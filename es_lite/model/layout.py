@@ -31,7 +31,7 @@ class Tensor:
     decay_factor: float
     """A record's weight decay is multiplied by this."""
     vocabulary: bool = False
-    """It is the matrix of the token embedding or of the head: one row per token, used by rows."""
+    """Whether it is the matrix of the token embedding or of the head, with one row per token."""
 
     @property
     def size(self) -> int:
@@ -57,7 +57,7 @@ class Layer:
     tensors: tuple[Tensor, ...]
 
     block: bool = True
-    """It is a decoder block: all of it is needed at once."""
+    """Whether it is a decoder block, all of which is needed at once."""
 
     @property
     def size(self) -> int:
@@ -82,8 +82,8 @@ class Layout:
     def of(cls, model: PreTrainedModel, groups: Sequence[Factors] = (), nes: bool = False, shared: bool = False) -> Self:
         """The layers of `model`: the parameters before the blocks, each block, the parameters after them.
 
-        groups: the first whose pattern matches a name counts. nes: coefficients are proportional to α/σ, so those of a group are
-        multiplied by alpha/sigma, else by alpha. shared: tensors of equal shape get the noise of the first.
+        groups: the first whose pattern matches a name applies. nes: coefficients are proportional to α/σ, so those of a group are
+        multiplied by alpha/sigma instead of alpha. shared: tensors of equal shape get the noise of the first.
         Raises UserError if a group's pattern matches no parameter.
         """
         prefix, block_list = blocks(model)
@@ -122,7 +122,7 @@ class Layout:
 
     @property
     def tied(self) -> bool:
-        """The head is the embedding's matrix."""
+        """Whether the head uses the embedding's matrix."""
         return not any(tensor.vocabulary for tensor in self.layers[-1].tensors)
 
     @property
@@ -135,7 +135,7 @@ class Layout:
         return sum(layer.size for layer in self.layers)
 
     def structure(self) -> str:
-        """SHA-256 of names, shapes and noise numbers: what a journal's records mean depends on all three."""
+        """SHA-256 of names, shapes and noise numbers, on which the meaning of a journal's records depends."""
         listing = json.dumps([[t.name, t.shape, t.number] for t in self.tensors])
         return hashlib.sha256(listing.encode()).hexdigest()
 
@@ -148,7 +148,7 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     try:
         with _parameters_on_meta():
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # each architecture fails in ways of its own on sizes that make no sense
+    except Exception as error:  # each architecture raises its own exceptions for impossible sizes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"model.config (or that of model.path): no causal model of type {config.model_type!r} can be built: {reason}"

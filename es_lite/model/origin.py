@@ -1,4 +1,4 @@
-"""What a run starts from and how its records apply to it: the model, θ₀'s seed, the groups. The journal's header holds it."""
+"""What a run starts from and how its records apply: the model, θ₀'s seed, the groups. Part of the journal's header."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class Origin:
 
     @classmethod
     def of_header(cls, header: dict[str, Any], where: Path) -> Self:
-        """where: the journal that the header is of. Raises UserError if it has keys that this version does not know."""
+        """where: the header's journal. Raises UserError if it has keys that this version does not know."""
         document = dict(header["origin"])
         groups = document.get("groups", ())
         unknown = document.keys() - cls.__dataclass_fields__.keys()
@@ -65,11 +65,11 @@ class Origin:
         return open_source(self.path, model, layout, self.seed, threads)
 
     def header(self, layout: Layout, theta_0: Source) -> dict[str, Any]:
-        """What identifies the run in its journal."""
+        """The part of the journal's header that `check` compares."""
         return {"origin": dataclasses.asdict(self), "fingerprint": _fingerprint(layout, theta_0)}
 
     def check(self, header: dict[str, Any], where: Path, layout: Layout, theta_0: Source) -> None:
-        """Raises UserError if the journal `where` is of another model than this, or its records mean something else."""
+        """Raises UserError if the journal `where` is of another model, or its records apply differently."""
         expected, found = header["fingerprint"], _fingerprint(layout, theta_0)
         for part, words in (("structure", "tensors of other names or shapes"), ("weights", "the same shapes, but other values")):
             if expected[part] != found[part]:

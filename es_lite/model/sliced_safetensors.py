@@ -1,8 +1,8 @@
-"""safetensors files read and written in slices, so no tensor has to be in memory whole.
+"""Reads and writes safetensors files in slices, so no whole tensor has to be in memory.
 
-The safetensors library validates a file (`open_tensors`); after that, plain positioned reads serve any slice: the library's own
-readers map the file or hold whole tensors. Format: 8 bytes little-endian header length, the header as JSON, then the
-tensors' bytes in the order and at the offsets that the header gives.
+The safetensors library validates a file (`open_tensors`); slices are then read directly, since the library's own readers map the
+file or load whole tensors. Format: 8 bytes little-endian header length, the header as JSON, then the tensors' bytes at the
+offsets in the header.
 """
 
 import json
@@ -22,7 +22,7 @@ _NUMPY: dict[str, np.dtype] = {"F32": np.dtype("<f4"), "BF16": np.dtype("<u2"), 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor is: absolute byte `offset` in `file`, `dtype` "F32" | "BF16" | "F16" (others cannot be read)."""
+    """Where a tensor is: at byte `offset` of `file`. dtype: "F32", "BF16" or "F16"; others cannot be read."""
 
     file: Path
     dtype: str
@@ -55,7 +55,7 @@ def open_tensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
 
 
 class Reader:
-    """Reads slices of tensors; keeps one file open at a time."""
+    """Reads slices of tensors, with one file open at a time."""
 
     def __init__(self) -> None:
         self._path: Path | None = None
@@ -97,7 +97,7 @@ class Reader:
 
 
 class Writer:
-    """Writes one safetensors file front to back; as a context manager it is complete, or absent, at the end."""
+    """Writes a safetensors file from front to back. A context manager: if the block raises, the file is not written."""
 
     def __init__(self, path: Path, shapes: dict[str, tuple[int, ...]], dtype: str, metadata: dict[str, str]) -> None:
         """shapes: name to shape, in the order of the data; dtype: "F32" or "BF16" for all of them. Raises OSError."""

@@ -24,7 +24,7 @@ from es_lite.model.layout import Layout, Tensor
 from es_lite.model.sliced_safetensors import Entry, Reader, open_tensors
 
 EXPONENTS = {"F32": 0x7F800000, "BF16": 0x7F80, "F16": 0x7C00}
-"""The exponent's bits; all are set in a value that is not finite."""
+"""Masks of the exponent's bits, which are all set in values that are not finite."""
 
 
 class Source(Protocol):
@@ -86,7 +86,7 @@ REMEDY = "download it or create it again"
 
 @contextlib.contextmanager
 def _remedy() -> Iterator[None]:
-    """Adds what to do about a damaged file of a pretrained model."""
+    """Adds the remedy to the error for a pretrained model's damaged file."""
     try:
         yield
     except DamagedFile as error:
@@ -117,8 +117,7 @@ def _entries(folder: Path) -> dict[str, Entry]:
 class Random:
     """θ₀ drawn from the run's seed: matrices N(0, initializer_range²), vectors as the architecture initialises them.
 
-    A matrix is initializer_range·ε(seed, INITIALISATION, pair 0, its position among the layout's tensors), so any slice can be
-    made alone.
+    A matrix is initializer_range·ε(seed, INITIALISATION, pair 0, its position among the layout's tensors).
     """
 
     def __init__(self, model: PreTrainedModel, layout: Layout, seed: int, threads: Threads) -> None:
@@ -148,7 +147,7 @@ class Random:
 
 
 def _initial_constant(model: PreTrainedModel, name: str) -> float:
-    """The value that the architecture's own initialisation gives a vector: mostly 1 or 0."""
+    """The value to which the architecture initialises a vector: mostly 1 or 0."""
     owner, _, attribute = name.rpartition(".")
     module = model.get_submodule(owner)
     if any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):

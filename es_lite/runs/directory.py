@@ -56,15 +56,15 @@ class RunDirectory:
                 shutil.rmtree(self.tokenizer, ignore_errors=True)  # of a run that was refused before it began
                 self.keep(recipe)
             self.store.mkdir(exist_ok=True)
+            remove_unfinished(self.store)
+            for folder in (self.checkpoint, self.best, self.tokenizer):
+                finish_replacement(folder)
         except OSError as error:
             self.lock.close()
-            raise UserError(f"{self.store}: cannot be made ({error.strerror}); choose another run.dir") from None
+            raise UserError(f"{self.store}: cannot be written ({error.strerror}); choose another run.dir") from None
         except BaseException:
             self.lock.close()
             raise
-        remove_unfinished(self.store)
-        for folder in (self.checkpoint, self.best, self.tokenizer):
-            finish_replacement(folder)
 
     def _hold(self) -> None:
         """Takes the lock; waits a little, since the workers of a run that was just killed take a moment to end."""

@@ -83,7 +83,7 @@ class Journal:
             except ValueError as error:
                 raise UserError(f"{path}: line {number + 2}: {error}") from None
         journal = cls(path, lines[0], records, check, len(whole))
-        journal.scores = [document.get("scores", []) for document in lines[1:]]
+        journal.scores = [document["scores"] for document in lines[1:]]
         return journal
 
     def append(self, record: Record, scores: list[float | None]) -> None:
@@ -130,8 +130,9 @@ def _record(document: dict[str, Any], step: int) -> Record:
             f"the record has {', '.join(sorted(unknown))}, which this version of es_lite does not know and which may change what "
             "the step does; use the version that wrote it"
         )
-    fields = {key: value for key, value in document.items() if key != "scores"}
+    fields = dict(document)
     try:
+        del fields["scores"]  # for people
         record = Record(**fields | {"coefficients": tuple(document["coefficients"])})
     except (KeyError, TypeError) as error:
         raise ValueError(f"the record is incomplete ({error}); restore the file from a copy") from None

@@ -21,9 +21,9 @@ CORRECTING_STEP = 2
 
 
 class Pace:
-    def __init__(self, score_seconds: float, update_seconds: float, minutes: float) -> None:
-        """The estimates for a step; minutes: the budget of this command, 0: none."""
-        self._began = time.monotonic()
+    def __init__(self, score_seconds: float, update_seconds: float, minutes: float, began: float) -> None:
+        """The estimates for a step; minutes: the budget of this command, 0: none; began: its start (time.monotonic)."""
+        self._began = began
         self._estimate = score_seconds + update_seconds
         self._update_seconds = update_seconds
         self._minutes = minutes

@@ -154,9 +154,7 @@ def finish(
     working: WorkingCopy | None,
     threads: Threads,
 ) -> None:
-    """Completes what `advance_sections` did to all sections: checks the old file, and puts the new one in place."""
-    if file.exists():
-        file.check()
+    """Completes what `advance_sections` did to all sections, and puts the new file in place; the old one is not checked."""
     with LayerReader.of_either(file, theta_0, records, step, threads) as reader:
         for part in reader.small():
             if working:

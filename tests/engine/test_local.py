@@ -138,20 +138,22 @@ def test_layers_that_several_workers_share_get_the_same_bits_as_with_one(
 ) -> None:
     """From θ₀ and from files, with tasks in any order and repeated; the vocabulary's matrix, too, has several sections."""
     monkeypatch.setattr(store, "SECTION_BYTES", 4096)
-    history, shares = records(4), []
+    history = records(4)
     with (
         engine_of("one", 1, storage, working) as (one, alone),
         engine_of("five", 5, storage, working, twice=True) as (five, together),
     ):
         for steps in (history[:2], history[2:]):
+            shares: list[float] = []
             one.advance(steps, ignore)
             five.advance(steps, shares.append)
+            assert shares == sorted(shares) and shares[-1] == 1
             assert together.files() == alone.files() and together.copy() == alone.copy()
     assert alone.store().steps() == [4] * 4
-    assert shares[: len(shares) // 2] == sorted(shares[: len(shares) // 2]) and shares[-1] == 1
     assert all(isinstance(task, Advance) for tasks in alone.maps for task in tasks)
-    # Two rounds for each advance: all sections once, and only then the tasks that complete the divided layers.
-    for tasks, finishes in zip(together.maps[::2], together.maps[1::2], strict=True):
+    # Two rounds for each advance: all sections once, with a check of the old file if there is one, and only then the tasks that
+    # complete the divided layers.
+    for checks, tasks, finishes in zip((0, 1), together.maps[::2], together.maps[1::2], strict=True):
         layers = together.setup.layout.layers
         divided = [layer for layer in layers if layer.size > together.setup.layout.size // 5]
         assert len(divided) == 3 and sorted(task.layer for task in finishes) == [layer.index for layer in divided]
@@ -161,8 +163,9 @@ def test_layers_that_several_workers_share_get_the_same_bits_as_with_one(
             if layer not in divided:
                 assert [type(task) for task in own] == [Advance]
                 continue
-            assert len(own) > 1 and all(isinstance(task, AdvanceSections) for task in own)
-            sections = [number for task in own for number in range(task.low, task.high)]
+            ranges = [task for task in own if isinstance(task, AdvanceSections)]
+            assert len(ranges) > 1 and [type(task) for task in own[len(ranges) :]] == [Check] * checks
+            sections = [number for task in ranges for number in range(task.low, task.high)]
             assert sections == list(range(store.sections(together.store().files[layer.index])))
 
 
@@ -177,7 +180,7 @@ def test_damage_in_a_layer_that_workers_share_is_found(storage: Storage, engine_
         damaged = path.read_bytes()
         with pytest.raises(DamagedFile, match=r"block-001\.safetensors: its checksum does not agree"):
             engine.advance(records(2), ignore)
-        assert any(isinstance(task, Finish) and task.layer == 2 for task in pool.maps[-1])
+        assert Check(2) in pool.maps[-1]
     assert path.read_bytes() == damaged
 
 

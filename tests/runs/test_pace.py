@@ -33,14 +33,14 @@ def clock(monkeypatch) -> Clock:
 
 
 def test_before_the_first_step_the_estimate_counts():
-    pace = Pace(30.0, 10.0, 0)
+    pace = Pace(30.0, 10.0, 0, began=0.0)
     assert pace.step_seconds == 40
     assert pace.outlook(9) == "a step takes about 40 s on this machine, the remaining 9 steps about 6 min"
     assert pace.rest(1) == "the remaining 1 step about 40 s"
 
 
 def test_after_that_the_median_of_the_last_steps_counts():
-    pace = Pace(30.0, 10.0, 0)
+    pace = Pace(30.0, 10.0, 0, began=0.0)
     for seconds, expected in zip([100, 20, 24, 22, 26, 23, 3, 2, 1], [100, 60, 24, 23, 24, 23, 23, 22, 3], strict=True):
         pace.stepped(seconds)
         assert pace.step_seconds == expected
@@ -49,7 +49,7 @@ def test_after_that_the_median_of_the_last_steps_counts():
 
 @pytest.mark.parametrize("score_seconds", [1.0, 1000.0], ids=["slower", "faster"])
 def test_the_estimate_is_corrected_once_in_the_first_steps_scoring(score_seconds):
-    pace = Pace(score_seconds, 10.0, 0)
+    pace = Pace(score_seconds, 10.0, 0, began=0.0)
     assert pace.scored(0.25, 30.0)
     assert pace.step_seconds == 120 + 10
     assert not pace.scored(0.5, 1000.0)
@@ -58,7 +58,7 @@ def test_the_estimate_is_corrected_once_in_the_first_steps_scoring(score_seconds
 
 def test_too_little_is_no_reason_to_correct():
     """The first work of a process is slow."""
-    pace = Pace(30.0, 10.0, 0)
+    pace = Pace(30.0, 10.0, 0, began=0.0)
     assert not pace.scored(SHARE - 0.01, 1000.0)
     assert not pace.scored(1.0, SECONDS - 0.1)
     assert pace.step_seconds == 40
@@ -71,24 +71,24 @@ def test_too_little_is_no_reason_to_correct():
     [(NOTICEABLE - 0.01, False), (NOTICEABLE + 0.01, True), (1 / (NOTICEABLE - 0.01), False), (1 / (NOTICEABLE + 0.01), True)],
 )
 def test_a_correction_counts_but_is_said_only_if_it_is_noticeable(factor, noticeable):
-    pace = Pace(80.0, 20.0, 0)
+    pace = Pace(80.0, 20.0, 0, began=0.0)
     assert pace.scored(0.5, 0.5 * (100 * factor - 20)) is noticeable
     assert pace.step_seconds == pytest.approx(100 * factor)
 
 
 def test_an_estimate_of_nothing_is_corrected():
-    assert Pace(0.0, 0.0, 0).scored(0.5, 10.0)
+    assert Pace(0.0, 0.0, 0, began=0.0).scored(0.5, 10.0)
 
 
 def test_the_second_step_corrects_for_the_last_time():
-    pace = Pace(30.0, 10.0, 0)
+    pace = Pace(30.0, 10.0, 0, began=0.0)
     assert not pace.stepped(100.0)  # the first step of a process is slow
     assert pace.stepped(100.0)
     assert not any(pace.stepped(1.0) for _ in range(20))
 
 
 def test_the_second_step_is_compared_with_what_was_said_last():
-    pace = Pace(1.0, 0.0, 0)
+    pace = Pace(1.0, 0.0, 0, began=0.0)
     assert pace.scored(0.5, 50.0)  # 100 s
     assert not pace.scored(0.9, 1.0)
     assert not pace.stepped(101.0)
@@ -96,7 +96,7 @@ def test_the_second_step_is_compared_with_what_was_said_last():
 
 
 def test_no_scoring_corrects_what_steps_have_measured():
-    pace = Pace(30.0, 10.0, 0)
+    pace = Pace(30.0, 10.0, 0, began=0.0)
     pace.stepped(40.0)
     assert not pace.scored(0.5, 1000.0)
     assert pace.step_seconds == 40
@@ -106,14 +106,14 @@ def test_no_scoring_corrects_what_steps_have_measured():
 
 
 def test_without_a_budget_it_is_never_spent(clock):
-    pace = Pace(30.0, 10.0, 0)
+    pace = Pace(30.0, 10.0, 0, began=0.0)
     pace.stepped(40.0)
     clock.now += 10**9
     assert not pace.exhausted
 
 
 def test_the_budget_is_spent_when_the_next_step_would_exceed_it(clock):
-    pace = Pace(1.0, 0.0, minutes=5)
+    pace = Pace(1.0, 0.0, minutes=5, began=clock.now)
     for _ in range(5):
         assert not pace.exhausted
         clock.now += 50
@@ -124,7 +124,7 @@ def test_the_budget_is_spent_when_the_next_step_would_exceed_it(clock):
 
 
 def test_the_budget_is_not_spent_before_a_step_is_done(clock):
-    pace = Pace(30.0, 10.0, minutes=1e-6)
+    pace = Pace(30.0, 10.0, minutes=1e-6, began=clock.now)
     clock.now += 10**9
     assert not pace.exhausted
     pace.stepped(0.001)
@@ -132,7 +132,7 @@ def test_the_budget_is_not_spent_before_a_step_is_done(clock):
 
 
 def test_what_came_before_the_first_step_counts(clock):
-    pace = Pace(1.0, 0.0, minutes=5)
+    pace = Pace(1.0, 0.0, minutes=5, began=clock.now)
     clock.now += 280
     pace.stepped(15.0)
     assert not pace.exhausted

@@ -17,7 +17,7 @@ from es_lite.model.layout import Layout
 from es_lite.model.origin import Origin
 from es_lite.weights.store import SECTION_BYTES, Store
 
-RATES = Rates(advance=1e-9, advance_sections=2e-9, finish=1e-10)
+RATES = Rates(advance=1e-9, advance_sections=2e-9, check=1e-10, finish=1e-10)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_each_task_goes_to_the_first_free_worker(seconds, workers, expected):
 
 @pytest.mark.parametrize("workers", [2, 8, 64])
 def test_the_engines_tasks_cover_every_section_of_every_layer_once(layout, files, workers):
-    whole, shared = _update.divided(layout, files, workers)
+    whole, shared = _update.divided(files, workers)
     covered = Counter()
     for task in whole:
         if isinstance(task, AdvanceSections):
@@ -67,7 +67,7 @@ def test_the_engines_tasks_cover_every_section_of_every_layer_once(layout, files
 
 
 def test_on_one_worker_nothing_is_divided(layout, files):
-    rounds, whole = _update.divided(layout, files, 1), _update.undivided(layout)
+    rounds, whole = _update.divided(files, 1), _update.undivided(layout)
     assert [task.layer for task in rounds[0]] == [task.layer for task in whole[0]] and rounds[1] == []
     assert [_update.seconds_on_paper(tasks, files, 1, RATES) for tasks in (rounds, whole)] == [
         pytest.approx(layout.size * RATES.advance)
@@ -78,7 +78,7 @@ def test_the_largest_layer_bounds_an_update_that_is_not_divided(layout, files):
     largest = max(layer.size for layer in layout.layers)
     whole = _update.seconds_on_paper(_update.undivided(layout), files, 64, RATES)
     assert whole == pytest.approx(largest * RATES.advance)
-    shared = _update.seconds_on_paper(_update.divided(layout, files, 64), files, 64, RATES)
+    shared = _update.seconds_on_paper(_update.divided(files, 64), files, 64, RATES)
     assert layout.size / 64 * RATES.advance_sections < shared < whole / 2
 
 

@@ -353,15 +353,15 @@ def test_repeating_anything_after_success_changes_nothing(tmp_path, storage, wor
 @pytest.mark.parametrize("step", [1, 2], ids=["nothing to apply", "a record to apply"])
 @pytest.mark.parametrize("where", ["scales", "matrices"])
 @pytest.mark.usefixtures("small_sections")
-def test_finish_finds_that_the_old_file_is_damaged(tmp_path, where, step):
-    """No worker that advances a part of it can; the old file stays in place."""
+def test_the_check_of_the_old_file_finds_damage_that_no_part_of_it_can(tmp_path, where, step):
+    """It is a task of its own, next to those that advance parts; `finish` comes after all of them."""
     file, descriptors = written(tmp_path, layout_of("tied"), "int8", 1)[1], open_files()
     damage(file, where)
     before = file.path.read_bytes()
     for low, high in ranges_of(file):
         store.advance_sections(file, low, high, never, records(step), step, None, ALONE)
     with pytest.raises(DamagedFile, match=f"{file.path}: its checksum does not agree"):
-        store.finish(file, never, records(step), step, None, ALONE)
+        file.check()
     assert file.path.read_bytes() == before and open_files() == descriptors
 
 

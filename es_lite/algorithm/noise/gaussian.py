@@ -1,11 +1,11 @@
 """Gaussian noise, the kind "gaussian": its definition, in numpy, and the kernels that use it.
 
 ε of an element is T[u] / 4096, where u are the element's 16 random bits (`philox`) and T[u] is the normal quantile of
-(u + ½) / 65536 rounded to 1/4096. No logarithm or cosine is computed when noise is drawn, so no two machines differ.
+(u + ½) / 65536 rounded to 1/4096. Drawing noise computes no logarithm or cosine, so all machines agree.
 
-The kernels draw, scale, add and round in one pass over the weights, bit for bit as `epsilon` defines it. Weights come as they
-are stored (`formats`): bfloat16 bits, or int8 with the scales of their rows. Arithmetic is plain IEEE float32, without fused
-multiply-add or fastmath. All kernels release the interpreter lock and can make any slice of a tensor alone.
+The kernels draw, scale, add and round in one pass over weights in their stored format (`formats`), with the ε that `epsilon`
+defines, bit for bit. Arithmetic is plain IEEE float32, without fused multiply-add or fastmath. All kernels release the
+interpreter lock and can process any slice of a tensor.
 """
 
 import functools
@@ -53,13 +53,13 @@ def _table_on(device: torch.device) -> torch.Tensor:
 
 
 def epsilon_on_device(elements: torch.Tensor, place: Place) -> torch.Tensor:
-    """The same by torch operations: ε of elements (as in `on_device.lanes`), float32 [n], on their device."""
+    """The same with torch operations: ε of `elements` (see `on_device.lanes`), float32 [n], on their device."""
     return _table_on(elements.device)[on_device.lanes(elements, place)].to(torch.float32) / QUANTUM
 
 
 @jit
 def _draw(epsilon, words, lanes, table, start, count, tensor, pair, step, k0, k1):
-    """ε of elements start … start + count - 1 into epsilon[:count]; `lanes` is `words` seen as uint16."""
+    """Draws ε of elements start … start + count - 1 into epsilon[:count]; `lanes` is `words` viewed as uint16."""
     drawn = draw_lanes(words, lanes, start, count, tensor, pair, step, k0, k1)
     for i in range(count):
         epsilon[i] = _f32(table[drawn[i]]) / _QUANTUM
@@ -159,9 +159,9 @@ def perturb(
 ) -> None:
     """plus = round(weights + σε) and, if given, minus = round(weights - σε), the noise drawn once.
 
-    weights: elements start … start + n - 1 of the tensor, bfloat16 bits, uint16 [n], or int8 [n] with the scales, float32, of
-    all the tensor's rows of `width` elements. plus, minus: [n], uint16 for bfloat16 (rounded to nearest even) or
-    float32 (the exact sum in float32). σ is rounded to float32 first.
+    weights: elements start … start + n - 1 of the tensor: bfloat16 bits, uint16 [n], or int8 [n] with the scales, float32, of
+    all the tensor's rows of `width` elements. plus, minus: [n], uint16 for bfloat16 (rounded to nearest, ties to even) or
+    float32. σ is rounded to float32 first.
     """
     kernel = _perturb_bf16 if plus.dtype == np.uint16 else _perturb_fp32
     other = plus[:0] if minus is None else minus
@@ -178,10 +178,10 @@ def perturb_rows(
     *,
     scales: np.ndarray = NO_SCALES,
 ) -> None:
-    """`perturb` of some rows of a matrix alone.
+    """`perturb` for some rows of a matrix.
 
-    weights: those rows, uint16 or int8 [R, W], with their scales, float32 [R], if they are int8; rows: their numbers in the
-    matrix, int64 [R]; plus, minus: [R, W].
+    weights: these rows, uint16 or int8 [R, W]; scales: theirs, float32 [R], if they are int8; rows: their indices, int64 [R];
+    plus, minus: [R, W].
     """
     kernel = _perturb_rows_bf16 if plus.dtype == np.uint16 else _perturb_rows_fp32
     other = plus[:0] if minus is None else minus
@@ -191,7 +191,7 @@ def perturb_rows(
 def total(out: np.ndarray, place: Place, pairs: np.ndarray, coefficients: np.ndarray, *, start: int = 0) -> None:
     """out = Σ_p coefficients[p]·ε_{pairs[p]} of elements start …, float32 [n]; the sum runs in the order given, in float32.
 
-    place: its pair is not used. pairs: uint32 [P]; coefficients: float32 [P].
+    place: its pair is ignored. pairs: uint32 [P]; coefficients: float32 [P].
     """
     tensor, _, step, k0, k1 = words_of(place)
     _total(out, start, pairs, coefficients, table(), tensor, step, k0, k1)

@@ -1,8 +1,8 @@
-"""`philox` compiled (numba): the same words and lanes, at the speed of the vector units.
+"""`philox` compiled with numba: the same words and lanes, vectorised.
 
-A kernel works through its elements in chunks that stay in the first-level cache. Words are made in a loop of their own, apart
-from any table look-up, so that LLVM vectorises it. Parts of arrays are sliced before a loop and indexed from 0 in it: an index
-`low + i`, which might be negative, is not vectorised. Lanes are the words seen as uint16 (little-endian).
+Kernels process elements in chunks that stay in the first-level cache. To let LLVM vectorise, words are drawn in a loop without
+table look-ups, and arrays are sliced before a loop and indexed from 0: an index `low + i`, which might be negative, is not
+vectorised. Lanes are the words viewed as uint16 (little-endian).
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ _M0, _M1 = (np.uint64(multiplier) for multiplier in MULTIPLIERS)
 _W0, _W1 = (np.uint32(increment) for increment in KEY_INCREMENTS)
 
 Words = tuple[np.uint32, np.uint32, np.uint32, np.uint32, np.uint32]
-"""A place as the kernels take it: tensor, pair, step and the two words of the key."""
+"""A place as kernels take it: tensor, pair, step and the two words of the key."""
 
 
 def words_of(place: Place) -> Words:
@@ -26,14 +26,14 @@ def words_of(place: Place) -> Words:
 
 @jit
 def words_buffer():
-    """Room for the words of CHUNK elements from any start on: (uint32, the same seen as uint16 lanes)."""
+    """A buffer for the words of CHUNK elements from any start: uint32, and viewed as uint16 lanes."""
     words = np.empty(CHUNK // 2 + 4, _u32)
     return words, words.view(np.uint16)
 
 
 @jit
 def draw_words(words, first, tensor, pair, step, k0, k1):
-    """The words of counters first, first + 1, …: four each into `words`."""
+    """Fills `words` with those of counters first, first + 1, …, four each."""
     for i in range(words.size // 4):
         c0, c1, c2, c3 = _u32(first + i), tensor, pair, step
         a, b = k0, k1

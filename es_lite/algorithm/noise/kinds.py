@@ -1,4 +1,4 @@
-"""The kinds of noise by name. A kind is one module that has the operations of `NoiseKind`, as `gaussian` does."""
+"""The kinds of noise by name. A kind is a module with the functions of `NoiseKind`, such as `gaussian`."""
 
 from typing import Protocol
 
@@ -10,7 +10,7 @@ from es_lite.algorithm.noise.place import Place
 
 
 class NoiseKind(Protocol):
-    """What scoring and the update do with a kind of noise; shapes and types are those of `gaussian`'s functions."""
+    """What scoring and the update need of a kind of noise; shapes and types are those of `gaussian`'s functions."""
 
     NAME: str
 
@@ -26,7 +26,7 @@ class NoiseKind(Protocol):
         scales: np.ndarray,
         width: int,
     ) -> None:
-        """plus = round(weights + σε), minus = round(weights - σε) of a slice of a tensor."""
+        """plus = round(weights + σε), minus = round(weights - σε), for a slice of a tensor."""
         ...
 
     def perturb_rows(
@@ -40,15 +40,15 @@ class NoiseKind(Protocol):
         *,
         scales: np.ndarray,
     ) -> None:
-        """The same of some rows of a matrix."""
+        """The same for some rows of a matrix."""
         ...
 
     def total(self, out: np.ndarray, place: Place, pairs: np.ndarray, coefficients: np.ndarray, *, start: int) -> None:
-        """out = Σ_p c_p ε_p of a slice of a tensor."""
+        """out = Σ_p c_p ε_p, for a slice of a tensor."""
         ...
 
     def epsilon_on_device(self, elements: torch.Tensor, place: Place) -> torch.Tensor:
-        """ε of the elements of a tensor, by torch operations on their device."""
+        """ε of elements of a tensor, with torch operations on their device."""
         ...
 
 
@@ -56,7 +56,7 @@ KNOWN: dict[str, NoiseKind] = {gaussian.NAME: gaussian}
 
 
 def kind_of(name: str) -> NoiseKind:
-    """Raises ValueError, naming the kind, if this version does not know it."""
+    """The kind of this name. Raises ValueError if this version does not know it."""
     if name not in KNOWN:
         raise ValueError(f"noise of the kind {name!r}, which this version of es_lite does not know (it knows {', '.join(KNOWN)})")
     return KNOWN[name]

@@ -1,8 +1,8 @@
-"""Philox by torch's integer operations, on any device: the same bits as `philox`, and the perturbation from a kind's ε.
+"""Philox and the perturbation with torch operations, on any device: the same bits as the kernels'.
 
-Philox works on unsigned 32-bit words; torch has signed 64-bit integers everywhere. A product of two words wraps around in
-them without harm: its low and high halves are masked out of the same 64 bits. Each arithmetic operation is a call of its own, so
-no compiler fuses a multiplication with an addition: the sums are the kernels', bit for bit.
+Philox's unsigned 32-bit words are held in signed 64-bit integers, which torch has on every device. A product of two words may
+wrap around, but masking its low and high halves still gives the right bits. Each arithmetic operation is a separate call, so no
+compiler fuses a multiplication with an addition.
 """
 
 from collections.abc import Callable
@@ -14,13 +14,13 @@ from es_lite.algorithm.noise.philox import KEY_INCREMENTS, LANES, MULTIPLIERS, R
 from es_lite.algorithm.noise.place import Place
 
 CHUNK = 2**22
-"""Elements made at a time: for every 8 of them, 10 words of 8 bytes are in use at once."""
+"""Elements processed at a time: for every 8 of them, 10 words of 8 bytes are in use at once."""
 
 _LOW = 0xFFFFFFFF
 
 
 def philox4x32(counters: torch.Tensor, place: Place) -> torch.Tensor:
-    """Words of the counters, int64 [n]: int64 [n, 4], each from 0 to 2³² - 1."""
+    """The words of counters, int64 [n]: int64 [n, 4], each from 0 to 2³² - 1."""
     c0 = counters & _LOW
     c1, c2, c3 = (torch.full_like(c0, word) for word in (place.tensor, place.pair, place.step))
     k0, k1 = place.key
@@ -32,9 +32,9 @@ def philox4x32(counters: torch.Tensor, place: Place) -> torch.Tensor:
 
 
 def lanes(elements: torch.Tensor, place: Place) -> torch.Tensor:
-    """The 16 random bits of the elements of a tensor, int64 [n].
+    """The 16 random bits of each element, int64 [n].
 
-    elements: their indices, int64 [n]: n is a multiple of 8, and each 8 in a row begin at a multiple of 8.
+    elements: indices in the tensor, int64 [n], in groups of 8 consecutive ones that begin at a multiple of 8.
     """
     words = philox4x32(elements[::LANES] // LANES, place)
     return torch.stack([words & 0xFFFF, words >> 16], dim=-1).reshape(-1)
@@ -61,10 +61,10 @@ def perturb(
     place: Place,
     sigma: float,
 ) -> None:
-    """outs[0] = round(weights + σε) and, if given, outs[1] = round(weights - σε), the noise drawn once; any type of outs.
+    """outs[0] = round(weights + σε) and, if given, outs[1] = round(weights - σε), the noise drawn once; outs may have any type.
 
-    stored, scales, width: as in `as_float32`. elements: the index of the first in its tensor, or of each of them, int64 [n], as
-    in `lanes`. draw: the kind's ε of such elements.
+    stored, scales, width: as in `as_float32`. elements: the index of the first element in its tensor, or all indices, as in
+    `lanes`. draw: the kind's `epsilon_on_device`.
     """
     sigma = float(torch.tensor(sigma, dtype=torch.float32))
     for low in range(0, stored.numel(), CHUNK):
@@ -72,7 +72,7 @@ def perturb(
         base = as_float32(stored[low:high], scales, width, low)
         if isinstance(elements, torch.Tensor):
             epsilon = draw(elements[low:high], place)
-        else:  # whole counters: from the first element's to the last one's
+        else:  # all elements of the counters from the first to the last
             first = elements + low
             whole = torch.arange(first // LANES * LANES, -(-(elements + high) // LANES) * LANES, device=stored.device)
             epsilon = draw(whole, place)[first % LANES : first % LANES + high - low]

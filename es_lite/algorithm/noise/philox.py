@@ -1,7 +1,7 @@
-"""Philox4x32-10, the counter-based random number generator that all noise comes from: the reference, in numpy.
+"""Philox4x32-10, the counter-based random number generator behind all noise: the reference, in numpy.
 
-The key is the 64-bit seed; the counter is (index, tensor, pair, step). The 128 bits that a counter gives are read as eight
-16-bit lanes, the low half of each word first, so element i of a tensor takes lane i % 8 of counter i // 8.
+The key is the 64-bit seed; the counter is (index, tensor, pair, step). The 128 bits of a counter's words are read as eight 16-bit
+lanes, the low half of each word first; element i of a tensor takes lane i % 8 of counter i // 8.
 
 Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
@@ -11,18 +11,18 @@ import numpy as np
 from es_lite.algorithm.noise.place import Place
 
 VERSION = "philox4x32-10/table16/1"
-"""The name of the noise's definition in a journal; a change to any bit of ε needs another version."""
+"""Names the definition of noise in journals; a change to any bit of ε needs a new version."""
 
 ROUNDS = 10
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 
 LANES = 8
-"""16-bit lanes of a counter."""
+"""16-bit lanes per counter."""
 
 
 def words(counter: tuple[np.ndarray | int, ...], key: tuple[int, int]) -> np.ndarray:
-    """The words of counters [n] (each of the four counter words an array or one number): uint32 [n, 4]."""
+    """The words of n counters, uint32 [n, 4]. counter: its four words, each an array or one number."""
     c0, c1, c2, c3 = (np.atleast_1d(np.asarray(word, dtype=np.uint64)) for word in np.broadcast_arrays(*counter))
     k0, k1 = (np.uint64(word) for word in key)
     m0, m1 = (np.uint64(multiplier) for multiplier in MULTIPLIERS)

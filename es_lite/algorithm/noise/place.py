@@ -1,4 +1,4 @@
-"""Where in the noise a tensor's ε comes from, and the numbers that are reserved for other uses of the same stream."""
+"""Where a tensor's ε comes from, and the numbers reserved for other uses of the same generator."""
 
 from typing import NamedTuple
 

@@ -28,7 +28,7 @@ def test_the_kind_gaussian_is_its_definition():
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_all_operations_of_a_kind_have_the_same_noise(name):
-    """`total` of one pair and `epsilon_on_device` are ε itself; perturbing zeros by σ = 1 gives ε and -ε; so do rows of a matrix."""
+    """`total` of one pair and `epsilon_on_device` are ε; perturbing zeros by σ = 1 gives ε and -ε; so do rows of a matrix."""
     kind = kind_of(name)
     epsilon = np.empty(64, np.float32)
     kind.total(epsilon, PLACE._replace(pair=77), np.array([4], np.uint32), np.ones(1, np.float32), start=16)

@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         asked_for_help = words[:1] in (["-h"], ["--help"])
         print(f"usage: es-lite COMMAND ...\n\n{listing}", file=sys.stdout if asked_for_help else sys.stderr)
         return 0 if asked_for_help else 2
-    # Imported only now: replay and plan need no engine, train no replay.
+    # Each command imports only what it needs.
     if words[0] == "train":
         from es_lite.train import main as command
     elif words[0] == "plan":

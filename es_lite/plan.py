@@ -1,9 +1,9 @@
-"""The command: says what a recipe needs, before anything is loaded.
+"""The command `plan`: prints what a recipe needs, before anything is loaded.
 
     python -m es_lite.plan RECIPE [--set table.key=value ...]
 
-Does it fit, how long does it take, what is there at the end; details after that. Exit code 2 if it does not fit.
-`es_lite.train` makes the same plan.
+It prints whether the recipe fits, how long it takes and what is there at the end, then details. Exit code 2 if it does not fit.
+The command `train` makes the same plan.
 """
 
 import argparse

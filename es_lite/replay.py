@@ -1,10 +1,10 @@
-"""The command: computes a run's weights from θ₀ and its journal, bit for bit what the run had, as a Hugging Face folder.
+"""The command `replay`: computes a run's weights from θ₀ and its journal, bit for bit, as a Hugging Face folder.
 
     python -m es_lite.replay RUN --out DIR [--model PATH] [--step T] [--dtype bf16|fp32]
 
-RUN is a run directory or a journal alone: a fine-tune that was shared as a file of kilobytes. A random θ₀ comes from the
-journal's seed; a pretrained one from where the run found it, or from --model, and must be the very same. Of the run directory's
-other files, only the tokenizer is used.
+RUN is a run directory, or a journal alone (a fine-tune shared as a file of kilobytes). A random θ₀ comes from the journal's seed;
+a pretrained one from where the run found it, or from --model, and must be identical. Of the run directory's other files, only the
+tokenizer is used.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from es_lite.weights.reading import LayerReader
 
 
 def replay(run: Path, out: Path, model_path: str = "", steps: int | None = None, dtype: str = "bf16") -> None:
-    """Writes the model after `steps` steps (all of the journal's by default) to the folder `out`.
+    """Writes the model after `steps` steps (by default, all in the journal) to the folder `out`.
 
     Raises UserError if the journal is damaged, if θ₀ is not the one that it began with, or if `out` exists.
     """

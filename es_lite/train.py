@@ -1,10 +1,10 @@
-"""The command: trains a language model by evolution strategies, as a recipe says.
+"""The command `train`: trains a language model by evolution strategies, as a recipe says.
 
     python -m es_lite.train RECIPE [--set table.key=value ...] [--resume [--rebuild]]
 
 `train` is a run from top to bottom, `Run.step` the papers' algorithm (EA4LLM, algorithm 1; Evolution Strategies at Scale,
-algorithm 2). The journal gets a step's record before any weight changes; wherever the weights were left, the engine brings them
-to the journal's end.
+algorithm 2). The journal gets a step's record before any weight changes; the engine then brings the weights to the journal's end,
+whatever step they were left at.
 """
 
 import argparse
@@ -43,9 +43,9 @@ from es_lite.weights.store import Store
 
 
 def train(recipe: Recipe, resume: bool = False, rebuild: bool = False) -> None:
-    """Runs `recipe` to its last step, or continues from where its run directory stands.
+    """Runs `recipe` to its last step, or continues the run in its directory.
 
-    rebuild: layer files that are damaged are made again from θ₀ and the journal, instead of ending the run.
+    rebuild: rebuild damaged layer files from θ₀ and the journal instead of ending the run.
 
     Raises UserError for what the user must change, RunError if the run cannot continue; after either, the run
     directory can be resumed.
@@ -59,7 +59,7 @@ def train(recipe: Recipe, resume: bool = False, rebuild: bool = False) -> None:
         raise UserError(f"{problem}\n\n{plan.parts()}")
 
     with RunDirectory(recipe, resume) as run:
-        # The items, θ₀, the journal, and where each layer stands.
+        # The items, θ₀, the journal, and the step of each layer.
         dataset = fitness.open(recipe, model.config, run.path)
         theta_0 = origin.source(model, layout, Threads(1))
         header = {"data": dataset.fingerprint(), "compute": plan.execution.compute, "versions": system.versions()}
@@ -132,7 +132,7 @@ class Run:
     console: Console
     pace: Pace
     examined_sigma: float | None = None
-    """The σ whose size was last examined."""
+    """The last σ that was examined."""
 
     @property
     def done(self) -> int:
@@ -140,7 +140,7 @@ class Run:
         return len(self.journal.records)
 
     def begin(self) -> None:
-        """Brings the weights to the journal's end, and checks what there is of them."""
+        """Brings the weights to the journal's end, and verifies all layers' files."""
         self.console.say("bringing the weights to the journal's end")
         with self.console.progress("weights") as progress:
             self.engine.advance(self.journal.records, progress)
@@ -205,7 +205,7 @@ class Run:
         }
 
     def evaluate(self) -> float:
-        """Mean score of θ on the held-out items; the same number on any number of workers."""
+        """Mean score of θ on the held-out items; it does not depend on the number of workers."""
         with self.console.progress("evaluation") as progress:
             return float(self.engine.score([UNPERTURBED], self.dataset.held_out(), progress).mean())
 
@@ -247,7 +247,7 @@ class Run:
 
 
 def check_data(journal: Journal, header: dict, recipe: Recipe) -> None:
-    """Raises UserError if the items are not those that the run began with; warns if the compute type is not."""
+    """Raises UserError if the items are not those that the run began with; warns if the compute type is another."""
     if journal.header["data"] != header["data"]:
         raise UserError(
             f"{recipe.data.path}: the text or its tokenizer has changed since {journal.path.parent} began; restore it"

@@ -17,7 +17,7 @@ END = "<|endoftext|>"
 def load_tokenizer(table: DataTable, model_path: str, run_dir: Path, texts: Iterable[Document]) -> PreTrainedTokenizerBase:
     """The tokenizer that `table` names; a "bpe" is trained on `texts` once, then always read from run_dir/tokenizer.
 
-    A "bpe" has an eos_token; a pretrained tokenizer may have none. Raises UserError if there is no such tokenizer, or it is broken.
+    A "bpe" has an eos_token; a pretrained tokenizer may have none. Raises UserError if it is missing or broken.
     """
     if table.tokenizer != "bpe":
         key, name = ("data.tokenizer", table.tokenizer) if table.tokenizer else ("model.path", model_path)

@@ -1,1 +1,1 @@
-"""Who scores and advances: the processes of this machine."""
+"""The engine: scores perturbed models and advances the weights, with the processes of this machine."""

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from es_lite import system
 
 SHORT, CRITICAL = 0.02, 0.008
-"""Shares of a limit: with less than that left, a worker is stopped after its task; or immediately."""
+"""Shares of a limit: with less left, a worker is stopped after its task (short), or immediately (critical)."""
 
 LEAST_SHORT, LEAST_CRITICAL = 48 * 2**20, 16 * 2**20
-"""Bytes that count as short and critical whatever the limit."""
+"""Fewer bytes left are short or critical whatever the limit."""
 
 EVERY_SECONDS = 0.2
 
@@ -23,7 +23,7 @@ class Guard(system.Watcher):
     """
 
     def __init__(self, limit_bytes: int, used_bytes: Callable[[], int]) -> None:
-        """limit_bytes: the recipe's memory.limit, 0 if there is none; used_bytes: what the process group uses of it."""
+        """limit_bytes: the recipe's memory.limit, 0 if there is none; used_bytes: what the run's processes use of it."""
         super().__init__("memory-guard", self.measure, EVERY_SECONDS)
         self.short = self.critical = False
         self.reason = ""
@@ -32,17 +32,17 @@ class Guard(system.Watcher):
         self._kills = system.oom_kills()
 
     def measure(self) -> None:
-        """Measures now."""
+        """Measures now, and sets the attributes."""
         limits = [(left, left.bytes + used) for left, used in system.memory_usage()]
         if self._limit:
             limits.append((system.MemoryLimit(max(0, self._limit - self._used()), "memory.limit of the recipe"), self._limit))
-        # What lies between short (1) and critical (0), of the limit that is nearest.
+        # The limit that is nearest to being short.
         left, total = min(limits, key=lambda pair: pair[0].bytes / max(LEAST_SHORT, SHORT * pair[1]))
         self.reason = f"{left.bytes / 2**20:.0f} MiB left of {total / 2**20:.0f} ({left.source})"
         self.critical = left.bytes < max(LEAST_CRITICAL, CRITICAL * total)
         self.short = left.bytes < max(LEAST_SHORT, SHORT * total)
 
     def killed(self) -> bool:
-        """Whether the kernel has killed a process of this cgroup for memory since the last call."""
+        """Whether the kernel has killed a process of this cgroup for lack of memory since the last call."""
         before, self._kills = self._kills, system.oom_kills()
         return self._kills > before

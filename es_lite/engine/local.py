@@ -1,8 +1,8 @@
 """The engine of this machine: a pool of worker processes over one resident copy of the weights, or one worker that streams
 them or computes on a GPU.
 
-Resident weights are advanced at once, by all workers. Streamed weights are advanced as they pass in the next `score`. A worker
-that streams or uses a GPU scores all members in one pass; the others take a perturbation at a time.
+Resident weights are advanced immediately, by all workers; streamed weights as they pass in the next `score`. A worker that
+streams or uses a GPU scores all members in one pass; the others take one perturbation at a time.
 """
 
 import os
@@ -29,7 +29,7 @@ from es_lite.weights.layer_file import LayerFile
 from es_lite.weights.store import Store
 
 SLOWEST_FLOPS, SLOWEST_NOISE = 5e9, 2e7
-"""A worker on the slowest machine does this many FLOP and noise elements a second: a task that takes longer counts as hung."""
+"""FLOP and noise elements per second of a worker on the slowest machine; a task that takes longer counts as hung."""
 
 
 class LocalEngine:
@@ -45,13 +45,13 @@ class LocalEngine:
         lock: IO[str],
         warn: Callable[[str], None],
     ) -> None:
-        """lock: the run directory's; it stays held until the last worker is gone. warn: is told of workers that were lost."""
+        """lock: the run directory's; it stays held until the last worker is gone. warn: called for each lost worker."""
         self._layout = layout
         self._files = files.files
         self._execution = execution
         self._records: list[Record] = []
         self._at = min(files.steps())
-        """Every layer's file is at this step or later."""
+        """Every layer is at this step or later."""
         self._unchecked = {file.layer.index for file in self._files if file.exists()}
         """Layers whose files have not been read since the engine began."""
         setup = Setup(origin, layout, files.folder, recipe.memory.weights, recipe.fitness.kind, execution)
@@ -74,7 +74,7 @@ class LocalEngine:
 
     @staticmethod
     def prepare() -> None:
-        """Starts what workers need, while the caller does something else; without it, the engine does so itself."""
+        """Optional: starts the process that workers are forked from, while the caller does something else."""
         prepare()
 
     def score(self, perturbations: Sequence[Perturbation], items: Items, progress: Progress) -> np.ndarray:
@@ -97,7 +97,7 @@ class LocalEngine:
         step = len(self._records)
         assert [record.step for record in records] == list(range(step - len(records), step)), "records are out of order"
         history = self._records[self._at :]
-        if self._execution.streamed:  # as layers pass; but what is missing cannot pass
+        if self._execution.streamed:  # advanced as they pass; but a layer needs a file to pass
             layers = [file.layer for file in self._files if not file.exists()]
         else:
             layers = list(self._layout.layers)
@@ -147,7 +147,7 @@ class LocalEngine:
         self._unchecked -= {layer.index for layer in layers}
 
     def _each(self, tasks: Sequence[Task], history: Sequence[Record], progress: Progress) -> None:
-        """Does tasks of at most one layer each."""
+        """Does tasks that concern one layer each."""
         members = sum(len(record.coefficients) for record in history)
         drawn = (1 + members) * max(layer.size for layer in self._layout.layers)
         self._pool.map(tasks, drawn / SLOWEST_NOISE, progress)
@@ -156,8 +156,7 @@ class LocalEngine:
 def divide(files: Sequence[LayerFile], history: Sequence[Record], step: int, processes: int) -> tuple[list[Task], list[Task]]:
     """The tasks that bring layers to `step`, in two rounds, largest layer first.
 
-    A layer that is larger than a process's share is divided into ranges of sections, about four to a share; the second round
-    completes it.
+    A layer larger than a process's share is divided into ranges of sections, about four per share; the second round completes it.
     """
     first: list[Task] = []
     second: list[Task] = []

@@ -1,7 +1,6 @@
 """What passes between the engine and its workers: tasks and answers.
 
-Every task is a pure function of its fields, the weights at its step and θ₀, so one that was lost with its
-worker is simply given to another.
+Every task is a pure function of its fields, the weights at its step and θ₀, so a task lost with its worker is given to another.
 """
 
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ class Score:
     pass_items: int
     records: Sequence[Record] = ()
     step: int = 0
-    """Streamed: the step that the layers are brought to as they pass, by `records`."""
+    """If streamed: bring the layers to this step, by `records`, as they pass."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Advance:
 
 @dataclass(frozen=True)
 class AdvanceSections:
-    """A share of the same: sections low … high - 1 of the layer."""
+    """The same for sections low … high - 1 of the layer (weights.store.advance_sections)."""
 
     layer: int
     records: Sequence[Record]
@@ -47,7 +46,7 @@ class AdvanceSections:
 
 @dataclass(frozen=True)
 class Finish:
-    """Complete what all shares of a layer have done."""
+    """Complete a layer after all its `AdvanceSections` (weights.store.finish)."""
 
     layer: int
     records: Sequence[Record]
@@ -71,7 +70,7 @@ class Ready:
 
 @dataclass(frozen=True)
 class Working:
-    """The task is under way; this share of it is done."""
+    """This share of the task is done."""
 
     share: float
 

@@ -1,7 +1,6 @@
-"""The pool of worker processes: hands out tasks, replaces workers that die or hang, and repeats their work.
+"""The pool of worker processes: hands out tasks, replaces workers that die or hang, and repeats their tasks.
 
-If memory is short it shrinks instead: a worker is stopped after its task, or immediately if the kernel might kill one. What
-it was doing is done again by another.
+If memory is short it shrinks instead: a worker is stopped after its task, or immediately if the kernel might kill one.
 """
 
 import multiprocessing
@@ -32,7 +31,7 @@ ATTEMPTS = 3
 SHORTEST_DEADLINE_SECONDS = 600.0
 
 TICK_SECONDS = 0.2
-"""How often the guard is consulted, and progress reported, while workers are at work."""
+"""How often the guard is consulted and progress reported."""
 
 SMALLER = 'add --resume, with workers.count, fitness.micro_batch or fitness.max_length lower, or memory.residency = "streamed"'
 
@@ -50,16 +49,16 @@ class _Handle:
     since: float = 0.0
     """When it was started, or got its task (time.monotonic)."""
     ready: bool = False
-    """It has loaded what it needs: from then on the deadline counts."""
+    """It has started: from then on the deadline applies."""
 
 
 def prepare() -> None:
     """Starts the process that workers are forked from, which imports what they need while the caller continues.
 
-    It ignores Ctrl-C from its first moment, not only from its own first line.
+    SIGINT is blocked meanwhile, so Ctrl-C cannot end the new process before it ignores it.
     """
     multiprocessing.get_context("forkserver").set_forkserver_preload(["es_lite.engine.preload"])
-    resource_tracker.ensure_running()  # or the next call would run it, which unblocks the signal
+    resource_tracker.ensure_running()  # else the call below would start it, which unblocks the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         forkserver.ensure_running()
@@ -82,7 +81,7 @@ class Pool:
     ) -> None:
         """working_copy: its descriptor, None if there is none; lock: the run directory's descriptor.
 
-        deadline_seconds: after which a task counts as hung; 0: what `map` is told.
+        deadline_seconds: after which a task counts as hung; 0: `patience_seconds` of `map` decides.
         """
         self._setup = setup
         self._working_copy = working_copy
@@ -101,7 +100,7 @@ class Pool:
 
     @property
     def pids(self) -> list[int]:
-        """Process numbers of the workers."""
+        """Process IDs of the workers."""
         return [pid for handle in self._workers if (pid := handle.process.pid) is not None]
 
     @property
@@ -113,11 +112,10 @@ class Pool:
     def map(self, tasks: Sequence[Task], patience_seconds: float, progress: Progress) -> list[Any]:
         """The tasks' values, in order.
 
-        patience_seconds: what no task takes even on the slowest machine; after that (or SHORTEST_DEADLINE_SECONDS,
-        if that is longer) a worker counts as hung.
+        patience_seconds: more than a task takes on the slowest machine; after that (or SHORTEST_DEADLINE_SECONDS, if that is
+        longer) a worker counts as hung.
 
-        Raises UserError or RunError as a worker raised it, or RunError if a task costs ATTEMPTS workers, or if there is too
-        little memory for one worker.
+        Raises a worker's UserError or RunError; RunError if a task costs ATTEMPTS workers or memory is too short for one worker.
         """
         waiting = deque(range(len(tasks)))
         values: list[Any] = [None] * len(tasks)
@@ -156,7 +154,7 @@ class Pool:
         return values
 
     def close(self) -> None:
-        """Ends all workers at once; whatever they were doing can be done again."""
+        """Kills all workers; their tasks can be repeated."""
         for handle in self._workers:
             handle.process.kill()
         for handle in self._workers:
@@ -171,7 +169,7 @@ class Pool:
         self.close()
 
     def _make_room(self) -> list[int]:
-        """Stops a worker if memory is short: one without a task, or if it is critical, any. Returns the tasks that were lost."""
+        """Stops a worker if memory is short: one without a task or, if memory is critical, any. Returns the tasks lost."""
         if not self._guard.short:
             return []
         if len(self._workers) == 1:
@@ -198,7 +196,7 @@ class Pool:
         handle.connection.close()
 
     def _start(self) -> _Handle:
-        prepare()  # if it is not there, or no longer
+        prepare()  # does nothing if that process is running
         ours, theirs = self._context.Pipe()
         working_copy = None if self._working_copy is None else _Descriptor(self._working_copy)
         process = self._context.Process(
@@ -208,7 +206,7 @@ class Pool:
         )
         process.start()
         theirs.close()
-        # A stopped worker does not read: without a bound, sending it a large task would block for ever.
+        # A suspended worker (SIGSTOP) does not read: without a timeout, sending it a large task would block for ever.
         with socket.socket(fileno=os.dup(ours.fileno())) as end:
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(SHORTEST_DEADLINE_SECONDS), 0))
         return _Handle(cast(ForkServerProcess, process), ours, since=time.monotonic())
@@ -218,7 +216,7 @@ class Pool:
         try:
             handle.connection.send(tasks[index])
         except OSError:
-            handle.process.kill()  # if it is not dead already; `_wait` finds it next
+            handle.process.kill()  # if it is not dead already; `_wait` will notice
 
     def _wait(self, deadline: float) -> list[_Handle]:
         """Workers that have sent something, died or hung, after TICK_SECONDS at the latest."""
@@ -257,7 +255,7 @@ class Pool:
 
 
 class _Descriptor:
-    """A file descriptor that travels to a new process."""
+    """A file descriptor that is duplicated into a new process when it is pickled."""
 
     def __init__(self, number: int) -> None:
         self.number = number

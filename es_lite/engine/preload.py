@@ -1,7 +1,7 @@
-"""What the process that workers are forked from imports once: its pages are shared by all of them.
+"""Imported once by the process that workers are forked from, so they share its memory and start quickly.
 
-A worker's own imports would take a quarter of a gigabyte and three seconds each. Nothing here starts a thread, which a
-fork would lose. Signals that reach the whole process group are left to the coordinator, from a worker's first moment.
+It must not start threads, which a fork would lose. Signals to the whole process group are ignored, even before a worker's first
+line: the coordinator handles them.
 """
 
 import gc
@@ -14,4 +14,4 @@ from es_lite.engine import worker  # noqa: F401
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 gc.collect()
-gc.freeze()  # or the collector's marks would unshare the pages
+gc.freeze()  # else garbage collection would write to shared pages

@@ -1,4 +1,4 @@
-"""A worker process: takes one task at a time from its pipe, works on the shared copy of the weights or their stream, answers."""
+"""A worker process: takes one task at a time from its pipe, works on the working copy or a stream, and answers."""
 
 import contextlib
 import ctypes
@@ -33,7 +33,7 @@ from es_lite.weights.stream import Stream
 from es_lite.weights.working_copy import WorkingCopy
 
 TELL_SECONDS = 0.5
-"""A worker says this often how far it is."""
+"""Time between a worker's reports of progress."""
 
 DEVICES = {"cpu": None, "cuda": torch.device("cuda"), "torch": torch.device("cpu")}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -41,24 +41,24 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Setup:
-    """What a worker needs once; it is pickled to the new process."""
+    """What a worker needs once, sent to the new process."""
 
     origin: Origin
     layout: Layout
     folder: Path
     """Directory of the layers' files."""
     weights: Storage
-    """What is scored from: "bf16" or "int8"."""
+    """The type of the weights that are scored from: "bf16" or "int8"."""
     fitness: str
     """The kind of fitness."""
     execution: Execution
 
 
 class Worker:
-    """The state of a worker process: where weights come from and, once they are needed, θ₀ and the perturbed model."""
+    """The state of a worker process: where weights come from and, once needed, θ₀ and the perturbed model."""
 
     def __init__(self, setup: Setup, working_copy: int | None, tell: Callable[[float], None]) -> None:
-        """working_copy: its descriptor; None if the weights are streamed. tell: is told the share of a task that is done."""
+        """working_copy: its descriptor; None if the weights are streamed. tell: called with the share of a task that is done."""
         self._setup = setup
         self._tell = tell
         self._told = 0.0
@@ -127,7 +127,7 @@ def main(connection: Connection, setup: Setup, working_copy: Any, lock: Any) -> 
 
     The lock stays held until this process, too, is gone: no other run may begin while it might still write.
     """
-    # Ctrl-C and SIGTERM may reach the whole group, and the coordinator decides.
+    # They may be sent to the whole process group; the coordinator handles them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _die_with_coordinator()
@@ -152,9 +152,9 @@ def main(connection: Connection, setup: Setup, working_copy: Any, lock: Any) -> 
 
 
 def _die_with_coordinator() -> None:
-    """No worker outlives its coordinator, even one that is killed or stopped in the middle of a task.
+    """Ends this process when its coordinator ends, even in the middle of a task.
 
-    The process that it is forked from ends with the coordinator, and the worker with that one.
+    The process that it is forked from ends with the coordinator, and this process with that one.
     """
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
@@ -165,6 +165,6 @@ def _die_with_coordinator() -> None:
 
 
 def _prefer_to_be_killed() -> None:
-    """If the kernel has to kill a process for memory, it should be a worker: its task is done again, and nothing is lost."""
+    """If memory runs out, the kernel should kill a worker: its task is repeated, and nothing is lost."""
     with contextlib.suppress(OSError):  # not Linux, or not allowed
         Path("/proc/self/oom_score_adj").write_text("1000")

@@ -1,1 +1,1 @@
-"""What a perturbed model is scored by: items and a model to one score per item and member, higher is better."""
+"""Turns items and a perturbed model into one score per item and member; higher is better."""

@@ -1,4 +1,4 @@
-"""What a run, its engine and its plan need to know of a fitness."""
+"""What run, engine and plan need of a fitness."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from es_lite.scoring.perturbation import Perturbation
 
 
 class Items(Protocol):
-    """The items of a step or of an evaluation, the same for all members, packed for scoring; workers get them pickled."""
+    """The items of a step or of an evaluation, the same for all members, packed for scoring. Must be picklable."""
 
     def __len__(self) -> int: ...
 
@@ -53,7 +53,7 @@ class Dataset(Protocol):
 
 @dataclass(frozen=True)
 class ItemMemory:
-    """Memory that scoring takes beyond weights."""
+    """Memory that scoring takes in addition to the weights."""
 
     tokens: int
     """Tokens of the longest item."""
@@ -64,13 +64,13 @@ class ItemMemory:
 
 
 class Fitness(Protocol):
-    """A kind of fitness: no state; workers get it pickled."""
+    """A kind of fitness, without state."""
 
     measures: str
     """What a score is, in words."""
     unit: str
     largest_loss: float
-    """A population that scores this far below the unperturbed model says little about its neighbourhood."""
+    """If the population's mean score is further below the unperturbed model's, σ is too large."""
 
     def open(self, recipe: Recipe, config: PretrainedConfig, run_dir: Path) -> Dataset:
         """The recipe's items, for a model of this configuration. Raises UserError."""

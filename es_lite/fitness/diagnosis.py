@@ -1,4 +1,4 @@
-"""Is σ of a useful size? Advice if rounding swallows it, or if the perturbed models collapse."""
+"""Advice if σ is so small that rounding removes it, or so large that perturbed models collapse."""
 
 import contextlib
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ def share_moved(files: Sequence[LayerFile], noise: NoiseKind, sigma: float, seed
 
 
 def rounding_advice(moved: float, sigma: float) -> str | None:
-    """What to say if most perturbations are rounded away; `moved` is from `share_moved`."""
+    """Advice if most perturbations are rounded away, else None; moved: from `share_moved`."""
     if moved >= SMALLEST_SHARE_MOVED:
         return None
     return (
@@ -48,7 +48,7 @@ def rounding_advice(moved: float, sigma: float) -> str | None:
 
 
 def collapse_advice(fitness: Fitness, centre: float, scores: np.ndarray, sigma: float) -> str | None:
-    """What to say if members score far below θ on the same items; centre: θ's own score, scores: float64 [N]."""
+    """Advice if members score far below θ on the same items, else None; centre: θ's score; scores: float64 [N]."""
     if not np.isfinite(centre):
         return "the unperturbed model's own score is not finite: the model is broken, or it cannot be computed in this type"
     finite = scores[np.isfinite(scores)]

@@ -1,4 +1,4 @@
-"""The kinds of fitness by name. A kind is one file that has the operations of `Fitness`."""
+"""The kinds of fitness by name. A kind is a class with the methods of `Fitness`."""
 
 from es_lite.fitness.base import Fitness
 from es_lite.fitness.logprob import LogProb
@@ -7,7 +7,7 @@ KNOWN: dict[str, Fitness] = {LogProb.name: LogProb()}
 
 
 def fitness_of(kind: str) -> Fitness:
-    """Raises ValueError, naming the kind, if this version does not know it."""
+    """The fitness of this kind. Raises ValueError if this version does not know it."""
     if kind not in KNOWN:
         raise ValueError(
             f"fitness of the kind {kind!r}, which this version of es_lite does not know (it knows {', '.join(KNOWN)})"

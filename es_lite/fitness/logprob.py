@@ -45,7 +45,7 @@ class Samples:
         return corpus.fingerprint(self.train, self.held_out_corpus)
 
     def reference(self) -> dict[str, float]:
-        """unigram_score: what knowing only the tokens' frequencies scores; vocab_size."""
+        """vocab_size and unigram_score (see `corpus.unigram_score`)."""
         assert self.held_out_corpus is not None
         score = corpus.unigram_score(self.train, self.held_out_corpus, self.vocab_size)
         return {"vocab_size": self.vocab_size, "unigram_score": score}

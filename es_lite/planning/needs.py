@@ -21,17 +21,17 @@ COORDINATOR_BYTES = 400 * 2**20
 """Memory of the coordinator: python, torch, transformers, numba, the tokenizer and a small corpus (measured, as the next two)."""
 
 SHARED_BYTES = 290 * 2**20
-"""What workers share: the process that they are forked from, which has imported everything that they need."""
+"""Memory that workers share: the process that they are forked from, with all imports."""
 
 WORKER_BYTES = 260 * 2**20
-"""What a worker needs in addition, after it has run a model."""
+"""What a worker takes in addition, after it has run a model."""
 
 HIDDEN_BYTES = 256 * 2**20
-"""Hidden states that a resident worker holds at once if it can choose: more only costs memory."""
+"""Hidden states that a resident worker holds at once; more would only cost memory."""
 
 CUDA_BYTES = 3 * 2**30
-"""Host memory of a process (the coordinator and the worker) for the GPU's driver and libraries, and what the worker's keep on the
-GPU: an allowance, not measured."""
+"""An allowance, not measured, for the GPU's driver and libraries: on the host for the coordinator and the worker each, and on the
+GPU."""
 
 UPDATE_BYTES = 4 * SLICE * 4
 """Buffers of the update."""
@@ -39,20 +39,20 @@ UPDATE_BYTES = 4 * SLICE * 4
 
 @dataclass(frozen=True)
 class Parts:
-    """What a way to run takes: memory by part, and how much is scored at once."""
+    """What one way to run (resident, streamed, with a device) takes: memory by part, and how much is scored at once."""
 
     memory: dict[str, int]
     """Bytes on the host, of all processes."""
     workers: int
     members: int
-    """Whose hidden states are in memory together."""
+    """Members whose hidden states are in memory together."""
     pass_samples: int
     gpu: dict[str, int] = field(default_factory=dict)
     """Bytes on the GPU."""
 
 
 class Needs:
-    """Sizes that every way to run is computed from."""
+    """Computes the memory of each way to run a recipe."""
 
     def __init__(self, recipe: Recipe, fitness: Fitness, text: PretrainedConfig, layout: Layout) -> None:
         """text: the configuration of the language model."""
@@ -77,7 +77,7 @@ class Needs:
         return self.pair * self.itemsize * max(largest, VOCABULARY_BLOCK * self.width, rows * self.width)
 
     def resident(self, limit: int) -> Parts:
-        """One copy of the weights for all, and for each worker what it scores with; limit: bytes that are available."""
+        """One working copy for all, and what each worker scores with; limit: bytes that are available."""
         micro = self.recipe.fitness.micro_batch
         copy = {
             "working copy": working_copy.size_bytes(self.layout, self.recipe.memory.weights),
@@ -134,7 +134,7 @@ class Needs:
 
     @property
     def _population(self) -> int:
-        """Members that are scored together if all are: the population and, if σ is new, θ itself."""
+        """Members scored together if folded: the population and, in a step with a new σ, θ itself."""
         return self.recipe.es.population + 1
 
     def _with_device(self, host: dict[str, int], limit: int) -> Parts:
@@ -161,14 +161,14 @@ class Needs:
         return Parts(host | {"GPU's libraries (2x)": 2 * CUDA_BYTES}, 1, self._population, pass_samples, on_gpu)
 
     def _pass_samples(self, fits: Callable[[int], bool]) -> int:
-        """Samples of a pass: as many as fit, a multiple of the micro-batch, at least one, in passes of similar size."""
+        """Samples of a pass: as many micro-batches as fit, at least one, in passes of similar size."""
         micro = self.recipe.fitness.micro_batch
         micro_batches = -(-self.samples // micro)
         each = (-(-micro_batches // passes) * micro for passes in range(1, micro_batches + 1))
         return next(filter(fits, each), micro)
 
     def _workers(self, useful: int) -> int:
-        """Workers or lanes: as the recipe says, or as many as there are cores for and tasks."""
+        """Workers or lanes: as the recipe says, or one per `threads` cores, at most `useful`."""
         if self.recipe.workers.count != "auto":
             return int(self.recipe.workers.count)
         return max(1, min(system.cores() // self.threads, useful))

@@ -36,15 +36,15 @@ class Plan:
     passes: int
     """How often a step goes through the layers."""
     tokens: int
-    """Scored by a step at most: N members, M samples of full length."""
+    """The most that a step scores: N members, M samples of full length."""
     work: Work
 
     @classmethod
     def of(cls, recipe: Recipe, fitness: Fitness, config: PretrainedConfig, layout: Layout) -> "Plan":
-        """The plan, whether it fits or not (`shortfall` says).
+        """The plan, whether it fits or not (see `shortfall`).
 
-        config: the model's. "auto": as many workers as there are cores, or as fit; resident if that fits, else streamed.
-        Raises UserError if the model does not take items of that length, or there is no GPU that is asked for.
+        config: the model's. "auto": one worker per core, fewer if memory is short; resident if that fits, else streamed.
+        Raises UserError if items are too long for the model, or if the recipe needs a GPU and there is none.
         """
         text = config.get_text_config()
         if recipe.workers.device == "cuda" and not system.gpu_memory():
@@ -137,7 +137,7 @@ class Plan:
         return None
 
     def summary(self, estimate: Estimate, remaining: int) -> str:
-        """What a person asks first: does it fit, how long does it take, what is there at the end. remaining: steps."""
+        """Does it fit, how long does it take, what is there at the end? remaining: steps."""
         memory = f"{sum(self.memory.values()) / GIB:.2f} of {self.limit.bytes / GIB:.2f} GiB of memory"
         gpu = f", {sum(self.gpu.values()) / GIB:.2f} of {self.gpu_limit.bytes / GIB:.2f} GiB of GPU memory" if self.gpu else ""
         disk = f"{sum(self.disk.values()) / GIB:.2f} of {self.free_disk / GIB:.2f} GiB of disk"

@@ -1,4 +1,4 @@
-"""How fast this machine is, measured here and now, and how long that makes a step."""
+"""Measures this machine's speed, and estimates a step's duration."""
 
 import mmap
 import os
@@ -18,10 +18,10 @@ from es_lite.engine.base import Execution
 from es_lite.files import open_file, write_fully
 
 DISK_BYTES = 256 * 2**20
-"""Written and read back on the disk that the layers will be on."""
+"""Bytes written and read back to measure a disk."""
 
 MATRIX, ROWS = 2**22, 512
-"""At most this many elements of a matrix, and rows of hidden states, are used to measure scoring."""
+"""The most elements of a matrix, and rows of hidden states, used to measure scoring."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Estimate:
     score_seconds: float
     update_seconds: float
     rates: str
-    """What it was made from, in words."""
+    """The measured rates, in words."""
 
     @property
     def step_seconds(self) -> float:
@@ -56,7 +56,7 @@ class Estimate:
 
 
 def estimate(work: Work, execution: Execution, noise: str, run_dir: Path) -> Estimate:
-    """How long a step takes on this machine; takes about a second to find out. noise: the kind."""
+    """A step's duration on this machine; measuring takes about a second. noise: its kind."""
     scoring, drawing = scoring_rate(work, execution), noise_rate(noise)
     lanes = execution.workers * execution.threads
     words = f"scoring {scoring / 1e9:.0f} GFLOP/s a worker, noise {drawing / 1e6:.0f} M elements/s a thread"
@@ -78,7 +78,7 @@ def estimate(work: Work, execution: Execution, noise: str, run_dir: Path) -> Est
 
 
 def scoring_rate(work: Work, execution: Execution) -> float:
-    """FLOP/s of one worker on an MLP of the model's width with its norm and activation: matrix products and what is between."""
+    """FLOP/s of one worker, measured on an MLP of the model's width with norm and activation."""
     torch.set_num_threads(execution.threads)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[execution.compute]
     device = torch_device(execution.device)
@@ -97,7 +97,7 @@ def scoring_rate(work: Work, execution: Execution) -> float:
 
 
 def noise_rate(noise: str) -> float:
-    """Elements a second of one thread, into bfloat16."""
+    """Elements per second that one thread perturbs, in bfloat16."""
     weights, out = np.zeros(2**21, np.uint16), np.empty(2**21, np.uint16)
     kind, place = kind_of(noise), Place(0, 0, 0, 0)
     return out.size / _fastest(
@@ -106,7 +106,7 @@ def noise_rate(noise: str) -> float:
 
 
 def device_noise_rate(noise: str, device: str) -> float:
-    """Elements a second that a device draws."""
+    """Elements per second that a device draws."""
     kind, place = kind_of(noise), Place(0, 0, 0, 0)
     elements = torch.arange(2**20, device=torch_device(device))
     return elements.numel() / _fastest(lambda: kind.epsilon_on_device(elements, place)[0].item())  # item() waits for a GPU
@@ -118,7 +118,7 @@ def torch_device(device: str) -> torch.device:
 
 
 def disk_rates(folder: Path) -> tuple[float, float]:
-    """Bytes a second of plain direct reads and writes on the disk of `folder` (or of where it will be)."""
+    """(read, write): bytes per second, bypassing the page cache, on the disk of `folder`, which need not exist."""
     place = folder.absolute()
     existing = next(parent for parent in (place, *place.parents) if parent.is_dir())
     size = 16 * 2**20

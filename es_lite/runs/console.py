@@ -1,4 +1,4 @@
-"""What the person at the terminal sees: bars on a terminal, lines in a log; Ctrl-C once and twice."""
+"""Progress bars on a terminal, lines in a log, and Ctrl-C."""
 
 import contextlib
 import os
@@ -14,10 +14,10 @@ from tqdm import tqdm
 from es_lite.quantities import duration
 
 SAME_SIGNAL_SECONDS = 0.3
-"""A second signal this soon is the first one again: `timeout` and some shells signal a process and then its group."""
+"""A second signal this soon counts as the first one: `timeout` and some shells signal a process and then its group."""
 
 SILENCE_SECONDS = 20.0
-"""In a log, a long piece of work says how far it is when nothing has been printed for this long."""
+"""In a log, progress is printed only after this long without a line."""
 
 
 class Console:
@@ -35,7 +35,7 @@ class Console:
         self._bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, disable=not self._live)
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Prints a line that stays."""
         self._print(text, sys.stdout)
 
     def warn(self, text: str) -> None:
@@ -43,10 +43,10 @@ class Console:
 
     @contextlib.contextmanager
     def progress(self, what: str, members: int = 0, expected_seconds: float = 0.0) -> Iterator[Callable[[float], None]]:
-        """Shows how far a piece of work is; call what this returns with the share that is done, 0 … 1.
+        """Shows the progress of work; yields a function to be called with the share that is done, 0 … 1.
 
-        members: show how many of these are done; 0: show percent. expected_seconds: how long it may take, used until the share
-        says more; 0: unknown.
+        members: show how many of these are done; 0: show percent. expected_seconds: the expected duration, used while the share
+        is too small to extrapolate from; 0: unknown.
         """
         count, unit = (members, "member") if members else (100, "%")
         began = time.monotonic()
@@ -66,7 +66,7 @@ class Console:
             yield show
 
     def stepped(self, metrics: dict[str, Any]) -> None:
-        """A finished step."""
+        """Shows a finished step."""
         evaluation = metrics.get("eval_score")
         rate = metrics["tokens_per_second"]
         figures = [
@@ -83,7 +83,7 @@ class Console:
             self.say(f"step {metrics['step']}/{self._steps} | {' | '.join(figures)}")
 
     def evaluated(self, metrics: dict[str, Any]) -> None:
-        """An evaluation before the first step, or one that a crash prevented."""
+        """Shows an evaluation before the first step, or one that a crash prevented."""
         self.say(f"step {metrics['step']}/{self._steps} | eval {metrics['eval_score']:.4f}")
 
     def __enter__(self) -> "Console":

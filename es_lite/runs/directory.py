@@ -20,7 +20,7 @@ CHANGEABLE = (
 LOCK_SECONDS = 5.0
 
 BEFORE_THE_RECIPE = {"master", "weights", "lock", "recipe.toml.next"}
-"""What a run leaves that was killed before it wrote its recipe."""
+"""What a run may leave if it is killed before it writes its recipe."""
 
 
 class RunDirectory:
@@ -30,7 +30,7 @@ class RunDirectory:
         """Opens or creates recipe.run.dir.
 
         Raises UserError if it cannot be written, is in use, holds something else, holds a run and `resume` is
-        not set, or holds a run of another recipe. Nothing that was there is changed then.
+        not set, or holds a run of another recipe. Nothing is changed then.
         """
         self.path = Path(recipe.run.dir).expanduser()
         self.store = self.path / recipe.memory.folder
@@ -82,7 +82,7 @@ class RunDirectory:
                 time.sleep(0.1)
 
     def keep(self, recipe: Recipe) -> None:
-        """Writes recipe.toml; called when everything that was there has been found to agree with it."""
+        """Writes recipe.toml; to be called only when everything in the directory agrees with it."""
         path = self.path / "recipe.toml"
         try:
             write_durably(path, recipe.dumps())

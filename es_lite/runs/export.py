@@ -30,10 +30,10 @@ def export(
     card: str,
     state: dict[str, Any],
 ) -> None:
-    """Writes `folder`, replacing it whole or not at all; a slice of a tensor at a time, whatever the model's size.
+    """Writes `folder`, replacing it whole or not at all, with one slice of a tensor in memory at a time.
 
-    open_layer: the layers at the step to export. dtype: "bf16" (rounded to nearest even) or "fp32". A model file holds whole
-    layers, up to SHARD_BYTES if it can. state: written as es_lite.json, which says which step the folder holds.
+    open_layer: reads a layer at the step to export. dtype: "bf16" (rounded to nearest, ties to even) or "fp32". Files hold whole
+    layers, up to SHARD_BYTES if possible. state: written as es_lite.json, with the folder's "step".
     Raises RunError if the disk is full.
     """
     try:

@@ -29,7 +29,7 @@ class Journal:
     def __init__(self, path: Path, header: dict[str, Any], records: list[Record], check: int, size: int) -> None:
         self.path = path
         self.scores: list[list[float | None]] = []
-        """The scores of the steps in `records`, as `append` was given them."""
+        """The members' scores of each step; None if not finite."""
         self.header = header
         self.records = records
         self._check = check

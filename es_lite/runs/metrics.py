@@ -20,7 +20,7 @@ class Metrics:
         self._board = _board(path.parent / "tensorboard") if tensorboard else None
 
     def write(self, values: dict[str, Any]) -> None:
-        """One line. `values` has "step"; GiB are 2³⁰ bytes, PSS is summed over the process group."""
+        """Appends a line. values: includes "step". Raises RunError if the disk is full."""
         try:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
@@ -35,7 +35,7 @@ class Metrics:
             ) from None
 
     def lines(self) -> list[dict[str, Any]]:
-        """What has been written so far; lines that are not JSON are left out."""
+        """What has been written so far, except lines that are not JSON."""
         lines = []
         for line in self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []:
             with contextlib.suppress(ValueError):

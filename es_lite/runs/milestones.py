@@ -57,7 +57,7 @@ class Milestones:
         return decayed(es.alpha, es.alpha_decay, es.alpha_decay_every, step)
 
     def catch_up(self) -> None:
-        """Does what a crash prevented after the journal had the step: metrics, an evaluation, a checkpoint. At step 0: the first
+        """Does what a crash prevented after a step was in the journal: metrics, an evaluation, a checkpoint. At step 0, the first
         evaluation."""
         written = {line.get("step") for line in self.metrics.lines()}
         for step in range(self.done):
@@ -75,13 +75,13 @@ class Milestones:
             self.checkpoint_if_due()
 
     def from_journal(self, step: int) -> dict[str, Any]:
-        """The metrics of a step that its record tells."""
+        """The metrics of a step that follow from the journal."""
         scores = np.array([score for score in self.journal.scores[step] if score is not None])
         score = {"score_mean": float(scores.mean()), "score_std": float(scores.std()), "score_best": float(scores.max())}
         return {"step": step + 1} | score | {"eval_score": None, "sigma": self.sigma(step), "alpha": self.alpha(step)}
 
     def after_step(self, figures: dict[str, Any]) -> None:
-        """Completes the step that the journal has just been given: an evaluation and checkpoints if they are due, its metrics."""
+        """Completes the journal's last step: an evaluation and checkpoints if they are due, and its metrics."""
         evaluation = self.evaluate() if self._due(self.recipe.eval.every) else None
         line = self.from_journal(self.done - 1) | {"eval_score": evaluation} | figures
         if evaluation is not None:
@@ -91,7 +91,7 @@ class Milestones:
         self.checkpoint_if_due()
 
     def checkpoint_if_due(self, last: bool = False) -> None:
-        """Writes `checkpoint/` if one is due, or if the run was asked to stop, unless it is there already."""
+        """Writes `checkpoint/` if it is due or the run was asked to stop, unless it is there already."""
         every = self.recipe.run.checkpoint_every
         due = (bool(every) and (last or self.done % every == 0)) or (last and self.console.stopping)
         if not due or step_of(self.run.checkpoint) == self.done:

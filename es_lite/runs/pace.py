@@ -7,17 +7,17 @@ from collections import deque
 from es_lite.quantities import count, duration
 
 MEASURED = 5
-"""The next step is expected to take the median of this many steps before it."""
+"""A step is expected to take the median of this many steps before it."""
 
 SHARE, SECONDS = 0.05, 5.0
-"""The estimate is corrected when this share of the first step's scoring is done, and it took this long: not before, since a
-process's first work is slow."""
+"""The estimate is corrected when this share of the first step's scoring is done, after at least this long: a process is slow at
+first."""
 
 NOTICEABLE = 1.25
-"""A correction by less than this factor is not worth a line."""
+"""A correction by less than this factor is not reported."""
 
 CORRECTING_STEP = 2
-"""After this step of a command, the second that is measured, what was said is compared with the steps for the last time."""
+"""After this many steps of a command, the last reported estimate is compared with the measurements for the last time."""
 
 
 class Pace:
@@ -44,7 +44,7 @@ class Pace:
         return f"the remaining {count(steps, 'step')} about {duration(steps * self.step_seconds)}"
 
     def scored(self, share: float, seconds: float) -> bool:
-        """`share` of a step's scoring took `seconds`. True if that corrects noticeably what was said; once, in the first step."""
+        """`share` of a step's scoring took `seconds`. Whether to report a corrected estimate: at most once, in the first step."""
         if self._early or self._measured or share < SHARE or seconds < SECONDS:
             return False
         self._early = True
@@ -52,7 +52,7 @@ class Pace:
         return self._noticeable()
 
     def stepped(self, seconds: float) -> bool:
-        """A step is done. True if that corrects noticeably what was said; once, after the second step."""
+        """A step took `seconds`. Whether to report a corrected estimate: at most once, after the second step."""
         self._measured.append(seconds)
         return len(self._measured) == CORRECTING_STEP and self._noticeable()
 
@@ -62,6 +62,6 @@ class Pace:
 
     @property
     def exhausted(self) -> bool:
-        """The next step would exceed the budget. The first step of a command never does, so that resuming makes progress."""
+        """Whether the next step would exceed the budget; never a command's first step, so resuming makes progress."""
         spent = time.monotonic() - self._began
         return bool(self._minutes and self._measured) and spent + self.step_seconds > 60 * self._minutes

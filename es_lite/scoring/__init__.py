@@ -1,1 +1,1 @@
-"""The forward of a model under perturbed weights that only ever exist a layer at a time."""
+"""The forward of a model under perturbed weights, which exist for one layer at a time."""

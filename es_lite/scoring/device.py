@@ -1,8 +1,8 @@
-"""Scratch on a device: a layer is copied there while the device still computes the one before, and perturbed there.
+"""Scratch on a device: a layer is copied there while the device still computes the previous one, and perturbed there.
 
-Weights stay on the host, in the working copy or a stream's buffer. A layer is put in one of two pinned buffers and copied
-from there on a CUDA stream of its own; the computation waits for the copy, but the host does not wait for the computation. The
-rest is torch operations on tensors of the device, so the same code runs on the CPU (workers.device = "torch").
+Weights stay on the host, in the working copy or a stream's buffer. A layer goes through one of two pinned buffers and a separate
+CUDA stream; the computation waits for the copy, but the host does not wait for the computation. The rest is torch operations that
+run on any device, so the same code runs on the CPU (workers.device = "torch").
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from es_lite.weights.parts import Part
 
 
 class _Staging:
-    """A pinned buffer, and the copy out of it, which must end before the buffer is filled again."""
+    """A pinned buffer; it is filled again only after the copy out of it has ended."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -27,7 +27,7 @@ class _Staging:
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
 
     def upload(self, arrays: list[np.ndarray], stream: "torch.cuda.Stream | None") -> list[torch.Tensor]:
-        """The arrays' bytes on the device, uint8 each."""
+        """Copies the arrays to the device; returns their bytes, uint8 each."""
         if self._copied:
             self._copied.synchronize()
         offsets = np.cumsum([0, *(-(-array.nbytes // 256) * 256 for array in arrays)])
@@ -59,7 +59,7 @@ class DeviceScratch:
         self._uploaded: list[tuple[Tensor, int, torch.Tensor, torch.Tensor | None]] = []
 
     def tensors(self, perturbation: Perturbation, parts: dict[str, Part]) -> list[dict[str, torch.Tensor]]:
-        """For each member: name → tensor of the compute type. The weights are copied once for consecutive perturbations."""
+        """For each member: name → tensor of the compute type. Consecutive calls with the same `parts` copy them once."""
         if self._last is not parts:
             self._last, self._uploaded = parts, self._upload(list(parts.values()))
         members: list[dict[str, torch.Tensor]] = [{} for _ in perturbation.signs]
@@ -74,7 +74,7 @@ class DeviceScratch:
         return members
 
     def block(self, perturbation: Perturbation, part: Part) -> list[torch.Tensor]:
-        """For each member: some rows of a tensor, [rows, ...]."""
+        """For each member: the part, whole rows of a tensor, [rows, ...]."""
         if self._last is not part:
             self._last, self._uploaded = part, self._upload([part])
         tensor, start, stored, scales = self._uploaded[0]
@@ -85,13 +85,13 @@ class DeviceScratch:
     def rows(
         self, perturbation: Perturbation, tensor: Tensor, rows: np.ndarray, weights: np.ndarray, scales: np.ndarray
     ) -> list[torch.Tensor]:
-        """For each member: the rows `rows`, int64 [R], of a matrix, [R, W], from those rows and their scales as stored."""
+        """For each member: the rows `rows`, int64 [R], of a matrix, [R, W]. weights, scales: these rows as stored."""
         self._last = None
         width = weights.shape[1]
         few = replace(tensor, shape=weights.shape)
         ((_, _, stored, few_scales),) = self._upload([Part(few, 0, weights.reshape(-1), scales)])
         outs = self._reserve(perturbation.members, stored.numel())
-        if width % 8:  # rows that share a counter with their neighbours
+        if width % 8:  # rows share counters with their neighbours
             for i, row in enumerate(rows):
                 cut, own = slice(i * width, (i + 1) * width), None if few_scales is None else few_scales[i : i + 1]
                 self._perturb(perturbation, [out[cut] for out in outs], few, int(row) * width, stored[cut], own)
@@ -152,7 +152,7 @@ class DeviceLogSumExp:
         self._chosen = torch.full((targets.size,), torch.nan, device=device)
 
     def update(self, logits: torch.Tensor, first: int, _: Threads) -> None:
-        """Takes in the logits of vocabulary entries first, first + 1, …: [tokens, block]."""
+        """Adds the logits of vocabulary entries first, first + 1, …: [tokens, block]."""
         values = logits.to(torch.float32)
         top = torch.maximum(self._greatest, values.amax(dim=1))
         self._total = self._total * torch.exp(self._greatest - top) + torch.exp(values - top[:, None]).sum(dim=1)

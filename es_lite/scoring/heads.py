@@ -1,6 +1,6 @@
 """The head, the last linear map from hidden states to logits, evaluated in blocks of the vocabulary.
 
-No [tokens, vocabulary] tensor is ever made: each block of logits goes into a running log-sum-exp and is forgotten.
+No [tokens, vocabulary] tensor is ever made: each block of logits is added to a running log-sum-exp and discarded.
 
 Shapes: G members of all perturbations, B samples, T the longest sample, H hidden size.
 """
@@ -38,7 +38,7 @@ class AfterHead:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "AfterHead":
-        """Found by giving the model logits of our own. Raises UserError if it is something else."""
+        """Determined by giving the model known logits. Raises UserError if it does anything else with them."""
 
         class Body(nn.Module):
             def forward(self, *_: Any, **__: Any) -> BaseModelOutputWithPastAndCrossAttentions:
@@ -71,7 +71,7 @@ class AfterHead:
 
 
 class HeadInput(nn.Module):
-    """Replaces the head in the model, keeps what comes in, and passes on a single 0 for logits."""
+    """Replaces the model's head: keeps its input, and returns a single 0 as the logits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class HeadInput(nn.Module):
         return hidden.new_zeros(1, 1, 1)
 
     def take(self) -> torch.Tensor:
-        """The hidden states that came in; they are not kept any longer."""
+        """Returns the head's input, and keeps it no longer."""
         return self._hidden.pop()
 
 
@@ -116,7 +116,7 @@ class Head:
             for block in run.weights.blocks(self._matrix, VOCABULARY_BLOCK):
                 first = block.start // block.tensor.width
                 for member, perturbation in run.folded():
-                    # Before the matrix: what the scratch returns is valid until its next call.
+                    # Before the matrix: the scratch's results are valid until its next call.
                     offsets = self._offsets(perturbation, block)
                     run.lanes.run(
                         [
@@ -132,7 +132,7 @@ class Head:
         return np.stack([np.add.reduceat(value, starts) / counts for value in values])
 
     def _offsets(self, perturbation: Perturbation, block: Part) -> list[torch.Tensor | None]:
-        """The bias of the block's rows for each member, if the head has one."""
+        """For each member: the bias of the block's rows, or None."""
         if self._bias is None:
             return [None] * perturbation.members
         first, count = block.start // block.tensor.width, block.data.size // block.tensor.width
@@ -141,7 +141,7 @@ class Head:
         return [offset.clone() for offset in self._run.scratch.block(perturbation, some)]
 
     def _logits(self, lane: int, tokens: Tokens, matrix: torch.Tensor, offset: torch.Tensor | None, first: int) -> None:
-        """A micro-batch's logits of a block of the vocabulary, into its log-sum-exp."""
+        """Adds a micro-batch's logits for a block of the vocabulary to its log-sum-exp."""
         logits = self._after(nn.functional.linear(tokens.states, matrix, offset))
         tokens.running.update(logits, first, self._run.lanes.threads)
 

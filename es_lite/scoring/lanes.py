@@ -10,7 +10,7 @@ from es_lite.algorithm.jit import Threads
 
 
 class Lanes:
-    """`count` lanes of `threads` threads each. The number of lanes does not change a bit of what is computed."""
+    """`count` lanes of `threads` threads each. Their number does not change a bit of the results."""
 
     def __init__(self, count: int, threads: int) -> None:
         self.count = count
@@ -27,7 +27,7 @@ class Lanes:
             self._pool = ThreadPoolExecutor(count, "lane", torch.set_num_threads, (threads,))
 
     def run(self, work: Sequence[Callable[[int], None]]) -> None:
-        """Calls each with the number of the lane it has to itself; returns when all are done."""
+        """Calls each with the number of a lane that it has to itself; returns when all are done."""
         if self._pool is None:
             for call in work:
                 call(0)

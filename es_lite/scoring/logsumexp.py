@@ -1,7 +1,7 @@
 """A running log-sum-exp over blocks of the vocabulary, so no [tokens, vocabulary] tensor is ever made.
 
 Per token: the greatest logit so far and Σ exp(logit - greatest), float32. The exponential is a polynomial that
-LLVM vectorises (numba's `math.exp` is a call an element); sums run by halves, always in the same order.
+LLVM vectorises (numba's `math.exp` is one call per element); sums are made by halving, always in the same order.
 """
 
 import numpy as np
@@ -120,7 +120,7 @@ class RunningLogSumExp:
         self.chosen = np.full(targets.size, np.nan, np.float32)
 
     def update(self, logits: np.ndarray | torch.Tensor, first: int, threads: Threads) -> None:
-        """Takes in the logits of vocabulary entries first, first + 1, …: [tokens, block], float32 or bfloat16 (bits: uint16)."""
+        """Adds the logits of vocabulary entries first, first + 1, …: [tokens, block], float32 or bfloat16 (bits: uint16)."""
         if isinstance(logits, torch.Tensor):
             logits = (logits.view(torch.uint16) if logits.dtype == torch.bfloat16 else logits).numpy()
         kernel = _update_bf16 if logits.dtype == np.uint16 else _update_fp32

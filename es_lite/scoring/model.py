@@ -1,7 +1,7 @@
-"""The perturbed model: Hugging Face's own forward, with a proxy at each layer that perturbs it as data passes.
+"""The perturbed model: Hugging Face's own forward, with proxies that perturb each layer when data reaches it.
 
-Decoder blocks, embedding, final norm and all else that owns parameters outside the head are replaced by proxies. The unmodified
-forward of the model runs once over all members and samples; what it hands to its head goes to ours.
+Proxies replace decoder blocks and every other module that owns parameters, except the head. The model's unmodified forward runs
+once over all members and samples; the input of its head goes to `heads.Head`.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ from es_lite.scoring.weights import Weights
 
 
 class PerturbedModel:
-    """A model under perturbed weights that only ever exist a layer at a time."""
+    """A model under perturbed weights, which exist for one layer at a time."""
 
     def __init__(
         self,
@@ -38,10 +38,10 @@ class PerturbedModel:
         device: torch.device | None = None,
         progress: Callable[[float], None] = lambda share: None,
     ) -> None:
-        """model: a fresh `layout.skeleton`, which this takes over.
+        """model: a new `layout.skeleton`, which is modified.
 
-        device: compute there, with torch operations only; None: on this CPU, with the kernels. progress: is told which share of
-        a call is done.
+        device: compute there, with torch operations only; None: on the CPU, with the kernels. progress: called with the share of
+        a call's work that is done.
         """
         scratch = DeviceScratch(device, compute) if device else Scratch(compute, lanes.all_threads)
         self._run = Pass(weights, scratch, lanes, micro_batch, progress=progress)
@@ -58,7 +58,7 @@ class PerturbedModel:
         """Mean log-probability of each sample's true next tokens, for each member of all perturbations: float64 [G, B].
 
         pass_samples: samples that go through the model at once (the hidden states of all of them, for all members, are in
-        memory), a multiple of the micro-batch; their number does not change a bit of the result.
+        memory), a multiple of the micro-batch; it does not change a bit of the result.
         """
         run, passes = self._run, []
         run.perturbations = perturbations
@@ -97,7 +97,7 @@ def _replace_modules(model: PreTrainedModel, layout: Layout, run: Pass) -> tuple
         if module is head:
             replaced[name] = head_input
         elif module is embedding:
-            cast(Any, module).padding_idx = None  # the number of a row that may not be made; only gradients use it
+            cast(Any, module).padding_idx = None  # may be beyond the rows that are made; only gradients need it
             replaced[name] = EmbeddingProxy(module, layer, own, run)
         else:
             replaced[name] = Proxy(module, layer, own, run)

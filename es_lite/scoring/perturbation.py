@@ -30,7 +30,7 @@ class Perturbation:
         return kind_of(self.kind)
 
     def sigma_of(self, tensor: Tensor) -> float:
-        """What the tensor's noise is multiplied by for the first member."""
+        """The factor of the tensor's noise for the first member."""
         return self.sigma * tensor.sigma_factor * self.signs[0]
 
     def place_of(self, tensor: Tensor) -> Place:

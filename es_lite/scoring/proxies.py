@@ -1,4 +1,4 @@
-"""Proxies that replace the modules of a model that own parameters, and run them on perturbed tensors.
+"""Proxies, which replace a model's modules that own parameters and run them on perturbed tensors.
 
 A proxy makes its layer's perturbed tensors once per perturbation, runs its module on them micro-batch by micro-batch, and frees
 them. The members of all perturbations are folded into the batch dimension: row `member * samples + sample`.
@@ -28,7 +28,7 @@ from es_lite.scoring.weights import Weights
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one micro-batch of one member, cut to its longest sample."""
+    """One micro-batch of one member, cut to its longest sample."""
 
     rows: slice
     """Which of the G·B rows."""
@@ -40,7 +40,7 @@ class Rows:
     """G·B."""
 
     def cut(self, value: Any) -> Any:
-        """The part of an argument that belongs to these rows.
+        """The part of a module's argument that belongs to these rows.
 
         Tensors are [G·B or 1, T, ...] states or positions, or [G·B or 1, heads or 1, T, T] masks; others stay as they are.
         """
@@ -69,13 +69,13 @@ class Pass:
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     """Lengths of the samples, int32 [B], longest first."""
     progress: Callable[[float], None] = lambda share: None
-    """Is told the share of the work that is done."""
+    """Called with the share of the work that is done."""
     work: float = 1.0
-    """Parameters that pass for all perturbations together."""
+    """Parameters that pass in a call, summed over perturbations and passes; `done` likewise."""
     done: float = 0.0
 
     def passed(self, parameters: int) -> None:
-        """`parameters` more have been used, for one perturbation."""
+        """Adds `parameters`, used for one perturbation, to the work that is done."""
         self.done += parameters
         self.progress(self.done / self.work)
 
@@ -88,7 +88,7 @@ class Pass:
         return sum(perturbation.members for perturbation in self.perturbations)
 
     def folded(self) -> Iterator[tuple[int, Perturbation]]:
-        """(first, perturbation): its members are first, first + 1, … of the G."""
+        """(first, perturbation): its members have numbers first, first + 1, … among the G."""
         first = 0
         for perturbation in self.perturbations:
             yield first, perturbation
@@ -137,7 +137,7 @@ class Output:
 
 
 class Proxy(nn.Module):
-    """Replaces a module and runs it on perturbed tensors; any other attribute is the module's own."""
+    """Replaces a module and runs it on perturbed tensors; other attributes are the module's."""
 
     def __init__(self, module: nn.Module, layer: Layer, tensors: dict[str, Tensor], run: Pass) -> None:
         super().__init__()

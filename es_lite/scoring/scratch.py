@@ -1,4 +1,4 @@
-"""A layer's tensors as the members of one perturbation see them, made in memory that is reused."""
+"""Makes a layer's perturbed tensors for the members of one perturbation, in reused memory."""
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from es_lite.weights.parts import Part
 
 
 class Scratch:
-    """Makes perturbed tensors in buffers that it reuses: what it returns is valid until the next call."""
+    """What it returns is valid until the next call."""
 
     device = torch.device("cpu")
 
@@ -39,7 +39,7 @@ class Scratch:
         return members
 
     def block(self, perturbation: Perturbation, part: Part) -> list[torch.Tensor]:
-        """For each member: some rows of a tensor, [rows, ...]."""
+        """For each member: the part, whole rows of a tensor, [rows, ...]."""
         outs = self._reserve(perturbation.members, part.data.size)
         self._perturb(perturbation, outs, part)
         return [self._torch(out).view(-1, *part.tensor.shape[1:]) for out in outs]
@@ -47,7 +47,7 @@ class Scratch:
     def rows(
         self, perturbation: Perturbation, tensor: Tensor, rows: np.ndarray, weights: np.ndarray, scales: np.ndarray
     ) -> list[torch.Tensor]:
-        """For each member: the rows `rows`, int64 [R], of a matrix, [R, W], from those rows and their scales as stored."""
+        """For each member: the rows `rows`, int64 [R], of a matrix, [R, W]. weights, scales: these rows as stored."""
         outs = [out.reshape(weights.shape) for out in self._reserve(perturbation.members, weights.size)]
         noise, place, sigma = perturbation.noise, perturbation.place_of(tensor), perturbation.sigma_of(tensor)
 

@@ -1,4 +1,4 @@
-"""What scoring takes weights from: the working copy, or a stream of layers."""
+"""What scoring needs of its weights, which are a working copy or a stream."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,18 +11,18 @@ from es_lite.weights.parts import Part
 
 
 class Weights(Protocol):
-    """Within a pass, tensors must be asked for in the model's own order, for a stream."""
+    """Within a pass, tensors must be requested in the model's order, since a stream has them in no other."""
 
     def passing(self) -> contextlib.AbstractContextManager[None]:
         """One pass of a batch through the model."""
         ...
 
     def opened(self, layer: Layer) -> contextlib.AbstractContextManager[None]:
-        """While the tensors of a layer are used."""
+        """Entered while a layer's tensors are used."""
         ...
 
     def part(self, tensor: Tensor) -> Part:
-        """The whole tensor as it is stored."""
+        """The whole stored tensor."""
         ...
 
     def rows(self, tensor: Tensor, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

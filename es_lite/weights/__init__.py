@@ -1,1 +1,1 @@
-"""The weights: layer files on disk, the working copy in memory, or layers that stream through it."""
+"""The weights: layer files on disk, the working copy in memory, or layers streamed through it."""

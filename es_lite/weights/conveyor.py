@@ -1,7 +1,7 @@
-"""Sections of layers on their way from their files into buffers and back: a reader thread and a writer thread.
+"""A reader and a writer thread, which carry sections of layers from their files into buffers and back.
 
-Three buffers circulate: one is being filled, one is in use, one is being written. A buffer holds a block; the vocabulary's
-matrices pass in sections of about that size. Sections come in the order in which they are used.
+Three buffers circulate: one is being filled, one is in use, one is being written. A buffer holds a decoder block; the
+vocabulary's matrices pass in sections of about that size.
 """
 
 import contextlib
@@ -24,11 +24,11 @@ from es_lite.weights.reading import LayerReader
 BUFFERS = 3
 
 VOCABULARY_ROWS = 2048
-"""Sections of a vocabulary's matrix are multiples of this many rows, which the head takes at a time."""
+"""Sections of a vocabulary matrix are multiples of this many rows, which the head processes at a time."""
 
 
 def sections_of(file: LayerFile, layout: Layout) -> list[Section]:
-    """The sections that a layer passes in: a block whole, a vocabulary's matrix in parts of about a block's size."""
+    """How a layer passes: a decoder block whole, a vocabulary matrix in sections of about a block's size."""
     if file.layer.block or not file.format.matrices:
         return [file.format.whole]
     largest = max(stored_bytes(block, file.format.storage) for block in layout.blocks)
@@ -36,7 +36,7 @@ def sections_of(file: LayerFile, layout: Layout) -> list[Section]:
 
 
 def buffer_bytes(files: Sequence[LayerFile], layout: Layout) -> int:
-    """Size of one of the BUFFERS."""
+    """Size of each of the BUFFERS."""
     largest = max(section.bytes for file in files for section in sections_of(file, layout))
     return max(ALIGNMENT, aligned(largest))
 
@@ -50,12 +50,12 @@ class PassingLayer:
 
 
 class Buffer:
-    """Page-aligned memory that circulates: free again when all who hold it have released it."""
+    """Page-aligned memory, free again when all its holders (the user, the writer) have released it."""
 
     def __init__(self, size: int) -> None:
         memory = mmap.mmap(-1, size)
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # a kernel without them
+            with contextlib.suppress(OSError):  # a kernel without huge pages
                 memory.madvise(mmap.MADV_HUGEPAGE)
         self.array = np.frombuffer(memory, np.uint8)
         self.holders = 0
@@ -71,16 +71,16 @@ class Filled:
     last: bool
     buffer: Buffer
     held: bool = False
-    """Whoever took it still uses the buffer."""
+    """Whether the user has taken and not yet released it."""
 
 
 class Conveyor:
-    """One pass: `take` returns the sections in order, `send` has one written, `release` ends its use."""
+    """One pass: `take` returns the sections in order, `send` queues one for writing, `release` ends its use."""
 
     def __init__(
         self, buffers: Sequence[Buffer], layers: Callable[[], Iterable[PassingLayer]], layout: Layout, direct: bool, step: int
     ) -> None:
-        """layers: those that pass, in order, opened when the reader gets to them. step: the step that they are written at."""
+        """layers: in the order of the pass, each opened when the reader reaches it. step: of the layers that are written."""
         self._layers = layers
         self._layout = layout
         self._direct = direct
@@ -101,8 +101,8 @@ class Conveyor:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Waits until everything that was sent is in its file. Raises RunError if the disk is full."""
-        self._free.put(None)  # for a reader that waits: the pass was cut short
+        """Waits until everything that was sent is written. Raises RunError if the disk is full."""
+        self._free.put(None)  # ends a reader that waits for a buffer, if the pass was cut short
         self._written.put(None)
         self._reader.join()
         self._writer.join()
@@ -120,7 +120,7 @@ class Conveyor:
         return item
 
     def send(self, filled: Filled) -> None:
-        """Has the section written as it is from now on; with the last one of a layer, the layer's new file is put in place."""
+        """Queues the section for writing; it must no longer change. A layer's last section puts its new file in place."""
         filled.buffer.holders += 1  # before the writer can see it
         self._written.put(filled)
 

@@ -30,11 +30,11 @@ class LayerFile:
         return self.path.exists()
 
     def damaged(self, reason: object) -> DamagedFile:
-        """The error for a file that is not what was written; an OSError's reason is that it cannot be read."""
+        """The error to raise for this file. reason: text, or the OSError of a read."""
         return DamagedFile(f"{self.path}: {f'cannot be read ({reason.strerror})' if isinstance(reason, OSError) else reason}")
 
     def front(self) -> Front:
-        """What the file begins with, checked against the layer, but not against the checksum. Raises DamagedFile."""
+        """The file's front, checked against the layer, but not against the checksum. Raises DamagedFile."""
         try:
             with self.path.open("rb", buffering=0) as file:
                 return self.format.parse(file.read(self.format.front_bytes), os.fstat(file.fileno()).st_size)
@@ -42,12 +42,12 @@ class LayerFile:
             raise self.damaged(error) from None
 
     def verify(self, matrices: "xxhash.xxh3_64", front: Front) -> None:
-        """Raises DamagedFile if the bytes that were read are not those that were written."""
+        """Raises DamagedFile if the checksum does not match. matrices: the hash of all their bytes."""
         if self.format.checksum(matrices, front) != front.checksum:
             raise self.damaged("its checksum does not agree: bits in it have changed")
 
     def check(self, direct: bool = False) -> None:
-        """Reads the whole file, past the page cache if `direct`. Raises DamagedFile if it is not what was written."""
+        """Verifies the whole file, bypassing the page cache if `direct`. Raises DamagedFile."""
         front = self.front()
         try:
             descriptor = open_file(self.path, os.O_RDONLY, direct)
@@ -70,13 +70,13 @@ class LayerFile:
 
 
 class FileReader:
-    """A layer as its file has it: any slice, or all sections in order, which are hashed as they are read."""
+    """Reads a layer's file: any slice, or all sections in order, which are hashed."""
 
     def __init__(self, file: LayerFile, direct: bool = False) -> None:
-        """direct: sections are read past the page cache, into aligned memory. Raises DamagedFile."""
+        """direct: read sections into aligned memory, bypassing the page cache. Raises DamagedFile."""
         self.file = file
         self.front = file.front()
-        self._found = self.front.copy()  # what the checksum is of; the caller changes the other one
+        self._found = self.front.copy()  # as in the checksum; the caller advances the other
         self._direct = direct
         self._hash = xxhash.xxh3_64()
         try:
@@ -85,7 +85,7 @@ class FileReader:
             raise file.damaged(error) from None
 
     def part(self, tensor: Tensor, start: int, count: int) -> Part:
-        """Elements start … as they are stored, whole rows if they are int8, in memory of their own."""
+        """A copy of the stored elements from `start` on; whole rows if they are int8."""
         part = Part.empty(tensor, start, count, self.file.format.storage)
         small = self._found.small.get(tensor.name)
         if small:
@@ -97,13 +97,13 @@ class FileReader:
         return part
 
     def read_section(self, section: Section, out: np.ndarray) -> None:
-        """The section's bytes into `out`, uint8, which may be larger."""
+        """Reads the section's bytes into `out`, uint8, which may be larger."""
         view = view_of(out)
         self._read(view[: aligned(section.bytes)] if self._direct else view, section.low, section.bytes)
         self._hash.update(view[: section.bytes])
 
     def verify(self) -> None:
-        """After all sections: raises DamagedFile if they and the front are not what was written."""
+        """To be called after all sections. Raises DamagedFile if the checksum does not match."""
         self.file.verify(self._hash, self._found)
 
     def close(self) -> None:
@@ -122,29 +122,29 @@ class FileWriter:
     """Writes a layer's new file section by section; `finish` puts it in place, `discard` leaves everything as it was."""
 
     def __init__(self, file: LayerFile, direct: bool = False) -> None:
-        """direct: past the page cache, if possible; what is written is then aligned memory. All methods raise OSError."""
+        """direct: bypass the page cache if possible; memory to write must then be aligned. All methods raise OSError."""
         self._format = file.format
         self._new = NewFile(file.path, direct)
         self._hash = xxhash.xxh3_64()
 
     def write(self, section: Section, view: memoryview) -> None:
-        """The section's bytes, in order. view: has room for them, and for direct writes up to the next multiple of ALIGNMENT."""
+        """Writes the next section. view: its bytes, for direct writes padded to a multiple of ALIGNMENT."""
         self._hash.update(view[: section.bytes])
         self._new.write(view[: aligned(section.bytes)], section.low)
 
     def finish(self, front: Front, step: int) -> None:
-        """Completes the file, which holds the layer at `step`, and puts it in place of the old one."""
+        """Completes the file, with the layer at `step`, and replaces the old one."""
         front.step = step
         front.checksum = self._format.checksum(self._hash, front)
         commit_front(self._new, self._format, front)
 
     def discard(self) -> None:
-        """Removes what was written; the old file is as it was."""
+        """Removes what was written."""
         self._new.discard()
 
 
 def commit_front(new: NewFile, format: LayerFormat, front: Front) -> None:
-    """Writes the front of a file whose matrices are written, and puts it in place. Raises OSError."""
+    """Writes the front of a file whose matrices are written, and replaces the old file. Raises OSError."""
     data = format.serialise(front)
     page_aligned = mmap.mmap(-1, len(data))
     page_aligned[:] = data

@@ -1,13 +1,12 @@
-"""The geometry of a layer's file: a safetensors file that says what it holds, at which step, and proves it by a checksum.
+"""The format of a layer's file: a safetensors file with these parts.
 
-    header     JSON, padded with spaces; its metadata has layer, step, storage and xxh3
-    scales     of int8 tensors, float32 [rows], under the names that bitsandbytes gives them ("….SCB")
-    small      vectors, and everything else that is not a matrix as below
-    matrices   all of a block's; of the other layers the vocabulary's. They begin at a multiple of 4096 bytes
+    header     JSON, padded with spaces; its metadata has layer, step, storage and xxh3, the checksum
+    scales     of int8 tensors, float32 [rows], named as by bitsandbytes ("….SCB")
+    small      all tensors that are not in `matrices`, such as vectors
+    matrices   in a block all its matrices, in other layers the vocabulary's; they begin at a multiple of 4096 bytes
 
 Header, scales and small tensors are the front: read first, in one piece, and written last, when the scales and the checksum
-are known. The checksum is XXH3 (64 bits) of the matrices and the front's tensors, in the file's order, and of what the file
-claims to be.
+are known. The checksum is XXH3 (64 bits) of the matrices, scales and small tensors, and of layer, storage and step.
 """
 
 import copy
@@ -62,11 +61,11 @@ class Front:
 
 
 class LayerFormat:
-    """Where everything is in the file of `layer`; it depends on the layer and its storage alone.
+    """Where everything is in a layer's file; the layer and its storage determine it.
 
     Attributes:
-        scaled, small, matrices: the layer's tensors that have scales, that are in the front, and that follow it.
-        front_bytes, size: of the front, and of the file.
+        scaled, small, matrices: the tensors that have scales, those in the front, and those after it.
+        front_bytes, size: bytes of the front, and of the file.
     """
 
     def __init__(self, layer: Layer, storage: Storage) -> None:
@@ -77,7 +76,7 @@ class LayerFormat:
         self.small = [t for t in layer.tensors if t not in self.matrices]
         self._tensors: dict[str, dict[str, Any]] = {}
         self._offsets: dict[str, int] = {}
-        """Bytes from the header's end to each tensor, and to the scales under their own names."""
+        """Bytes from the header's end to each tensor and each tensor's scales, by name."""
         position = 0
         for tensor in self.scaled:
             position = self._place(_scale_name(tensor), "F32", (tensor.rows,), position, 4 * tensor.rows)
@@ -92,11 +91,11 @@ class LayerFormat:
         self.size = self.front_bytes + position - small_bytes
 
     def offset(self, tensor: Tensor) -> int:
-        """Where the tensor's bytes begin in the file."""
+        """The tensor's byte offset in the file."""
         return 8 + self._header_bytes + self._offsets[tensor.name]
 
     def scales_offset(self, tensor: Tensor) -> int:
-        """Where the tensor's scales begin in the file."""
+        """The byte offset of the tensor's scales in the file."""
         return 8 + self._header_bytes + self._offsets[_scale_name(tensor)]
 
     @cached_property
@@ -105,7 +104,7 @@ class LayerFormat:
         return Section(self.front_bytes, self.size, tuple((tensor, 0, tensor.size) for tensor in self.matrices))
 
     def sections(self, limit: int, unit: int = 1) -> list[Section]:
-        """The matrices cut at rows: parts of about `limit` bytes, a multiple of `unit` rows, each at an aligned offset."""
+        """The matrices cut into sections of about `limit` bytes, a multiple of `unit` rows, each at an aligned offset."""
         sections = []
         for tensor in self.matrices:
             itemsize = dtype_of(tensor, self.storage).itemsize
@@ -120,7 +119,7 @@ class LayerFormat:
         return sections
 
     def views(self, section: Section, data: np.ndarray, front: Front) -> list[Part]:
-        """The section's parts, as views of its bytes, uint8."""
+        """The section's parts as views of `data`, its bytes, uint8."""
         parts, position = [], 0
         for tensor, start, count in section.parts:
             dtype = dtype_of(tensor, self.storage)
@@ -130,7 +129,7 @@ class LayerFormat:
         return parts
 
     def parse(self, data: bytes, file_bytes: int) -> Front:
-        """The front of a file of `file_bytes` bytes. Raises ValueError, in words, if it is not this layer's."""
+        """The front of a file of `file_bytes` bytes. Raises ValueError if it is not this layer's."""
         if file_bytes != self.size:
             raise ValueError(f"has {file_bytes:,} bytes, but {self.layer.name} takes {self.size:,}")
         try:
@@ -161,12 +160,12 @@ class LayerFormat:
         return front
 
     def serialise(self, front: Front) -> bytes:
-        """The front as it is written, front_bytes long."""
+        """The front's `front_bytes` bytes."""
         header = self._header({"step": str(front.step), "xxh3": front.checksum}).ljust(self._header_bytes)
         return b"".join([len(header).to_bytes(8, "little"), header, *map(np.ndarray.tobytes, self._front_arrays(front))])
 
     def checksum(self, matrices: "xxhash.xxh3_64", front: Front) -> str:
-        """The file's checksum. matrices: has been fed all their bytes, in order."""
+        """The file's checksum. matrices: the hash of all their bytes, in order."""
         whole = matrices.copy()
         for array in self._front_arrays(front):
             whole.update(array.tobytes())

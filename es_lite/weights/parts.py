@@ -1,4 +1,4 @@
-"""Parts of tensors as they are stored (float32, bfloat16, or int8 with one scale per row), and advancing them by records."""
+"""Parts of stored tensors (float32, bfloat16, or int8 with one scale per row), and applying records to them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from es_lite.algorithm.record import Record
 from es_lite.model.layout import Layer, Tensor
 
 SLICE = 2**20
-"""Elements that are read, advanced and written at a time, if a layer need not be in memory whole."""
+"""Elements that are processed at a time if a layer need not be in memory whole."""
 
 
 def dtype_of(tensor: Tensor, storage: Storage) -> np.dtype:
@@ -35,7 +35,7 @@ def stored_bytes(layer: Layer, storage: Storage) -> int:
 
 @dataclass(frozen=True)
 class Part:
-    """Elements start … of a tensor; whole rows if they are int8 and are written to."""
+    """Elements of a tensor from `start` on; whole rows if they are int8 and are modified."""
 
     tensor: Tensor
     start: int
@@ -50,7 +50,7 @@ class Part:
         return cls(tensor, start, np.empty(count, dtype_of(tensor, storage)), scales)
 
     def float32(self) -> np.ndarray:
-        """The elements' values, [n]; the data itself if it is float32 already."""
+        """The elements' values, [n]; `data` itself if it is float32."""
         if self.data.dtype == np.float32:
             return self.data
         return formats.as_float32(self.data, self.scales, self.tensor.width, self.start)
@@ -71,7 +71,7 @@ class Part:
             threads.each(scales.size, part, least=max(1, 16 * CHUNK // width))
 
     def advance(self, records: Sequence[Record], threads: Threads) -> None:
-        """Takes the elements through the steps of `records`, in order and in place."""
+        """Applies `records`, in order and in place."""
         for record in records:
             pairs, coefficients = record.pairs()
             coefficients = coefficients * np.float32(self.tensor.coefficient_factor)
@@ -102,7 +102,7 @@ class Part:
 
     @property
     def own_scales(self) -> np.ndarray:
-        """The scales of this part's rows alone; empty if there are none."""
+        """The scales of this part's rows; empty if there are none."""
         first = self.start // max(1, self.tensor.width)
         return self.scales[first : first + self.data.size // max(1, self.tensor.width)]
 

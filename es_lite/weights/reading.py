@@ -1,6 +1,6 @@
-"""A layer at a step: its stored tensors, from its file or from θ₀, taken through the records in between.
+"""Reads a layer at any step: its stored tensors, from its file or from θ₀, advanced by the records in between.
 
-Everything that reads weights from disk or from θ₀ does it here: the update, the stream, exports and replay.
+The update, the stream, exports and replay all read weights through this module.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from es_lite.weights.parts import Part
 
 
 class StoredLayer(Protocol):
-    """A layer's tensors as they are stored, at the step of `front`."""
+    """A layer's stored tensors, at the step of `front`."""
 
     front: Front
 
@@ -29,7 +29,7 @@ class StoredLayer(Protocol):
 
 
 class InitialLayer:
-    """A layer at step 0, stored from θ₀: the same operations as `FileReader`."""
+    """A layer at step 0, converted from θ₀; the same operations as `FileReader`."""
 
     def __init__(self, format: LayerFormat, theta_0: Source, threads: Threads) -> None:
         self._format = format
@@ -49,7 +49,7 @@ class InitialLayer:
             self._fill(part)
 
     def verify(self) -> None:
-        """There is nothing that could be damaged."""
+        """There is no checksum to compare."""
 
     def close(self) -> None:
         pass
@@ -59,11 +59,11 @@ class InitialLayer:
 
 
 class LayerReader:
-    """A layer at `step`: slices of it (`part`), or all its sections in order (`section`, then `small`, then `verify`).
+    """A layer at a step: slices of it (`part`), or all its sections in order (`section`), then `small` and `verify`.
 
     Attributes:
-        front: the layer's front, at `step` as far as sections and small tensors have been read.
-        needed: the records between the step that the layer is stored at and `step`.
+        front: the layer's front; its scales and small tensors are advanced by `section` and `small`.
+        needed: the records that lead from the stored step to the reader's.
     """
 
     def __init__(self, stored: StoredLayer, format: LayerFormat, needed: Sequence[Record], threads: Threads) -> None:
@@ -77,9 +77,9 @@ class LayerReader:
     def of_file(
         cls, file: LayerFile, records: Sequence[Record], step: int, threads: Threads, direct: bool = False
     ) -> "LayerReader":
-        """From the layer's file. records: all that may be needed. direct: sections are read past the page cache.
+        """From the layer's file. records: all that may be needed. direct: read sections bypassing the page cache.
 
-        Raises DamagedFile if the file cannot be read, or stands at a step from where the records do not lead to `step`.
+        Raises DamagedFile if the file cannot be read, or if the records do not lead from its step to `step`.
         """
         stored = FileReader(file, direct)
         at = stored.front.step
@@ -107,36 +107,36 @@ class LayerReader:
         return cls.of_theta_0(file.format, theta_0(), needed, threads)
 
     def part(self, tensor: Tensor, start: int, count: int) -> Part:
-        """Elements start …, whole rows, in memory of their own."""
+        """A copy of the elements from `start` on, whole rows."""
         part = self._stored.part(tensor, start, count)
         part.advance(self.needed, self._threads)
         return part
 
     def section(self, section: Section, out: np.ndarray) -> list[Part]:
-        """The section's parts, in `out`, uint8."""
+        """Reads the section into `out`, uint8, and returns its parts, advanced, as views of it."""
         self.load(section, out)
         return self.advance(section, out)
 
     def load(self, section: Section, out: np.ndarray) -> None:
-        """The first half of `section`: its bytes as they are stored into `out`."""
+        """The first half of `section`: reads the stored bytes into `out`."""
         self._stored.read_section(section, out)
 
     def advance(self, section: Section, out: np.ndarray) -> list[Part]:
-        """The second half of `section`: its parts in `out`, brought to the step."""
+        """The second half of `section`: returns the parts in `out`, advanced."""
         parts = self.format.views(section, out, self.front)
         for part in parts:
             part.advance(self.needed, self._threads)
         return parts
 
     def small(self) -> list[Part]:
-        """The front's small tensors, brought to the step; to be called once."""
+        """The front's small tensors, advanced in place; to be called once."""
         parts = list(self.front.small.values())
         for part in parts:
             part.advance(self.needed, self._threads)
         return parts
 
     def verify(self) -> None:
-        """After all sections: raises DamagedFile if what was read is not what was written."""
+        """To be called after all sections. Raises DamagedFile if the checksum does not match."""
         self._stored.verify()
 
     def close(self) -> None:

@@ -1,8 +1,7 @@
 """The layers on disk: the fp32 master or, if there is none, the bf16 or int8 weights themselves.
 
-A file is never changed in place (`files`). So a crash leaves each layer complete at step t or t+1, and `advance` takes it
-on. Files are not fsynced at each step: the journal is the truth, the checksum finds a layer that a
-power cut tore, and θ₀ and the journal make it again.
+Files are never changed in place (`files`), so a crash leaves each layer complete at step t or t+1, and `advance` continues from
+there. They are not fsynced: the checksum detects a file that a power cut tore, and it is rebuilt from θ₀ and the journal.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ from es_lite.weights.reading import LayerReader
 from es_lite.weights.working_copy import WorkingCopy
 
 SECTION_BYTES = 4 * SLICE
-"""The most that an update has in memory at a time."""
+"""The most bytes of a layer that an update has in memory at a time."""
 
 
 class Store:
@@ -35,7 +34,7 @@ class Store:
         self.files = [LayerFile(folder / f"{layer.name}.safetensors", LayerFormat(layer, storage)) for layer in layout.layers]
 
     def steps(self) -> list[int]:
-        """The step that each layer's file holds; 0, θ₀'s, if there is no file yet. Raises DamagedFile."""
+        """The step that each layer is at; 0 if it has no file yet. Raises DamagedFile."""
         return [file.front().step if file.exists() else 0 for file in self.files]
 
     def check_steps(self, last: int, journal: Path) -> None:
@@ -48,7 +47,7 @@ class Store:
             )
 
     def remove_damaged(self) -> Iterator[DamagedFile]:
-        """Removes the files that are not what was written, so that they are made again; says which."""
+        """Removes damaged files, which are rebuilt when needed; yields the error of each."""
         for file in self.files:
             if file.exists():
                 try:
@@ -58,7 +57,7 @@ class Store:
                     yield error
 
     def reader(self, layer: Layer, records: Sequence[Record], step: int, threads: Threads) -> LayerReader:
-        """The layer at `step`, wherever its file stands. Raises DamagedFile."""
+        """The layer at `step`, whatever step its file is at. Raises DamagedFile."""
         return LayerReader.of_file(self.files[layer.index], records, step, threads)
 
 
@@ -70,13 +69,12 @@ def advance(
     working: WorkingCopy | None,
     threads: Threads,
 ) -> None:
-    """Brings the layer's file, and its part of the working copy if there is one, to `step`; compares the checksum.
+    """Brings the layer's file, and its part of the working copy if there is one, to `step`; verifies the checksum.
 
-    theta_0: opens θ₀; called only if there is no file yet. records: consecutive steps that lead from where the file
-    stands (from θ₀ if there is none) to `step`. Doing it again changes nothing, so what a worker left half done is
-    simply repeated. No more than a section is in memory.
+    theta_0: opens θ₀; called only if there is no file yet. records: lead from the file's step (0 if there is none) to `step`.
+    Calling it again changes nothing, so a worker's unfinished work is simply repeated. One section is in memory at a time.
 
-    Raises DamagedFile if the file is damaged, RunError if the disk is full; the file is then as it was.
+    Raises DamagedFile if the file is damaged, RunError if the disk is full; the file is then unchanged.
     """
     writer = None
     with LayerReader.of_either(file, theta_0, records, step, threads) as reader:
@@ -104,7 +102,7 @@ def advance(
 
 
 def sections(file: LayerFile) -> int:
-    """How many sections the layer's matrices are cut into; `advance_sections` takes a range of them."""
+    """The number of sections that `advance_sections` takes a range of."""
     return len(file.format.sections(SECTION_BYTES))
 
 
@@ -118,9 +116,9 @@ def advance_sections(
     working: WorkingCopy | None,
     threads: Threads,
 ) -> None:
-    """The part of `advance` that is about sections low … high - 1, so that several workers can share a layer.
+    """`advance` for sections low … high - 1 alone, so several workers can share a layer. It too can be repeated.
 
-    The new file stays incomplete, next to the old one, until `finish` has been called; what is repeated changes nothing.
+    The new file stays incomplete, next to the old one, until `finish` is called.
     """
     with LayerReader.of_either(file, theta_0, records, step, threads) as reader:
         try:
@@ -154,7 +152,7 @@ def finish(
     working: WorkingCopy | None,
     threads: Threads,
 ) -> None:
-    """Completes what `advance_sections` did to all sections, and puts the new file in place; the old one is not checked."""
+    """Completes `advance_sections`, when all sections are done: replaces the old file, without verifying it."""
     with LayerReader.of_either(file, theta_0, records, step, threads) as reader:
         for part in reader.small():
             if working:

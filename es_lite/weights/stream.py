@@ -1,13 +1,12 @@
-"""The weights of a model that need not fit in memory: layers pass through it, and are brought to the current step on the way.
+"""Weights that need not fit in memory: layers pass through it, and are brought to the current step on the way.
 
-A pass reads every layer from its file once. The records beyond the step that a file stands at are applied
-while the layer is in memory, so a step reads each byte of a weight at most once and writes it at most once, however many
-members and samples there are:
+While a layer is in memory, the records that its file lacks are applied, so a pass reads each byte of a weight at most once and
+writes it at most once, however many members and samples it scores:
 
-    reader ──▶ section in a buffer ──▶ advance ──▶ it is scored from ──▶ buffer free
+    reader ──▶ section in a buffer ──▶ advance ──▶ scoring ──▶ buffer free
                                           └──────▶ writer ──▶ file.next ──▶ rename
 
-The rows of the embedding that a batch uses are read on their own; its matrix passes only to be written, or as the head.
+The rows of the embedding that a batch uses are read separately; its matrix passes only to be updated, or as the head.
 """
 
 import contextlib
@@ -31,7 +30,7 @@ _ALONE = Threads(1)
 class Stream:
     """One pass at a time, used by one thread.
 
-    Within a pass, tensors must be asked for in the model's own order: rows of the embedding, blocks, final norm, head.
+    Within a pass, tensors must be requested in the model's order: rows of the embedding, blocks, final norm, head.
     """
 
     def __init__(
@@ -42,7 +41,7 @@ class Stream:
         threads: Threads,
         direct: bool,
     ) -> None:
-        """files: of the layers, in order; working: what scoring is given, "bf16" or "int8".
+        """files: of the layers, in order; working: the type that scoring takes, "bf16" or "int8".
 
         direct: bypass the page cache if possible.
         """
@@ -55,20 +54,20 @@ class Stream:
         self._step = 0
         self._buffers: list[Buffer] = []
         self._parts: dict[str, Part] = {}
-        """What can be asked for whole: the small tensors outside the blocks, and the tensors of the open block."""
+        """What `part` returns: the small tensors outside the blocks, and the tensors of the open block."""
         self._arena = np.empty(0, np.uint8)
-        """If the store is not what scoring is given: the converted section, while it is in use."""
+        """A section converted to the type that scoring takes, if files have another."""
 
     def advance(self, records: Sequence[Record], step: int) -> None:
-        """Defers an update: the next pass brings the layers to `step`, by records that lead there from wherever a file stands."""
+        """Defers an update: the next pass brings the layers to `step`. records: they lead there from every file's step."""
         self._records, self._step = records, step
 
     @contextlib.contextmanager
     def passing(self) -> Iterator[None]:
-        """One pass over all layers; at its end every file stands at the step that `advance` was given.
+        """One pass over all layers; afterwards every file is at the step given to `advance`.
 
-        Raises DamagedFile if a file is damaged, RunError if the disk is full; layers that have passed
-        then stand at that step, the others where they stood.
+        Raises DamagedFile if a file is damaged, RunError if the disk is full; layers that have passed are then at that step,
+        the others unchanged.
         """
         if not self._buffers:
             size = buffer_bytes(self._files, self._layout)
@@ -82,7 +81,7 @@ class Stream:
                 ends.append(end)
                 self._parts |= {part.tensor.name: self._convert([part], own_memory=True)[0] for part in end.reader.small()}
             self._head, other = ends if self._layout.tied else ends[::-1]
-            # It passes only to be written or, if it has no matrices, to be checked.
+            # The other one passes only to be updated or, if it has no matrices, to be verified.
             rest = [other] if other.reader.needed or not other.file.format.matrices else []
 
             def layers() -> Iterator[PassingLayer]:
@@ -98,7 +97,7 @@ class Stream:
 
     @contextlib.contextmanager
     def opened(self, layer: Layer) -> Iterator[None]:
-        """While a block is used: its tensors can be asked for."""
+        """While it is open, `part` returns a block's tensors."""
         if not layer.block:
             yield
             return
@@ -112,11 +111,11 @@ class Stream:
         self._conveyor.release(filled)
 
     def part(self, tensor: Tensor) -> Part:
-        """The whole tensor: one of the open block, or a small one outside the blocks."""
+        """A whole tensor of the open block, or a small one outside the blocks."""
         return self._parts[tensor.name]
 
     def blocks(self, tensor: Tensor, rows: int) -> Iterator[Part]:
-        """The head's matrix in blocks of `rows` rows, which divide VOCABULARY_ROWS, in order."""
+        """The head's matrix in blocks of `rows` rows, in order; `rows` divides VOCABULARY_ROWS."""
         step = rows * tensor.width
         for filled in self._sections(self._head):
             (whole,) = self._use(filled)
@@ -141,7 +140,7 @@ class Stream:
             self._threads.each(rows.size, some, least=16)
         if data.dtype == dtype_of(tensor, self._working):
             return data, scales
-        few = replace(tensor, shape=(rows.size, tensor.width))  # those rows as a matrix of their own
+        few = replace(tensor, shape=(rows.size, tensor.width))  # these rows as a smaller matrix
         (part,) = self._convert([Part(few, 0, data.reshape(-1))], own_memory=True)
         return part.data.reshape(few.shape), part.scales
 
@@ -149,7 +148,7 @@ class Stream:
         return PassingLayer(file, LayerReader.of_file(file, self._records, self._step, self._threads, self._direct))
 
     def _sections(self, layer: PassingLayer) -> Iterator[Filled]:
-        """The sections of a layer outside the blocks, as they come."""
+        """The sections of a layer outside the blocks, as they arrive."""
         last = False
         while not last:
             filled = self._conveyor.take()
@@ -158,7 +157,7 @@ class Stream:
             yield filled
 
     def _advance(self, filled: Filled) -> list[Part]:
-        """The section's parts, brought to the current step, and on their way to the file if they were not there yet."""
+        """Brings the section's parts to the current step and, if the file is behind, sends them to it."""
         reader = filled.layer.reader
         parts = reader.advance(filled.section, filled.buffer.array)
         if filled.layer.file.layer.block:
@@ -168,7 +167,7 @@ class Stream:
         return parts
 
     def _use(self, filled: Filled) -> list[Part]:
-        """The section's parts as scoring takes them, until it is finished."""
+        """The section's parts, advanced, in the type that scoring takes; valid until the next section."""
         parts = self._advance(filled)
         if self._working == filled.layer.file.format.storage:
             return parts
@@ -177,7 +176,7 @@ class Stream:
         return converted
 
     def _convert(self, parts: Sequence[Part], own_memory: bool = False) -> list[Part]:
-        """The parts as scoring takes them: themselves, or converted, in the arena unless they need memory of their own."""
+        """The parts in the type that scoring takes, converted if necessary: in the arena, or with `own_memory` in new memory."""
         types = [dtype_of(part.tensor, self._working) for part in parts]
         sizes = [-(-part.data.size * dtype.itemsize // 64) * 64 for part, dtype in zip(parts, types, strict=True)]
         if not own_memory and self._arena.size < sum(sizes):

@@ -1,8 +1,7 @@
 """The working copy: one physical copy of the weights, which every worker reads and none can write to by accident.
 
-Workers map it read-only; the update writes with positioned writes on the descriptor, so no process ever has a
-writable mapping. On Linux it is in a memfd, which Docker's 64 MB of /dev/shm do not
-limit; elsewhere in an unlinked file.
+Workers map it read-only, and the update uses pwrite, so no process has a writable mapping. On Linux it is in a memfd, which
+Docker's limit of 64 MB for /dev/shm does not apply to; elsewhere in an unlinked file.
 """
 
 import contextlib
@@ -21,7 +20,7 @@ from es_lite.model.layout import Layer, Layout, Tensor
 from es_lite.weights.parts import Part, dtype_of, scales_of
 
 PAGE = 65536
-"""Layers begin at multiples of this many bytes: a page on every machine."""
+"""Layers begin at multiples of this many bytes, a multiple of every machine's page size."""
 
 
 def allocate(layout: Layout, storage: Storage) -> int:
@@ -45,7 +44,7 @@ class WorkingCopy:
         self._map = mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
 
     def part(self, tensor: Tensor) -> Part:
-        """The whole tensor as it is stored, read-only: a view that shows later writes."""
+        """The whole stored tensor: a read-only view, which shows later writes."""
         at, scales_at = self._offsets[tensor.name]
         data = np.frombuffer(self._map, dtype_of(tensor, self._storage), tensor.size, at)
         count = scales_of(tensor, self._storage)
@@ -64,15 +63,15 @@ class WorkingCopy:
             yield Part(tensor, start, part.data[start : start + step], part.scales)
 
     def passing(self) -> contextlib.AbstractContextManager[None]:
-        """A pass over all layers; here they are always available."""
+        """Does nothing: all layers are always available."""
         return contextlib.nullcontext()
 
     def opened(self, layer: Layer) -> contextlib.AbstractContextManager[None]:
-        """While a layer is used; here it is always available."""
+        """Does nothing, likewise."""
         return contextlib.nullcontext()
 
     def write(self, part: Part, threads: Threads) -> None:
-        """Copies a part from the store: as it is if both are stored alike, else rounded to nearest."""
+        """Copies a part from the store; rounds it to nearest if the types differ."""
         dtype, tensor = dtype_of(part.tensor, self._storage), part.tensor
         if part.data.dtype != dtype:
             values = part.float32()

@@ -48,7 +48,7 @@ def read_fully(descriptor: int, view: memoryview, position: int, size: int) -> N
     while done < size:
         got = os.preadv(descriptor, [view[done : done + READ_BYTES]], position + done)
         if got == 0:
-            raise OSError(None, "it ends too soon")
+            raise OSError(None, "the file is truncated")
         done += got
 
 

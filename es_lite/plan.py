@@ -20,8 +20,8 @@ from es_lite.recipe import Recipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m es_lite.plan", description="Say what a recipe needs on this machine.")
-    parser.add_argument("recipe", type=Path, help="a TOML file; the ones that come with es_lite are in recipes/")
+    parser = argparse.ArgumentParser(prog="es-lite plan", description="Say what a recipe needs on this machine.")
+    parser.add_argument("recipe", type=Path, help="a TOML file; example recipes are in recipes/")
     parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE", dest="overrides", help="override a key")
     arguments = parser.parse_args(argv)
     try:

@@ -204,7 +204,7 @@ class Recipe:
         try:
             document = tomllib.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise UserError(f"{path}: no such recipe; the ones that come with es_lite are in recipes/") from None
+            raise UserError(f"{path}: no such recipe; example recipes are in recipes/") from None
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
         except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

@@ -68,7 +68,7 @@ def _tokenizer(run: Path, origin: Origin) -> PreTrainedTokenizerBase | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m es_lite.replay", description="Compute a run's weights from its journal, as a Hugging Face folder."
+        prog="es-lite replay", description="Compute a run's weights from its journal, as a Hugging Face folder."
     )
     parser.add_argument("run", type=Path, help="a run directory, or a journal.jsonl")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")

@@ -147,9 +147,10 @@ def io_bytes(pids: Iterable[int]) -> tuple[int, int]:
 class Watcher:
     """Calls `look` repeatedly, in a background thread, while the `with` block runs."""
 
-    def __init__(self, name: str, look: Callable[[], object], every_seconds: float) -> None:
+    def __init__(self, name: str, look: Callable[[], object], every_seconds: float, share: float) -> None:
+        """share: of a core, used at most."""
         self._look = look
-        self._every_seconds = every_seconds
+        self._every_seconds, self._share = every_seconds, share
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name=name, daemon=True)
 
@@ -167,8 +168,7 @@ class Watcher:
             began = time.perf_counter()
             with contextlib.suppress(Exception):  # a failed measurement must not end the run
                 self._look()
-            # For PSS the kernel walks every page table (milliseconds per GiB): use at most 2 % of a core.
-            seconds = max(self._every_seconds, 50 * (time.perf_counter() - began))
+            seconds = max(self._every_seconds, (time.perf_counter() - began) / self._share)
 
 
 class PeakPss(Watcher):
@@ -179,7 +179,7 @@ class PeakPss(Watcher):
     """
 
     def __init__(self, pids: Callable[[], list[int]], every_seconds: float = 0.5) -> None:
-        super().__init__("peak-pss", self.sample, every_seconds)
+        super().__init__("peak-pss", self.sample, every_seconds, share=0.02)  # the kernel walks every page table
         self.peak_bytes = self.last_bytes = 0
         self._pids = pids
         self._lock = threading.Lock()

@@ -59,6 +59,7 @@ def train(recipe: Recipe, resume: bool = False, rebuild: bool = False) -> None:
         raise UserError(f"{problem}\n\n{plan.parts()}")
 
     with RunDirectory(recipe, resume) as run:
+        print(f"run directory {run.path}: reading the text and the model", flush=True)
         # The items, θ₀, the journal, and the step of each layer.
         dataset = fitness.open(recipe, model.config, run.path)
         theta_0 = origin.source(model, layout, Threads(1))
@@ -141,7 +142,7 @@ class Run:
 
     def begin(self) -> None:
         """Brings the weights to the journal's end, and verifies all layers' files."""
-        self.console.say("bringing the weights to the journal's end")
+        self.console.say("advancing the weights to the end of the journal")
         with self.console.progress("weights") as progress:
             self.engine.advance(self.journal.records, progress)
             self.engine.check(progress)
@@ -149,7 +150,7 @@ class Run:
     def step(self, sigma: float, alpha: float) -> dict[str, float]:
         """One iteration. Returns its metrics."""
         es, seed, t = self.recipe.es, self.recipe.run.seed, self.done
-        started, before = time.perf_counter(), self.engine.usage()
+        before, started = self.engine.traffic(), time.perf_counter()
 
         # Score the population on the step's items; if σ is new, score θ itself too.
         items = self.dataset.draw(t)
@@ -166,7 +167,7 @@ class Run:
         # Decide: scores to utilities to coefficients. Once the journal has them, the step is done, whatever happens.
         finite = np.isfinite(scores)
         if not finite.all():
-            self.console.warn(f"step {t + 1}: {np.sum(~finite)} of {scores.size} scores are not finite; they do not count")
+            self.console.warn(f"step {t + 1}: {np.sum(~finite)} of {scores.size} scores are not finite; they are ignored")
         try:
             record = Record.from_scores(
                 t,
@@ -191,7 +192,7 @@ class Run:
 
         if self.pace.stepped(updated - started):
             self._say_pace()
-        after, tokens = self.engine.usage(), es.population * items.scored_tokens
+        after, tokens = self.engine.traffic(), es.population * items.scored_tokens
         return {
             "tokens": tokens,
             "tokens_per_second": tokens / (updated - started),
@@ -199,8 +200,8 @@ class Run:
             "score_seconds": scored - started,
             "update_seconds": updated - scored,
             **self.memory(),
-            "read_gib": max(0, after.read_bytes - before.read_bytes) / GIB,
-            "written_gib": max(0, after.written_bytes - before.written_bytes) / GIB,
+            "read_gib": max(0, after[0] - before[0]) / GIB,
+            "written_gib": max(0, after[1] - before[1]) / GIB,
             "workers": self.engine.workers,
         }
 
@@ -211,8 +212,8 @@ class Run:
 
     def memory(self) -> dict[str, float]:
         """Metrics of the memory in use."""
-        usage = self.engine.usage()
-        return {"pss_gib": usage.pss_bytes / GIB, "peak_pss_gib": usage.peak_pss_bytes / GIB}
+        now, peak = self.engine.memory()
+        return {"pss_gib": now / GIB, "peak_pss_gib": peak / GIB}
 
     def _score(self, perturbations: Sequence[Perturbation], items: Items) -> np.ndarray:
         """float64 [members, items]; corrects the expected duration in the first step."""
@@ -261,9 +262,9 @@ def check_data(journal: Journal, header: dict, recipe: Recipe) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m es_lite.train", description="Train a language model by evolution strategies, as a recipe says."
+        prog="es-lite train", description="Train a language model by evolution strategies, as a recipe says."
     )
-    parser.add_argument("recipe", type=Path, help="a TOML file; the ones that come with es_lite are in recipes/")
+    parser.add_argument("recipe", type=Path, help="a TOML file; example recipes are in recipes/")
     parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE", dest="overrides", help="override a key")
     parser.add_argument("--resume", action="store_true", help="continue from where the run directory stands")
     parser.add_argument(
@@ -271,14 +272,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     if arguments.rebuild and not arguments.resume:
-        parser.error("--rebuild goes with --resume")
+        parser.error("--rebuild requires --resume")
     transformers_logging.set_verbosity_error()
     try:
         recipe = Recipe.load(arguments.recipe, arguments.overrides)
         LocalEngine.prepare()
         train(recipe, arguments.resume, arguments.rebuild)
     except DamagedFile as error:
-        print(f"es_lite: {error}; add --rebuild to --resume: θ₀ and the journal make it again", file=sys.stderr)
+        print(f"es_lite: {error}; add --resume --rebuild to make it again from θ₀ and the journal", file=sys.stderr)
         return error.exit_code
     except (UserError, RunError) as error:
         print(f"es_lite: {error}", file=sys.stderr)

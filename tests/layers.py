@@ -158,7 +158,7 @@ def written(folder: Path, layout: Layout, storage: Storage, step: int = 0) -> li
     """All layers' files, written at `step` from θ₀."""
     files, theta_0 = files_of(folder, layout, storage), Arrays(layout)
     for file in files:
-        store.advance(file, theta_0.open, records(step), step, None, ALONE)
+        store.advance_layer(file, theta_0.open, records(step), step, None, ALONE)
     return files
 
 
@@ -232,5 +232,5 @@ def resident(folder: Path, layout: Layout, storage: Storage, working: Storage, s
     files, theta_0 = written(folder, layout, storage, step), Arrays(layout)
     with working_copy(layout, working) as copy:
         for file in files:
-            store.advance(file, theta_0.open, [], step, copy, ALONE)
+            store.advance_layer(file, theta_0.open, [], step, copy, ALONE)
         return list(asked(copy, layout)), bits_of(files)

@@ -105,7 +105,7 @@ def test_a_read_ends_at_the_end_of_the_file(path):
         for position, size in ((1, 3), (3, 1), (100, 1)):
             with pytest.raises(OSError) as raised:
                 read_fully(descriptor, memoryview(out), position, size)
-            assert raised.value.strerror == "it ends too soon"
+            assert raised.value.strerror == "the file is truncated"
 
 
 def test_bytes_beyond_those_asked_for_may_follow_in_a_larger_view(path):

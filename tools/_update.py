@@ -95,7 +95,7 @@ def measure(load: StepLoad, folder: Path, repeats: int) -> tuple[Layout, list[La
     block = max(files[1:-1], key=lambda file: file.layer.size)
     largest = max(files, key=lambda file: file.layer.size)
     for file in {block.layer.index: block, largest.layer.index: largest}.values():
-        store.advance(file, lambda: theta_0, [], 0, copy, threads)
+        store.advance_layer(file, lambda: theta_0, [], 0, copy, threads)
     seconds: dict[str, list[float]] = {"advance": [], "sections": [], "check": [], "finish": []}
     at = dict.fromkeys((block.layer.index, largest.layer.index), 0)
 
@@ -106,13 +106,13 @@ def measure(load: StepLoad, folder: Path, repeats: int) -> tuple[Layout, list[La
         seconds[kind].append((time.perf_counter() - start) / file.layer.size)
 
     for _ in range(1 + repeats):
-        timed("advance", block, store.advance)
+        timed("advance", block, store.advance_layer)
         at[block.layer.index] += 1
-        timed("sections", largest, store.advance_sections, 0, store.sections(largest))
+        timed("sections", largest, store.advance_layer_sections, 0, store.section_count(largest))
         start = time.perf_counter()
         largest.check()
         seconds["check"].append((time.perf_counter() - start) / largest.layer.size)
-        timed("finish", largest, store.finish)
+        timed("finish", largest, store.finish_layer)
         at[largest.layer.index] += 1
     os.close(descriptor)
     # The first ones also warm up.

@@ -102,7 +102,7 @@ def advance(
     for low in range(0, theta.size, block):
         part = theta[low : low + block]
         moved, first = total[: part.size], start + low
-        noise.total(moved, place, pairs, coefficients, start=first)
+        noise.weighted_sum(moved, place, pairs, coefficients, start=first)
         if theta.dtype == np.float32:
             _apply_fp32(part, moved, _f32(decay))
         elif theta.dtype == np.uint16:

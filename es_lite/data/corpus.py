@@ -192,7 +192,7 @@ def _text_of_record(line: str, where: str) -> str:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({error}); expected one object a line") from None
+        raise UserError(f"{where}: not JSON ({error}); expected one object per line") from None
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise UserError(f'{where}: expected an object with a string under "text"')

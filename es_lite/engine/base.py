@@ -14,17 +14,6 @@ Progress = Callable[[float], None]
 """Called with the share of the work that is done, 0 … 1, at least once per second."""
 
 
-@dataclass(frozen=True)
-class Usage:
-    """What the engine's processes use, including this one."""
-
-    pss_bytes: int
-    peak_pss_bytes: int
-    read_bytes: int
-    """Read from disks since the processes began; `written_bytes` likewise."""
-    written_bytes: int
-
-
 class Engine(Protocol):
     """Scores perturbed models, and advances the weights; only the engine knows where they are, and at which step.
 
@@ -59,7 +48,13 @@ class Engine(Protocol):
         """Verifies the layers' files that have not been read yet. Raises DamagedFile."""
         ...
 
-    def usage(self) -> Usage: ...
+    def memory(self) -> tuple[int, int]:
+        """Bytes of PSS of all processes, this one included: now, and at its peak. It takes milliseconds per GiB."""
+        ...
+
+    def traffic(self) -> tuple[int, int]:
+        """Bytes that all processes have read from disks, and written to them."""
+        ...
 
     def close(self) -> None:
         """Kills all processes; their tasks can be repeated."""

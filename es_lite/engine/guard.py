@@ -24,7 +24,7 @@ class Guard(system.Watcher):
 
     def __init__(self, limit_bytes: int, used_bytes: Callable[[], int]) -> None:
         """limit_bytes: the recipe's memory.limit, 0 if there is none; used_bytes: what the run's processes use of it."""
-        super().__init__("memory-guard", self.measure, EVERY_SECONDS)
+        super().__init__("memory-guard", self.measure, EVERY_SECONDS, share=0.5)
         self.short = self.critical = False
         self.reason = ""
         self._limit = limit_bytes

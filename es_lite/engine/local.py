@@ -14,7 +14,7 @@ import numpy as np
 
 from es_lite import system
 from es_lite.algorithm.record import Record
-from es_lite.engine.base import Execution, Progress, Usage
+from es_lite.engine.base import Execution, Progress
 from es_lite.engine.guard import Guard
 from es_lite.engine.messages import Advance, AdvanceSections, Check, Finish, Score, Task
 from es_lite.engine.pool import Pool, prepare
@@ -110,9 +110,11 @@ class LocalEngine:
         self._each([Check(layer) for layer in sorted(self._unchecked)], [], progress)
         self._unchecked.clear()
 
-    def usage(self) -> Usage:
-        read, written = system.io_bytes([os.getpid(), *self._pool.pids])
-        return Usage(self._pss.sample(), self._pss.peak_bytes, read, written)
+    def memory(self) -> tuple[int, int]:
+        return self._pss.sample(), self._pss.peak_bytes
+
+    def traffic(self) -> tuple[int, int]:
+        return system.io_bytes([os.getpid(), *self._pool.pids])
 
     def close(self) -> None:
         self._opened.close()
@@ -162,14 +164,14 @@ def divide(files: Sequence[LayerFile], history: Sequence[Record], step: int, pro
     second: list[Task] = []
     share = sum(file.layer.size for file in files) // processes
     for file in sorted(files, key=lambda file: -file.layer.size):
-        layer, sections = file.layer.index, store.sections(file)
+        layer, sections = file.layer.index, store.section_count(file)
         if file.layer.size <= share or sections <= 1:
             first.append(Advance(layer, history, step))
             continue
         count = -(-sections * share // (4 * file.layer.size))
-        for low in range(0, sections, count):
-            first.append(AdvanceSections(layer, history, step, low, min(low + count, sections)))
         if file.exists():
             first.append(Check(layer))  # the old file, before it is replaced
+        for low in range(0, sections, count):
+            first.append(AdvanceSections(layer, history, step, low, min(low + count, sections)))
         second.append(Finish(layer, history, step))
     return first, second

@@ -5,7 +5,7 @@ Every task is a pure function of its fields, the weights at its step and θ₀, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from es_lite.algorithm.record import Record
 from es_lite.fitness.base import Items
@@ -16,6 +16,7 @@ from es_lite.scoring.perturbation import Perturbation
 class Score:
     """Score `items` under each perturbation: float64 [members, items]."""
 
+    name: ClassVar[str] = "score"
     perturbations: Sequence[Perturbation]
     items: Items
     pass_items: int
@@ -26,8 +27,9 @@ class Score:
 
 @dataclass(frozen=True)
 class Advance:
-    """Bring a layer's file, and its part of a working copy, to `step`, by `records` (weights.store.advance)."""
+    """Bring a layer's file, and its part of a working copy, to `step`, by `records` (weights.store.advance_layer)."""
 
+    name: ClassVar[str] = "update"
     layer: int
     records: Sequence[Record]
     step: int
@@ -35,8 +37,9 @@ class Advance:
 
 @dataclass(frozen=True)
 class AdvanceSections:
-    """The same for sections low … high - 1 of the layer (weights.store.advance_sections)."""
+    """The same for sections low … high - 1 of the layer (weights.store.advance_layer_sections)."""
 
+    name: ClassVar[str] = "update"
     layer: int
     records: Sequence[Record]
     step: int
@@ -46,8 +49,9 @@ class AdvanceSections:
 
 @dataclass(frozen=True)
 class Finish:
-    """Complete a layer after all its `AdvanceSections` (weights.store.finish)."""
+    """Complete a layer after all its `AdvanceSections` (weights.store.finish_layer)."""
 
+    name: ClassVar[str] = "update"
     layer: int
     records: Sequence[Record]
     step: int
@@ -57,6 +61,7 @@ class Finish:
 class Check:
     """Read a layer's file and compare its checksum."""
 
+    name: ClassVar[str] = "check"
     layer: int
 
 

@@ -145,7 +145,7 @@ class Pool:
                     waiting.extendleft([] if index is None else [index])
                 elif index is not None:
                     lost[index] += 1
-                    self._replace(handle, f"{type(tasks[index]).__name__.lower()} task", lost[index])
+                    self._replace(handle, f"{tasks[index].name} task", lost[index])
                     waiting.appendleft(index)
                 else:
                     self._failed_starts += 1
@@ -228,7 +228,7 @@ class Pool:
         )
         for handle in busy:
             if time.monotonic() > ends[handle.process.pid] and handle.connection not in events:
-                self._warn(f"worker {handle.process.pid} did not answer within its deadline; it is replaced")
+                self._warn(f"worker {handle.process.pid} exceeded its deadline and is replaced")
                 handle.process.kill()
                 handle.process.join()
                 events.append(handle.process.sentinel)

@@ -85,12 +85,12 @@ class Worker:
             return None
         how = self._theta_0, task.records, task.step, self._working, self._lanes.all_threads
         if isinstance(task, Advance):
-            store.advance(file, *how)
+            store.advance_layer(file, *how)
         elif isinstance(task, AdvanceSections):
-            store.advance_sections(file, task.low, task.high, *how)
+            store.advance_layer_sections(file, task.low, task.high, *how)
         else:
             assert isinstance(task, Finish)
-            store.finish(file, *how)
+            store.finish_layer(file, *how)
         return None
 
     def _theta_0(self) -> Source:

@@ -71,7 +71,10 @@ class Origin:
     def check(self, header: dict[str, Any], where: Path, layout: Layout, theta_0: Source) -> None:
         """Raises UserError if the journal `where` is of another model, or its records apply differently."""
         expected, found = header["fingerprint"], _fingerprint(layout, theta_0)
-        for part, words in (("structure", "tensors of other names or shapes"), ("weights", "the same shapes, but other values")):
+        for part, words in (
+            ("structure", "tensors of other names or shapes"),
+            ("weights", "the same shapes, but different values"),
+        ):
             if expected[part] != found[part]:
                 raise UserError(
                     f"{where}: this is the journal of another model ({words}); provide the model that the run started from"

@@ -2,7 +2,6 @@
 
 import mmap
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,8 +19,11 @@ from es_lite.files import open_file, write_fully
 DISK_BYTES = 256 * 2**20
 """Bytes written and read back to measure a disk."""
 
-MATRIX, ROWS = 2**22, 512
-"""The most elements of a matrix, and rows of hidden states, used to measure scoring."""
+MATRIX, ROWS = 2**20, 512
+"""Scoring is measured on matrices of at most this many elements, and this many rows of hidden states: a few megabytes."""
+
+ENOUGH_SECONDS = 0.3
+"""A measurement is not repeated after this long."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def estimate(work: Work, execution: Execution, noise: str, run_dir: Path) -> Est
     """A step's duration on this machine; measuring takes about a second. noise: its kind."""
     scoring, drawing = scoring_rate(work, execution), noise_rate(noise)
     lanes = execution.workers * execution.threads
-    words = f"scoring {scoring / 1e9:.0f} GFLOP/s a worker, noise {drawing / 1e6:.0f} M elements/s a thread"
+    words = f"scoring {scoring / 1e9:.0f} GFLOP/s per worker, noise {drawing / 1e6:.0f} M elements/s per thread"
     perturbing = drawing * lanes
     if execution.device != "cpu":
         perturbing = device_noise_rate(noise, execution.device)
@@ -67,7 +69,10 @@ def estimate(work: Work, execution: Execution, noise: str, run_dir: Path) -> Est
     score = work.flops / (scoring * execution.workers) + work.scoring_noise / perturbing
     update = work.update_noise / (drawing * lanes)
     if execution.direct:
-        read, write = disk_rates(run_dir)
+        try:
+            read, write = disk_rates(run_dir)
+        except OSError as error:
+            return Estimate(score, update, f"{words}; the disk could not be measured ({error.strerror})")
         disk = work.read_bytes / read + work.written_bytes / write
         words += (
             f"; disk {read / 1e9:.1f} GB/s read, {write / 1e9:.1f} written: {disk:.0f} s for transfers, "
@@ -93,7 +98,10 @@ def scoring_rate(work: Work, execution: Execution) -> float:
         (states + functional.linear(inside, down))[0, 0].item()  # waits for a GPU
 
     with torch.inference_mode():
-        return 6 * rows * width * inner / _fastest(mlp)
+        rate = 6 * rows * width * inner / _fastest(mlp)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the workers need it
+    return rate
 
 
 def noise_rate(noise: str) -> float:
@@ -118,32 +126,32 @@ def torch_device(device: str) -> torch.device:
 
 
 def disk_rates(folder: Path) -> tuple[float, float]:
-    """(read, write): bytes per second, bypassing the page cache, on the disk of `folder`, which need not exist."""
+    """(read, write): bytes per second past the page cache on the disk of `folder`, which need not exist. Raises OSError."""
     place = folder.absolute()
     existing = next(parent for parent in (place, *place.parents) if parent.is_dir())
-    size = 16 * 2**20
+    path, size = existing / f".es_lite-{os.getpid()}", 16 * 2**20
     view = memoryview(mmap.mmap(-1, size))
-    with tempfile.TemporaryDirectory(prefix=".es_lite-", dir=existing) as temporary:
-        path = Path(temporary) / "rate"
+    descriptor = open_file(path, os.O_RDWR | os.O_CREAT, direct=True)
+    path.unlink()  # it vanishes with the process, whatever happens
 
-        def each(flags: int, act: Callable[[int, int], object]) -> float:
-            descriptor = open_file(path, flags, direct=True)
-            start = time.perf_counter()
-            for offset in range(0, DISK_BYTES, size):
-                act(descriptor, offset)
-            os.fsync(descriptor)
-            seconds = time.perf_counter() - start
-            os.close(descriptor)
-            return DISK_BYTES / seconds
+    def rate(act: Callable[[int], object]) -> float:
+        start = time.perf_counter()
+        for offset in range(0, DISK_BYTES, size):
+            act(offset)
+        os.fsync(descriptor)
+        return DISK_BYTES / (time.perf_counter() - start)
 
-        write = each(os.O_WRONLY | os.O_CREAT, lambda descriptor, offset: write_fully(descriptor, view, offset))
-        read = each(os.O_RDONLY, lambda descriptor, offset: os.preadv(descriptor, [view], offset))
+    try:
+        write = rate(lambda offset: write_fully(descriptor, view, offset))
+        read = rate(lambda offset: os.preadv(descriptor, [view], offset))
+    finally:
+        os.close(descriptor)
     return read, write
 
 
 def _fastest(work: Callable[[], object]) -> float:
-    seconds = []
-    for _ in range(4):  # the first one warms up
+    seconds: list[float] = []
+    while len(seconds) < 4 and sum(seconds[1:]) < ENOUGH_SECONDS:  # the first one warms up
         start = time.perf_counter()
         work()
         seconds.append(time.perf_counter() - start)

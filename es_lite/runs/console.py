@@ -65,7 +65,7 @@ class Console:
 
             yield show
 
-    def stepped(self, metrics: dict[str, Any]) -> None:
+    def show_step(self, metrics: dict[str, Any]) -> None:
         """Shows a finished step."""
         evaluation = metrics.get("eval_score")
         rate = metrics["tokens_per_second"]
@@ -82,7 +82,7 @@ class Console:
         if not self._live or evaluation is not None:
             self.say(f"step {metrics['step']}/{self._steps} | {' | '.join(figures)}")
 
-    def evaluated(self, metrics: dict[str, Any]) -> None:
+    def show_evaluation(self, metrics: dict[str, Any]) -> None:
         """Shows an evaluation before the first step, or one that a crash prevented."""
         self.say(f"step {metrics['step']}/{self._steps} | eval {metrics['eval_score']:.4f}")
 

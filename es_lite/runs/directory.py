@@ -77,7 +77,7 @@ class RunDirectory:
                 if time.monotonic() > until:
                     self.lock.close()
                     raise UserError(
-                        f"{self.path}: in use by a live run; wait for it, stop it, or choose another run.dir"
+                        f"{self.path}: in use by another run; wait for it, stop it, or choose another run.dir"
                     ) from None
                 time.sleep(0.1)
 

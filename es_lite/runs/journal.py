@@ -87,7 +87,7 @@ class Journal:
         return journal
 
     def append(self, record: Record, scores: list[float | None]) -> None:
-        """Adds the record of the next step; it is on disk when this returns. scores: for people who read the journal.
+        """Adds the record of the next step; it is on disk when this returns. scores: for people and for metrics.
 
         Raises RunError if it cannot be written; the journal is then as it was.
         """
@@ -132,7 +132,7 @@ def _record(document: dict[str, Any], step: int) -> Record:
         )
     fields = dict(document)
     try:
-        del fields["scores"]  # for people
+        del fields["scores"]  # for people and metrics
         record = Record(**fields | {"coefficients": tuple(document["coefficients"])})
     except (KeyError, TypeError) as error:
         raise ValueError(f"the record is incomplete ({error}); restore the file from a copy") from None
@@ -147,5 +147,5 @@ def _parse(line: bytes, check: int) -> tuple[dict[str, Any], int]:
         raise ValueError("it has no check")
     check = zlib.crc32(body, check)
     if tail != f'{check:08x}"}}\n'.encode():
-        raise ValueError("its check does not agree")
+        raise ValueError("its check does not match")
     return json.loads(body + b"}"), check

@@ -70,7 +70,7 @@ class Milestones:
             else:
                 self._keep_best(line["eval_score"])
             self.metrics.write(line)
-            self.console.evaluated(line)
+            self.console.show_evaluation(line)
         if self.done:
             self.checkpoint_if_due()
 
@@ -87,7 +87,7 @@ class Milestones:
         if evaluation is not None:
             self._keep_best(evaluation)
         self.metrics.write(line)
-        self.console.stepped(line)
+        self.console.show_step(line)
         self.checkpoint_if_due()
 
     def checkpoint_if_due(self, last: bool = False) -> None:
@@ -100,7 +100,7 @@ class Milestones:
         if not every and system.free_disk_bytes(self.run.path) < 1.1 * size:
             self.console.say(
                 f"no checkpoint: it takes {size / GIB:.1f} GiB of disk; to make it elsewhere: "
-                f"python -m es_lite.replay {self.run.path} --out DIR"
+                f"es-lite replay {self.run.path} --out DIR"
             )
             return
         self._export(self.run.checkpoint, self.metrics.evaluations().get(self.done))

@@ -20,7 +20,7 @@ from es_lite.model.layout import Layer, Tensor
 from es_lite.scoring.device import DeviceLogSumExp
 from es_lite.scoring.logsumexp import RunningLogSumExp
 from es_lite.scoring.perturbation import Perturbation
-from es_lite.scoring.proxies import Pass
+from es_lite.scoring.proxies import ScoringState
 from es_lite.weights.parts import Part
 
 VOCABULARY_BLOCK = 2048
@@ -28,7 +28,7 @@ VOCABULARY_BLOCK = 2048
 
 
 @dataclass(frozen=True)
-class AfterHead:
+class LogitTransform:
     """What the model does with its logits: logits·scale, or cap·tanh(logits/cap) if cap is not 0."""
 
     scale: float
@@ -37,7 +37,7 @@ class AfterHead:
     PROBE = torch.tensor([[[-30.0, -1.0, 0.5, 7.0, 40.0]]])
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> "AfterHead":
+    def of(cls, model: PreTrainedModel) -> "LogitTransform":
         """Determined by giving the model known logits. Raises UserError if it does anything else with them."""
 
         class Body(nn.Module):
@@ -87,7 +87,7 @@ class HeadInput(nn.Module):
 
 
 @dataclass(frozen=True)
-class Tokens:
+class ScoredPositions:
     """The scored positions of a member's micro-batch at the head: their hidden states, [n, H], and log-sum-exp."""
 
     states: torch.Tensor
@@ -97,36 +97,36 @@ class Tokens:
 class Head:
     """The head under perturbed weights."""
 
-    def __init__(self, layer: Layer, tensors: dict[str, Tensor], after: AfterHead, run: Pass) -> None:
+    def __init__(self, layer: Layer, tensors: dict[str, Tensor], after: LogitTransform, state: ScoringState) -> None:
         """tensors: "weight" and, if it has one, "bias"."""
         self._layer = layer
         self._matrix = tensors["weight"]
         self._bias = tensors.get("bias")
         self._after = after
-        self._run = run
+        self._state = state
 
     def log_probabilities(self, hidden: torch.Tensor, tokens: np.ndarray) -> np.ndarray:
         """Mean log-probability of each sample's true next tokens (EA4LLM, section 3): float64 [G, B].
 
         hidden: [G·B, T, H]; tokens: int32 [B, T], the samples.
         """
-        run = self._run
-        members = [self._tokens(hidden, tokens, member) for member in range(run.members)]
-        with run.weights.opened(self._layer):
-            for block in run.weights.blocks(self._matrix, VOCABULARY_BLOCK):
+        state = self._state
+        members = [self._positions(hidden, tokens, member) for member in range(state.members)]
+        with state.weights.opened(self._layer):
+            for block in state.weights.blocks(self._matrix, VOCABULARY_BLOCK):
                 first = block.start // block.tensor.width
-                for member, perturbation in run.folded():
+                for member, perturbation in state.folded():
                     # Before the matrix: the scratch's results are valid until its next call.
                     offsets = self._offsets(perturbation, block)
-                    run.lanes.run(
+                    state.lanes.run(
                         [
-                            partial(self._logits, tokens=part, matrix=matrix, offset=offsets[j], first=first)
-                            for j, matrix in enumerate(run.scratch.block(perturbation, block))
+                            partial(self._logits, positions=part, matrix=matrix, offset=offsets[j], first=first)
+                            for j, matrix in enumerate(state.scratch.block(perturbation, block))
                             for part in members[member + j]
                         ]
                     )
-                    run.passed(block.data.size)
-        counts = run.lengths.astype(np.int64) - 1
+                    state.passed(block.data.size)
+        counts = state.lengths.astype(np.int64) - 1
         starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
         values = [np.concatenate([part.running.log_probabilities() for part in member]) for member in members]
         return np.stack([np.add.reduceat(value, starts) / counts for value in values])
@@ -136,21 +136,23 @@ class Head:
         if self._bias is None:
             return [None] * perturbation.members
         first, count = block.start // block.tensor.width, block.data.size // block.tensor.width
-        whole = self._run.weights.part(self._bias)
+        whole = self._state.weights.part(self._bias)
         some = Part(self._bias, first, whole.data[first : first + count])
-        return [offset.clone() for offset in self._run.scratch.block(perturbation, some)]
+        return [offset.clone() for offset in self._state.scratch.block(perturbation, some)]
 
-    def _logits(self, lane: int, tokens: Tokens, matrix: torch.Tensor, offset: torch.Tensor | None, first: int) -> None:
+    def _logits(
+        self, lane: int, positions: ScoredPositions, matrix: torch.Tensor, offset: torch.Tensor | None, first: int
+    ) -> None:
         """Adds a micro-batch's logits for a block of the vocabulary to its log-sum-exp."""
-        logits = self._after(nn.functional.linear(tokens.states, matrix, offset))
-        tokens.running.update(logits, first, self._run.lanes.threads)
+        logits = self._after(nn.functional.linear(positions.states, matrix, offset))
+        positions.running.update(logits, first, self._state.lanes.threads)
 
-    def _tokens(self, hidden: torch.Tensor, tokens: np.ndarray, member: int) -> list[Tokens]:
+    def _positions(self, hidden: torch.Tensor, tokens: np.ndarray, member: int) -> list[ScoredPositions]:
         """The member's micro-batches."""
-        run, found = self._run, []
-        for part in run.micro_batches(member):
-            scored = np.arange(part.length - 1) < run.lengths[part.samples, None] - 1
+        state, found = self._state, []
+        for part in state.micro_batches(member):
+            scored = np.arange(part.length - 1) < state.lengths[part.samples, None] - 1
             states = hidden[part.rows, : part.length - 1][torch.from_numpy(scored).to(hidden.device)]
             targets = tokens[part.samples, 1 : part.length][scored]
-            found.append(Tokens(states, run.scratch.log_sum_exp(targets)))
+            found.append(ScoredPositions(states, state.scratch.log_sum_exp(targets)))
         return found

@@ -16,10 +16,10 @@ from es_lite.data.batch import Batch
 from es_lite.errors import UserError
 from es_lite.model.layout import Layout, Tensor, blocks
 from es_lite.scoring.device import DeviceScratch
-from es_lite.scoring.heads import AfterHead, Head, HeadInput
+from es_lite.scoring.heads import Head, HeadInput, LogitTransform
 from es_lite.scoring.lanes import Lanes
 from es_lite.scoring.perturbation import Perturbation
-from es_lite.scoring.proxies import EmbeddingProxy, Pass, Proxy
+from es_lite.scoring.proxies import EmbeddingProxy, Proxy, ScoringState
 from es_lite.scoring.scratch import Scratch
 from es_lite.scoring.weights import Weights
 
@@ -44,14 +44,14 @@ class PerturbedModel:
         a call's work that is done.
         """
         scratch = DeviceScratch(device, compute) if device else Scratch(compute, lanes.all_threads)
-        self._run = Pass(weights, scratch, lanes, micro_batch, progress=progress)
+        self._state = ScoringState(weights, scratch, lanes, micro_batch, progress=progress)
         self._parameters = layout.size
         self._model = model
         for module in model.modules():  # such as the rotary frequencies; the parameters stay on the meta device
             for name, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
                     module._buffers[name] = buffer.to(scratch.device)
-        self._head_input, self._head = _replace_modules(model, layout, self._run)
+        self._head_input, self._head = _replace_modules(model, layout, self._state)
 
     @torch.inference_mode()
     def log_probabilities(self, perturbations: Sequence[Perturbation], batch: Batch, pass_samples: int) -> np.ndarray:
@@ -60,20 +60,20 @@ class PerturbedModel:
         pass_samples: samples that go through the model at once (the hidden states of all of them, for all members, are in
         memory), a multiple of the micro-batch; it does not change a bit of the result.
         """
-        run, passes = self._run, []
-        run.perturbations = perturbations
-        run.work, run.done = -(-len(batch) // pass_samples) * self._parameters * len(perturbations), 0.0
+        state, passes = self._state, []
+        state.perturbations = perturbations
+        state.work, state.done = -(-len(batch) // pass_samples) * self._parameters * len(perturbations), 0.0
         for low in range(0, len(batch), pass_samples):
             part = batch.part(low, min(low + pass_samples, len(batch)))
-            run.lengths = part.lengths
-            ids = torch.from_numpy(part.tokens.astype(np.int64)).repeat(run.members, 1).to(run.scratch.device)
-            with run.weights.passing():
+            state.lengths = part.lengths
+            ids = torch.from_numpy(part.tokens.astype(np.int64)).repeat(state.members, 1).to(state.scratch.device)
+            with state.weights.passing():
                 self._model(input_ids=ids, use_cache=False)
                 passes.append(self._head.log_probabilities(self._head_input.take(), part.tokens))
         return np.concatenate(passes, axis=1)
 
 
-def _replace_modules(model: PreTrainedModel, layout: Layout, run: Pass) -> tuple[HeadInput, Head]:
+def _replace_modules(model: PreTrainedModel, layout: Layout, state: ScoringState) -> tuple[HeadInput, Head]:
     """Replaces every block, and every module outside the blocks that owns parameters, by its proxy, and the head by its input."""
     by_identity = {id(parameter): name for name, parameter in model.named_parameters()}
     tensor_of = {tensor.name: tensor for tensor in layout.tensors}
@@ -87,7 +87,7 @@ def _replace_modules(model: PreTrainedModel, layout: Layout, run: Pass) -> tuple
     if not isinstance(head, nn.Linear):
         raise UserError(f"{type(model).__name__}: its head is not a linear map of the hidden states, which es_lite needs")
     own = tensors(head, recurse=False)
-    head_input, our_head = HeadInput(), Head(layer_of[own["weight"].name], own, AfterHead.of(model), run)
+    head_input, our_head = HeadInput(), Head(layer_of[own["weight"].name], own, LogitTransform.of(model), state)
     replaced: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         own = tensors(module, recurse=False)
@@ -98,11 +98,11 @@ def _replace_modules(model: PreTrainedModel, layout: Layout, run: Pass) -> tuple
             replaced[name] = head_input
         elif module is embedding:
             cast(Any, module).padding_idx = None  # may be beyond the rows that are made; only gradients need it
-            replaced[name] = EmbeddingProxy(module, layer, own, run)
+            replaced[name] = EmbeddingProxy(module, layer, own, state)
         else:
-            replaced[name] = Proxy(module, layer, own, run)
+            replaced[name] = Proxy(module, layer, own, state)
     for index, block in enumerate(block_list):
-        block_list[index] = Proxy(block, layout.blocks[index], tensors(block, recurse=True), run)
+        block_list[index] = Proxy(block, layout.blocks[index], tensors(block, recurse=True), state)
     for name, proxy in replaced.items():
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, proxy)

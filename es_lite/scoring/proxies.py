@@ -27,7 +27,7 @@ from es_lite.scoring.weights import Weights
 
 
 @dataclass(frozen=True)
-class Rows:
+class MicroBatch:
     """One micro-batch of one member, cut to its longest sample."""
 
     rows: slice
@@ -58,7 +58,7 @@ class Rows:
 
 
 @dataclass
-class Pass:
+class ScoringState:
     """What the proxies share: where weights come from, and during a pass, the perturbations and the shape of the batch."""
 
     weights: Weights
@@ -94,12 +94,12 @@ class Pass:
             yield first, perturbation
             first += perturbation.members
 
-    def micro_batches(self, member: int) -> Iterator[Rows]:
+    def micro_batches(self, member: int) -> Iterator[MicroBatch]:
         """The member's micro-batches."""
         first, total = member * self.samples, self.members * self.samples
         for low in range(0, self.samples, self.micro_batch):
             high = min(low + self.micro_batch, self.samples)
-            yield Rows(slice(first + low, first + high), slice(low, high), int(self.lengths[low]), total)
+            yield MicroBatch(slice(first + low, first + high), slice(low, high), int(self.lengths[low]), total)
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Wrapped:
     layer: Layer
     tensors: dict[str, Tensor]
     """By the parameter's name in the module."""
-    run: Pass
+    state: ScoringState
 
 
 class Output:
@@ -123,7 +123,7 @@ class Output:
         self._states: torch.Tensor | None = None
         self._tuple = False
 
-    def put(self, rows: Rows, result: Any) -> None:
+    def put(self, rows: MicroBatch, result: Any) -> None:
         """result: the module's states, [rows, length, ...], or a tuple that begins with them."""
         if isinstance(result, tuple):
             self._tuple, result = True, result[0]
@@ -139,11 +139,11 @@ class Output:
 class Proxy(nn.Module):
     """Replaces a module and runs it on perturbed tensors; other attributes are the module's."""
 
-    def __init__(self, module: nn.Module, layer: Layer, tensors: dict[str, Tensor], run: Pass) -> None:
+    def __init__(self, module: nn.Module, layer: Layer, tensors: dict[str, Tensor], state: ScoringState) -> None:
         super().__init__()
-        modules = [module, *(copy.deepcopy(module) for _ in range(1, run.lanes.count))]
+        modules = [module, *(copy.deepcopy(module) for _ in range(1, state.lanes.count))]
         # Not registered as a submodule: the model must not list these parameters as its own.
-        self.__dict__["wrapped"] = Wrapped(modules, layer, tensors, run)
+        self.__dict__["wrapped"] = Wrapped(modules, layer, tensors, state)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -152,30 +152,32 @@ class Proxy(nn.Module):
             return getattr(self.__dict__["wrapped"].modules[0], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        run = self.wrapped.run
-        rows = run.members * run.samples
+        state = self.wrapped.state
+        rows = state.members * state.samples
         if any(isinstance(value, torch.Tensor) and value.shape[:1] == (rows,) for value in args):
             return self._each_row(rows, args, kwargs)
         return self._each_member(args, kwargs)
 
     def _each_row(self, rows: int, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The module's output for every row."""
-        run = self.wrapped.run
-        output = Output(rows, int(run.lengths[0]))
+        state = self.wrapped.state
+        output = Output(rows, int(state.lengths[0]))
 
-        def micro_batch(lane: int, rows: Rows, values: dict[str, torch.Tensor]) -> None:
+        def micro_batch(lane: int, rows: MicroBatch, values: dict[str, torch.Tensor]) -> None:
             output.put(rows, functional_call(self.wrapped.modules[lane], values, rows.cut(args), rows.cut(kwargs)))
 
         for members in self._perturbed():
             work = [
-                partial(micro_batch, rows=rows, values=values) for member, values in members for rows in run.micro_batches(member)
+                partial(micro_batch, rows=rows, values=values)
+                for member, values in members
+                for rows in state.micro_batches(member)
             ]
-            run.lanes.run(work)
+            state.lanes.run(work)
         return output.result()
 
     def _each_member(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
         """The output of a module whose input is the same for all samples, such as learned positions, repeated for each."""
-        module, samples = self.wrapped.modules[0], self.wrapped.run.samples
+        module, samples = self.wrapped.modules[0], self.wrapped.state.samples
         return torch.cat(
             [
                 functional_call(module, values, args, kwargs).expand(samples, -1, -1)
@@ -186,26 +188,26 @@ class Proxy(nn.Module):
 
     def _perturbed(self) -> Iterator[list[tuple[int, dict[str, torch.Tensor]]]]:
         """For each perturbation, its members with their perturbed tensors, which are valid until the next."""
-        run = self.wrapped.run
-        with run.weights.opened(self.wrapped.layer):
-            parts = {name: run.weights.part(tensor) for name, tensor in self.wrapped.tensors.items()}
-            for first, perturbation in run.folded():
-                yield list(enumerate(run.scratch.tensors(perturbation, parts), start=first))
-                run.passed(sum(part.data.size for part in parts.values()))
+        state = self.wrapped.state
+        with state.weights.opened(self.wrapped.layer):
+            parts = {name: state.weights.part(tensor) for name, tensor in self.wrapped.tensors.items()}
+            for first, perturbation in state.folded():
+                yield list(enumerate(state.scratch.tensors(perturbation, parts), start=first))
+                state.passed(sum(part.data.size for part in parts.values()))
 
 
 class EmbeddingProxy(Proxy):
     """The token embedding: only the rows that the batch uses are perturbed."""
 
     def forward(self, ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        run, tensor = self.wrapped.run, self.wrapped.tensors["weight"]
-        used, positions = torch.unique(ids[: run.samples], return_inverse=True)
+        state, tensor = self.wrapped.state, self.wrapped.tensors["weight"]
+        used, positions = torch.unique(ids[: state.samples], return_inverse=True)
         rows = used.cpu().numpy()
-        weights, scales = run.weights.rows(tensor, rows)
+        weights, scales = state.weights.rows(tensor, rows)
         return torch.cat(
             [
                 functional_call(self.wrapped.modules[0], {"weight": values}, (positions,))
-                for _, perturbation in run.folded()
-                for values in run.scratch.rows(perturbation, tensor, rows, weights, scales)
+                for _, perturbation in state.folded()
+                for values in state.scratch.rows(perturbation, tensor, rows, weights, scales)
             ]
         )

@@ -44,7 +44,7 @@ class LayerFile:
     def verify(self, matrices: "xxhash.xxh3_64", front: Front) -> None:
         """Raises DamagedFile if the checksum does not match. matrices: the hash of all their bytes."""
         if self.format.checksum(matrices, front) != front.checksum:
-            raise self.damaged("its checksum does not agree: bits in it have changed")
+            raise self.damaged("its checksum does not match: its contents have changed")
 
     def check(self, direct: bool = False) -> None:
         """Verifies the whole file, bypassing the page cache if `direct`. Raises DamagedFile."""

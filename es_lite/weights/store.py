@@ -1,7 +1,7 @@
 """The layers on disk: the fp32 master or, if there is none, the bf16 or int8 weights themselves.
 
-Files are never changed in place (`files`), so a crash leaves each layer complete at step t or t+1, and `advance` continues from
-there. They are not fsynced: the checksum detects a file that a power cut tore, and it is rebuilt from θ₀ and the journal.
+Files are never changed in place (`files`), so a crash leaves each layer complete at step t or t+1, and `advance_layer` continues
+from there. They are not fsynced: the checksum detects a file that a power cut tore, and it is rebuilt from θ₀ and the journal.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -61,7 +61,7 @@ class Store:
         return LayerReader.of_file(self.files[layer.index], records, step, threads)
 
 
-def advance(
+def advance_layer(
     file: LayerFile,
     theta_0: Callable[[], Source],
     records: Sequence[Record],
@@ -101,12 +101,12 @@ def advance(
             raise
 
 
-def sections(file: LayerFile) -> int:
-    """The number of sections that `advance_sections` takes a range of."""
+def section_count(file: LayerFile) -> int:
+    """The number of sections that `advance_layer_sections` takes a range of."""
     return len(file.format.sections(SECTION_BYTES))
 
 
-def advance_sections(
+def advance_layer_sections(
     file: LayerFile,
     low: int,
     high: int,
@@ -116,9 +116,9 @@ def advance_sections(
     working: WorkingCopy | None,
     threads: Threads,
 ) -> None:
-    """`advance` for sections low … high - 1 alone, so several workers can share a layer. It too can be repeated.
+    """`advance_layer` for sections low … high - 1 alone, so several workers can share a layer. It too can be repeated.
 
-    The new file stays incomplete, next to the old one, until `finish` is called.
+    The new file stays incomplete, next to the old one, until `finish_layer` is called.
     """
     with LayerReader.of_either(file, theta_0, records, step, threads) as reader:
         try:
@@ -144,7 +144,7 @@ def advance_sections(
             raise _not_written(file, error) from None
 
 
-def finish(
+def finish_layer(
     file: LayerFile,
     theta_0: Callable[[], Source],
     records: Sequence[Record],
@@ -152,7 +152,7 @@ def finish(
     working: WorkingCopy | None,
     threads: Threads,
 ) -> None:
-    """Completes `advance_sections`, when all sections are done: replaces the old file, without verifying it."""
+    """Completes `advance_layer_sections`, when all sections are done: replaces the old file, without verifying it."""
     with LayerReader.of_either(file, theta_0, records, step, threads) as reader:
         for part in reader.small():
             if working:

@@ -36,7 +36,7 @@ def test_an_unknown_option_is_named(capsys: Capture, command) -> None:
 
 def test_rebuild_goes_with_resume(recipe: Path, run: Path, capsys: Capture) -> None:
     before = contents(run)
-    assert "--rebuild goes with --resume" in usage_error(capsys, train.main, str(recipe), "--set", f"run.dir={run}", "--rebuild")
+    assert "--rebuild requires --resume" in usage_error(capsys, train.main, str(recipe), "--set", f"run.dir={run}", "--rebuild")
     assert contents(run) == before
 
 

@@ -36,7 +36,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_with_more_space_it_continues(
     with disk(tmp_path / "disk", "3m") as place:
         run = place / "run"
         with start(recipe, run, f"log.tensorboard={str(board).lower()}", log=tmp_path / "log") as live:
-            live.wait_until(lambda: "bringing the weights to the journal's end" in live.out)
+            live.wait_until(lambda: "advancing the weights to the end of the journal" in live.out)
             fill(place, leaving=free)
             finished = live.finish()
             assert left(live.process.pid) == []

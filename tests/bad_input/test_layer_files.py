@@ -53,7 +53,7 @@ def test_a_file_with_a_broken_header_is_named_with_what_to_do(recipe: Path, run:
 def test_a_bit_that_changed_is_found_and_with_rebuild_the_run_continues(recipe: Path, run: Path, reference: Path) -> None:
     file, other = run / "master/block-000.safetensors", run / "master/final.safetensors"
     flip(file, file.stat().st_size - 5, bit=2)
-    assert f"{file}: its checksum does not agree: bits in it have changed{REMEDY}" in refused_untouched(recipe, run)
+    assert f"{file}: its checksum does not match: its contents have changed{REMEDY}" in refused_untouched(recipe, run)
     os.truncate(other, 20)
     finished = train_here(recipe, run, resume=True, rebuild=True)
     assert finished.code == 0, finished.err

@@ -19,7 +19,7 @@ def test_the_directory_of_a_live_run_is_refused(recipe: Path, tmp_path: Path) ->
         live.wait_for_records(1)
         for resume in (False, True):
             message = refused(recipe, tmp_path / "run", "run.iterations=100000", resume=resume)
-            assert f"{tmp_path}/run: in use by a live run" in message
+            assert f"{tmp_path}/run: in use by another run" in message
         live.wait_for_records(live.records() + 2)
 
 

@@ -127,7 +127,7 @@ def test_a_task_that_hangs_every_worker_ends_the_run(setup: Setup) -> None:
         pytest.raises(RunError, match=rf"{ATTEMPTS} workers in a row died at the same endless task"),
     ):
         pool.map([Endless()], 0, lambda share: None)  # type: ignore[list-item]
-    assert sum("did not answer within its deadline; it is replaced" in text for text in said) == ATTEMPTS
+    assert sum("exceeded its deadline and is replaced" in text for text in said) == ATTEMPTS
 
 
 def test_workers_that_cannot_start_end_the_run(setup: Setup) -> None:

@@ -35,7 +35,7 @@ def files_of(folder: Path, storage: str) -> list[LayerFile]:
     layout = Layout.of(model, GROUPS)
     theta_0, files = Random(model, layout, 1, Threads(1)), Store(folder, layout, storage).files
     for file in files:
-        store.advance(file, lambda: theta_0, [], 0, None, Threads(1))
+        store.advance_layer(file, lambda: theta_0, [], 0, None, Threads(1))
     return files
 
 
@@ -80,7 +80,7 @@ def test_if_everything_is_frozen_nothing_moves(tmp_path):
     layout = Layout.of(model := skeleton(config_of("qwen3")), [Factors("", 0, 0)])
     files = Store(tmp_path, layout, "fp32").files
     for file in files:
-        store.advance(file, lambda: Random(model, layout, 1, Threads(1)), [], 0, None, Threads(1))
+        store.advance_layer(file, lambda: Random(model, layout, 1, Threads(1)), [], 0, None, Threads(1))
     assert share_moved(files, GAUSSIAN, 1.0, SEED) == 0
 
 

@@ -12,6 +12,7 @@ from support import Live, assert_same_run, digest, left, records, start, train, 
 KILLS = 20
 
 
+@pytest.mark.long  # test_combinations.py does the same with fewer kills
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_and_resumed_ends_with_the_same_bits(
     recipe: Path, reference: Path, tmp_path: Path

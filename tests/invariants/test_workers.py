@@ -40,5 +40,5 @@ def test_a_worker_that_hangs_is_replaced_and_changes_no_bit(recipe: Path, refere
         finished = live.finish()
         assert left(live.process.pid) == []
     assert finished.code == 0, finished.err
-    assert f"worker {worker.pid} did not answer within its deadline; it is replaced" in finished.err
+    assert f"worker {worker.pid} exceeded its deadline and is replaced" in finished.err
     assert_same_run(tmp_path / "run", reference)

@@ -133,8 +133,8 @@ def test_the_same_origin_passes(header):
         ({"config": CONFIG | {"hidden_size": 32}}, "tensors of other names or shapes"),
         ({"config": CONFIG | {"tie_word_embeddings": False}}, "tensors of other names or shapes"),
         ({"config": CONFIG | {"model_type": "llama"}}, "tensors of other names or shapes"),
-        ({"seed": 6}, "the same shapes, but other values"),
-        ({"config": CONFIG | {"initializer_range": 0.03}}, "the same shapes, but other values"),
+        ({"seed": 6}, "the same shapes, but different values"),
+        ({"config": CONFIG | {"initializer_range": 0.03}}, "the same shapes, but different values"),
     ],
     ids=["size", "untied", "type", "seed", "initial range"],
 )

@@ -232,4 +232,4 @@ def test_the_command_refuses_what_does_not_fit(capsys, monkeypatch):
 def test_the_command_measures_the_machine(capsys):
     assert plan.main([RECIPE]) == 0
     output = capsys.readouterr().out
-    assert "533,126,144 parameters" in output and "a step takes about" in output and "GFLOP/s a worker" in output
+    assert "533,126,144 parameters" in output and "a step takes about" in output and "GFLOP/s per worker" in output

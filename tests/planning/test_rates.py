@@ -53,7 +53,7 @@ def test_computation_and_noise_are_divided_among_workers(machine, tmp_path, work
     found = estimate(WORK, execution(workers, threads), "gaussian", tmp_path)
     assert (found.score_seconds, found.update_seconds) == pytest.approx((score, update))
     assert found.step_seconds == pytest.approx(score + update)
-    assert found.rates == "scoring 1000 GFLOP/s a worker, noise 1000 M elements/s a thread"
+    assert found.rates == "scoring 1000 GFLOP/s per worker, noise 1000 M elements/s per thread"
 
 
 def test_transfers_past_the_page_cache_happen_during_the_computation(machine, tmp_path):

@@ -72,9 +72,9 @@ def test_messages_and_warnings_are_lines(capsys):
 
 def test_a_step_is_a_line(capsys):
     with Console(3, 1) as console:
-        console.stepped(STEP)
-        console.stepped(STEP | {"eval_score": -2.25, "tokens_per_second": 1.234})
-        console.evaluated({"step": 0, "eval_score": -2.25})
+        console.show_step(STEP)
+        console.show_step(STEP | {"eval_score": -2.25, "tokens_per_second": 1.234})
+        console.show_evaluation({"step": 0, "eval_score": -2.25})
     assert lines(capsys) == [
         f"step 2/3 | {FIGURES}",
         f"step 2/3 | {EVALUATED_FIGURES.replace('123', '1.2')}",
@@ -152,7 +152,7 @@ def test_on_a_terminal_there_are_bars_instead_of_lines(clock, terminal, capsys):
             show(0.5)
             show(0.3)  # a task that a worker lost is done again
             show(0.75)
-        console.stepped(STEP)
+        console.show_step(STEP)
     out, err = capsys.readouterr()
     assert out == ""
     assert re.findall(r"step 2/3:.* (\d+)/40 \[", err) == ["0", "10", "20", "30"]
@@ -162,7 +162,7 @@ def test_on_a_terminal_there_are_bars_instead_of_lines(clock, terminal, capsys):
 def test_on_a_terminal_evaluations_and_messages_are_lines_too(terminal, capsys):
     terminal()
     with Console(3, 1) as console:
-        console.stepped(STEP | {"eval_score": -2.25})
+        console.show_step(STEP | {"eval_score": -2.25})
         console.say("a message")
     assert capsys.readouterr().out.splitlines() == [f"step 2/3 | {EVALUATED_FIGURES}", "a message"]
 
@@ -170,7 +170,7 @@ def test_on_a_terminal_evaluations_and_messages_are_lines_too(terminal, capsys):
 def test_in_a_log_there_are_no_bars(capsys):
     with Console(3, 1) as console, console.progress("step 2/3", 40) as show:
         show(0.5)
-        console.stepped(STEP)
+        console.show_step(STEP)
     assert lines(capsys) == [f"step 2/3 | {FIGURES}"]
 
 

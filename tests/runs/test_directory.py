@@ -192,7 +192,7 @@ def test_a_directory_in_use_is_refused_and_not_touched(path, monkeypatch):
         fcntl.flock(other, fcntl.LOCK_EX)
         for resume in (False, True):
             assert refused(recipe_of(path), resume) == (
-                f"{path}: in use by a live run; wait for it, stop it, or choose another run.dir"
+                f"{path}: in use by another run; wait for it, stop it, or choose another run.dir"
             )
     with RunDirectory(recipe_of(path), resume=True):
         pass

@@ -168,7 +168,7 @@ def test_a_run_says_before_the_first_step_how_long_it_will_take_and_corrects_its
     said = reference[1]
     patterns = [
         r"a step takes about .+ on this machine, 3 steps about .+ \(run.minutes ends it after 90 min\)",
-        r"bringing the weights to the journal's end",
+        r"advancing the weights to the end of the journal",
         r"as measured now, a step takes about .+ on this machine, the remaining 3 steps about .+",
         r"step 1/3 .+",
         r"as measured now, a step takes about .+ on this machine, the remaining 1 step about .+",

@@ -8,7 +8,7 @@ from architectures import BOTH, PLUS, Tiny, batch_of, close, config_of
 from es_lite.errors import UserError
 from es_lite.model.layout import skeleton
 from es_lite.scoring import heads
-from es_lite.scoring.heads import AfterHead, HeadInput
+from es_lite.scoring.heads import HeadInput, LogitTransform
 from es_lite.scoring.lanes import Lanes
 from es_lite.scoring.model import PerturbedModel
 
@@ -49,18 +49,18 @@ def test_the_hidden_states_are_taken_once():
 @pytest.mark.parametrize(
     ("name", "changes", "expected"),
     [
-        ("qwen3", {}, AfterHead(1.0, 0.0)),
-        ("gpt2", {}, AfterHead(1.0, 0.0)),
-        ("cohere", {"logit_scale": 0.25}, AfterHead(0.25, 0.0)),
-        ("granite", {"logits_scaling": 4.0}, AfterHead(0.25, 0.0)),
-        ("gemma2", {"final_logit_softcapping": 3.0}, AfterHead(1.0, 3.0)),
-        ("gemma2", {"final_logit_softcapping": None}, AfterHead(1.0, 0.0)),
+        ("qwen3", {}, LogitTransform(1.0, 0.0)),
+        ("gpt2", {}, LogitTransform(1.0, 0.0)),
+        ("cohere", {"logit_scale": 0.25}, LogitTransform(0.25, 0.0)),
+        ("granite", {"logits_scaling": 4.0}, LogitTransform(0.25, 0.0)),
+        ("gemma2", {"final_logit_softcapping": 3.0}, LogitTransform(1.0, 3.0)),
+        ("gemma2", {"final_logit_softcapping": None}, LogitTransform(1.0, 0.0)),
     ],
 )
 def test_what_a_model_does_with_its_logits_is_found(name, changes, expected):
     model = skeleton(config_of(name, **changes))
     modules = dict(model.named_modules())
-    assert AfterHead.of(model) == expected
+    assert LogitTransform.of(model) == expected
     assert dict(model.named_modules()) == modules, "the model is as it was"
 
 

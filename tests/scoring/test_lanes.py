@@ -115,7 +115,7 @@ def test_a_stream_with_lanes_scores_as_a_working_copy_does(tmp_path: Path, name,
     there = written(tmp_path / "there", layout, storage, STEPS)
     with working_copy(layout, working) as copy:
         for file in there:
-            store.advance(file, Arrays(layout).open, [], STEPS, copy, ALONE)
+            store.advance_layer(file, Arrays(layout).open, [], STEPS, copy, ALONE)
         expected = scores(copy, name, compute, 1, one_by_one, 6)
         assert scores(copy, name, compute, 2, [PERTURBATIONS], 4) == expected
     assert len(set(expected)) == len(expected) == 6
@@ -139,5 +139,5 @@ def test_a_stream_scores_at_one_step_after_the_other(tmp_path: Path, storage, wo
         found = [row.tobytes() for row in model.log_probabilities(PERTURBATIONS[:2], batch_of(), 6)]
         with working_copy(layout, working) as copy:
             for file in written(tmp_path / f"{step}", layout, storage, step):
-                store.advance(file, Arrays(layout).open, [], step, copy, ALONE)
+                store.advance_layer(file, Arrays(layout).open, [], step, copy, ALONE)
             assert scores(copy, "tied", torch.bfloat16, 1, [PERTURBATIONS[:2]], 6) == found

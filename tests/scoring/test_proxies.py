@@ -5,11 +5,11 @@ import pytest
 import torch
 from architectures import BOTH, Tiny, batch_of, close, config_of
 
-from es_lite.scoring.proxies import Pass, Rows
+from es_lite.scoring.proxies import MicroBatch, ScoringState
 
 
 def test_micro_batches_cover_the_rows_of_every_member():
-    run = Pass(None, None, None, micro_batch=2, perturbations=(BOTH, BOTH), lengths=np.array([9, 7, 4], np.int32))
+    run = ScoringState(None, None, None, micro_batch=2, perturbations=(BOTH, BOTH), lengths=np.array([9, 7, 4], np.int32))
     assert [(first, perturbation) for first, perturbation in run.folded()] == [(0, BOTH), (2, BOTH)]
     found = [rows for member in range(run.members) for rows in run.micro_batches(member)]
     assert [row for rows in found for row in range(12)[rows.rows]] == list(range(12))
@@ -18,7 +18,7 @@ def test_micro_batches_cover_the_rows_of_every_member():
 
 
 def test_an_argument_is_cut_to_the_rows_of_a_micro_batch():
-    rows = Rows(slice(4, 6), slice(1, 3), length=3, total=8)
+    rows = MicroBatch(slice(4, 6), slice(1, 3), length=3, total=8)
     states = torch.arange(8 * 5 * 2).view(8, 5, 2)
     assert torch.equal(rows.cut(states), states[4:6, :3])
     positions = torch.arange(5)[None]

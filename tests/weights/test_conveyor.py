@@ -147,5 +147,5 @@ def test_a_damaged_layer_is_an_error_of_take(tmp_path):
     with passing.conveyor as taking:
         for _ in sections[:-1]:
             taking.release(taking.take())
-        with pytest.raises(DamagedFile, match=f"{damaged.path}: its checksum does not agree"):
+        with pytest.raises(DamagedFile, match=f"{damaged.path}: its checksum does not match"):
             taking.take()

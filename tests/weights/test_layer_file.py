@@ -215,7 +215,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_noticed(tmp_path):
     file = written(tmp_path, layout_of("tied"), "bf16")[1]
     with closing(FileReader(file)) as reader:
         os.truncate(file.path, file.format.size - 1)
-        with pytest.raises(DamagedFile, match=f"{file.path}: cannot be read \\(it ends too soon\\)"):
+        with pytest.raises(DamagedFile, match=f"{file.path}: cannot be read \\(the file is truncated\\)"):
             reader.part(file.format.matrices[-1], 0, file.format.matrices[-1].size)
 
 
@@ -260,9 +260,9 @@ def test_a_changed_step_is_noticed_wherever_it_leads(tmp_path, bit, step):
     flip(file.path, file.path.read_bytes().index(b'"step":"3"') + len('"step":"'), bit)
     assert file.front().step == step and noticed(file)
     with pytest.raises(DamagedFile, match=str(file.path)):
-        store.advance(file, Arrays(layout).open, records(4), 4, None, ALONE)
+        store.advance_layer(file, Arrays(layout).open, records(4), 4, None, ALONE)
     with pytest.raises(DamagedFile, match=str(file.path)):
-        store.advance(file, Arrays(layout).open, records(4)[3:], 4, None, ALONE)
+        store.advance_layer(file, Arrays(layout).open, records(4)[3:], 4, None, ALONE)
 
 
 def test_the_format_is_not_of_a_path(tmp_path):

@@ -130,7 +130,7 @@ def test_the_layers_file_is_preferred_to_theta_0(tmp_path, storage):
                 assert [record.step for record in reader.needed] == [0, 1, 2]
             assert theta_0.opened == times
         theta_0.opened = 0
-        store.advance(file, theta_0.open, records(2), 2, None, ALONE)
+        store.advance_layer(file, theta_0.open, records(2), 2, None, ALONE)
         theta_0.opened = 0
         with LayerReader.of_either(file, theta_0.open, records(STEPS), 3, ALONE) as reader:
             assert [record.step for record in reader.needed] == [2]
@@ -188,7 +188,7 @@ def test_damage_is_found_when_all_sections_have_been_read(tmp_path, behind, wher
     with LayerReader.of_file(file, records(STEPS), STEPS, ALONE) as reader:
         for section in file.format.sections(5000):
             reader.section(section, np.empty(section.bytes, np.uint8))
-        with pytest.raises(DamagedFile, match=f"{file.path}: its checksum does not agree"):
+        with pytest.raises(DamagedFile, match=f"{file.path}: its checksum does not match"):
             reader.verify()
 
 
@@ -199,6 +199,6 @@ def test_theta_0_in_bf16_passes_a_bf16_store_unchanged(tmp_path):
     for name, values in theta_0.values.items():
         theta_0.values[name] = as_float32(bf16(values), values[:0], 1)
     for file in files_of(tmp_path, layout, "bf16"):
-        store.advance(file, theta_0.open, [], 0, None, ALONE)
+        store.advance_layer(file, theta_0.open, [], 0, None, ALONE)
         with LayerReader.of_file(file, [], 0, ALONE) as reader:
             assert all(same_bits(reader.part(t, 0, t.size).float32(), theta_0.values[t.name]) for t in file.layer.tensors)

@@ -52,7 +52,7 @@ def test_a_layer_is_what_plain_arithmetic_makes_of_theta_0_and_the_records(tmp_p
     assert [file.layer for file in files.files] == list(layout.layers)
     assert files.steps() == [0] * len(layout.layers)
     for file in files.files:
-        store.advance(file, theta_0.open, records(STEPS), STEPS, None, Threads(2))
+        store.advance_layer(file, theta_0.open, records(STEPS), STEPS, None, Threads(2))
         assert file.front().step == STEPS
         assert same(contents(file)[0], expected(file.layer, theta_0, storage, records(STEPS)))
     assert files.steps() == [STEPS] * len(layout.layers)
@@ -70,7 +70,7 @@ def test_every_way_to_a_step_makes_the_same_file(tmp_path, monkeypatch, name, st
         for file in files:
             done = 0
             for step in stops:
-                store.advance(
+                store.advance_layer(
                     file, theta_0.open if not done and step == stops[0] else never, records(step)[done:], step, None, ALONE
                 )
                 done = step
@@ -85,8 +85,8 @@ def test_doing_it_again_changes_nothing(tmp_path, storage):
     before = bits_of(files)
     for file in files:
         inode = file.path.stat().st_ino
-        store.advance(file, never, records(STEPS), STEPS, None, ALONE)
-        store.advance(file, never, [], STEPS, None, ALONE)
+        store.advance_layer(file, never, records(STEPS), STEPS, None, ALONE)
+        store.advance_layer(file, never, [], STEPS, None, ALONE)
         assert file.path.stat().st_ino == inode
     assert bits_of(files) == before
 
@@ -96,7 +96,7 @@ def test_a_reader_of_the_store_is_at_the_step_wherever_the_file_is(tmp_path, sto
     layout = layout_of("tied")
     files = Store(tmp_path, layout, storage)
     written(tmp_path, layout, storage, 1)
-    store.advance(files.files[1], never, records(2)[1:], 2, None, ALONE)
+    store.advance_layer(files.files[1], never, records(2)[1:], 2, None, ALONE)
     assert files.steps() == [1, 2, 1, 1, 1]
     before = bits_of(files.files)
     for layer in layout.layers:
@@ -113,9 +113,9 @@ def test_a_layer_without_a_file_whose_records_do_not_begin_at_theta_0_is_refused
     files = files_of(tmp_path, layout, "bf16")
     for history, step in ((records(3)[2:], 3), (records(2), 3), ([], 1)):
         with pytest.raises(DamagedFile, match=str(files[1].path)):
-            store.advance(files[1], Arrays(layout).open, history, step, None, ALONE)
+            store.advance_layer(files[1], Arrays(layout).open, history, step, None, ALONE)
         with pytest.raises(DamagedFile, match=str(files[1].path)):
-            store.advance_sections(files[1], 0, 1, Arrays(layout).open, history, step, None, ALONE)
+            store.advance_layer_sections(files[1], 0, 1, Arrays(layout).open, history, step, None, ALONE)
         assert bits_of(files) == {}
 
 
@@ -154,10 +154,10 @@ def test_a_full_disk_leaves_the_layer_as_it_was(tmp_path, monkeypatch, share, st
         with monkeypatch.context() as patch:
             patch.setattr(os, "pwrite", FullDisk(room).pwrite)
             with pytest.raises(RunError, match=f"{file.path}: .*{os.strerror(errno.ENOSPC)}"):
-                store.advance(file, never, records(2), 2, None, ALONE)
+                store.advance_layer(file, never, records(2), 2, None, ALONE)
         assert bits_of(files) == before
         assert open_files() == descriptors
-    store.advance(file, never, records(2), 2, None, ALONE)
+    store.advance_layer(file, never, records(2), 2, None, ALONE)
     assert same(contents(file)[0], expected(file.layer, Arrays(layout), storage, records(2)))
 
 
@@ -174,7 +174,7 @@ def test_a_disk_that_refuses_anything_else_leaves_the_layer_as_it_was(tmp_path, 
         if call == "replace":
             patch.setattr(type(files[1].path), "replace", refused(call))
         with pytest.raises(RunError, match=str(files[1].path)):
-            store.advance(files[1], never, records(2), 2, None, ALONE)
+            store.advance_layer(files[1], never, records(2), 2, None, ALONE)
     assert bits_of(files) == before
 
 
@@ -183,7 +183,7 @@ def test_a_full_disk_at_the_very_first_step_leaves_nothing(tmp_path, monkeypatch
     files = files_of(tmp_path, layout, "bf16")
     monkeypatch.setattr(os, "pwrite", FullDisk(10_000).pwrite)
     with pytest.raises(RunError, match=str(files[1].path)):
-        store.advance(files[1], Arrays(layout).open, records(2), 2, None, ALONE)
+        store.advance_layer(files[1], Arrays(layout).open, records(2), 2, None, ALONE)
     assert bits_of(files) == {}
 
 
@@ -199,8 +199,8 @@ def test_a_damaged_layer_is_not_advanced(tmp_path, where):
     damage(file, where)
     before = bits_of([file])
     for step in (1, 2):
-        with pytest.raises(DamagedFile, match=f"{file.path}: its checksum does not agree"):
-            store.advance(file, never, records(step), step, None, ALONE)
+        with pytest.raises(DamagedFile, match=f"{file.path}: its checksum does not match"):
+            store.advance_layer(file, never, records(step), step, None, ALONE)
         assert bits_of([file]) == before
 
 
@@ -218,7 +218,7 @@ def test_damaged_files_are_removed_and_named_the_others_stay(tmp_path):
     assert bits_of(files) == {name: data for name, data in before.items() if name not in gone}
     theta_0 = Arrays(layout)
     for file in files:
-        store.advance(file, theta_0.open, records(1), 1, None, ALONE)
+        store.advance_layer(file, theta_0.open, records(1), 1, None, ALONE)
     assert bits_of(files) == before and theta_0.opened == 3
 
 
@@ -235,8 +235,8 @@ def test_what_a_killed_writer_left_is_overwritten(tmp_path):
 def ranges_of(file: LayerFile) -> list[tuple[int, int]]:
     """Consecutive ranges of one and two sections, in turns, which cover the layer's."""
     edges, sizes = [0], itertools.cycle((1, 2))
-    while edges[-1] < store.sections(file):
-        edges.append(min(edges[-1] + next(sizes), store.sections(file)))
+    while edges[-1] < store.section_count(file):
+        edges.append(min(edges[-1] + next(sizes), store.section_count(file)))
     return list(itertools.pairwise(edges))
 
 
@@ -248,10 +248,10 @@ def shared(
     working: WorkingCopy | None,
     ranges: Sequence[tuple[int, int]],
 ) -> None:
-    """`store.advance`, as several workers do it together."""
+    """`store.advance_layer`, as several workers do it together."""
     for low, high in ranges:
-        store.advance_sections(file, low, high, theta_0, history, step, working, ALONE)
-    store.finish(file, theta_0, history, step, working, ALONE)
+        store.advance_layer_sections(file, low, high, theta_0, history, step, working, ALONE)
+    store.finish_layer(file, theta_0, history, step, working, ALONE)
 
 
 ORDERS: dict[str, Callable[[list], list]] = {
@@ -286,12 +286,12 @@ def test_a_shared_layer_is_the_same_as_one_advanced_whole(tmp_path, name, storag
     with working_copy(layout, working) as first, working_copy(layout, working) as second:
         descriptors = open_files()
         for one, other in zip(whole, parts, strict=True):
-            store.advance(one, theta_0.open, history, STEPS, first, ALONE)
+            store.advance_layer(one, theta_0.open, history, STEPS, first, ALONE)
             for low, high in (ranges := ORDERS[order](ranges_of(other))):
-                store.advance_sections(other, low, high, theta_0.open, history, STEPS, second, ALONE)
+                store.advance_layer_sections(other, low, high, theta_0.open, history, STEPS, second, ALONE)
             assert (other.path.read_bytes() == before[other.path.name]) if before else not other.exists()
             assert next_to(other.path).exists() == (behind != STEPS and bool(ranges))
-            store.finish(other, theta_0.open, history, STEPS, second, ALONE)
+            store.finish_layer(other, theta_0.open, history, STEPS, second, ALONE)
             assert other.path.read_bytes() == one.path.read_bytes()
             other.check()
         assert [seen(first.part(tensor)) for tensor in layout.tensors] == [seen(second.part(tensor)) for tensor in layout.tensors]
@@ -310,11 +310,11 @@ def test_workers_share_a_layer_at_the_same_time(tmp_path, storage):
         for file in files:
             list(
                 pool.map(
-                    lambda edges, file=file: store.advance_sections(file, *edges, never, records(2), 2, None, ALONE),
+                    lambda edges, file=file: store.advance_layer_sections(file, *edges, never, records(2), 2, None, ALONE),
                     [*ranges_of(file), *ranges_of(file)],
                 )
             )
-            store.finish(file, never, records(2), 2, None, ALONE)
+            store.finish_layer(file, never, records(2), 2, None, ALONE)
     assert bits_of(files) == wanted
 
 
@@ -344,7 +344,7 @@ def test_repeating_anything_after_success_changes_nothing(tmp_path, storage, wor
         before, copied = bits_of(files), [seen(copy.part(tensor)) for tensor in layout.tensors]
         inodes = [file.path.stat().st_ino for file in files]
         for file in files:
-            store.finish(file, never, history, STEPS, copy, ALONE)
+            store.finish_layer(file, never, history, STEPS, copy, ALONE)
             shared(file, never, history, STEPS, copy, ranges_of(file)[:1])
         assert [file.path.stat().st_ino for file in files] == inodes
         assert bits_of(files) == before and [seen(copy.part(tensor)) for tensor in layout.tensors] == copied
@@ -359,8 +359,8 @@ def test_the_check_of_the_old_file_finds_damage_that_no_part_of_it_can(tmp_path,
     damage(file, where)
     before = file.path.read_bytes()
     for low, high in ranges_of(file):
-        store.advance_sections(file, low, high, never, records(step), step, None, ALONE)
-    with pytest.raises(DamagedFile, match=f"{file.path}: its checksum does not agree"):
+        store.advance_layer_sections(file, low, high, never, records(step), step, None, ALONE)
+    with pytest.raises(DamagedFile, match=f"{file.path}: its checksum does not match"):
         file.check()
     assert file.path.read_bytes() == before and open_files() == descriptors
 
@@ -382,11 +382,11 @@ def test_a_full_disk_leaves_the_old_file_of_a_shared_layer(tmp_path, monkeypatch
         assert file.path.read_bytes() == before and open_files() == descriptors
         assert not next_to(file.path).exists()
         for low, high in ranges_of(file):
-            store.advance_sections(file, low, high, never, records(2), 2, None, ALONE)
+            store.advance_layer_sections(file, low, high, never, records(2), 2, None, ALONE)
         with monkeypatch.context() as patch:
             patch.setattr(os, "pwrite", FullDisk(int(share * front)).pwrite)
             with pytest.raises(RunError, match=f"{file.path}: .*{message}"):
-                store.finish(file, never, records(2), 2, None, ALONE)
+                store.finish_layer(file, never, records(2), 2, None, ALONE)
         assert file.path.read_bytes() == before and open_files() == descriptors
         assert not next_to(file.path).exists()
         shared(file, never, records(2), 2, None, ranges_of(file))

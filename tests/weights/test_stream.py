@@ -1,6 +1,6 @@
 """Layers that pass through memory: what scoring gets, what the files hold afterwards, and what is read and written.
 
-The reference is always the other way to the same weights: `store.advance` and a working copy.
+The reference is always the other way to the same weights: `store.advance_layer` and a working copy.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ def test_a_pass_provides_what_a_working_copy_does_and_leaves_what_store_advance_
     """From files at different steps, over several passes and several updates."""
     layout = layout_of(name)
     files = written(tmp_path / "streamed", layout, storage)
-    store.advance(files[1], Arrays(layout).open, records(2), 2, None, ALONE)
+    store.advance_layer(files[1], Arrays(layout).open, records(2), 2, None, ALONE)
     weights = streamed(files, layout, working, STEPS, direct)
     assert len(conveyor.sections_of(files[0 if layout.tied else -1], layout)) > 1 or name == "gpt2"
     for step in (STEPS, STEPS + 1):

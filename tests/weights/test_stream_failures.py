@@ -52,7 +52,7 @@ def test_a_damaged_layer_ends_the_pass_and_the_others_stay_whole(tmp_path, name,
     flip(damaged.path, position)
     before, descriptors = bits_of(files), open_files()
     weights = streamed(files, layout, working, STEPS)
-    with pytest.raises(DamagedFile, match=f"{damaged.path}: its checksum does not agree"):
+    with pytest.raises(DamagedFile, match=f"{damaged.path}: its checksum does not match"):
         list(asked(weights, layout))
     after = bits_of(files)
     assert after.keys() == before.keys() and open_files() == descriptors
@@ -72,7 +72,7 @@ def test_damage_is_found_even_if_there_is_nothing_to_apply(tmp_path, name, layer
     layout = layout_of(name)
     files = written(tmp_path, layout, "int8")
     flip(files[layer].path, files[layer].format.size - 5)
-    with pytest.raises(DamagedFile, match=f"{files[layer].path}: its checksum does not agree"):
+    with pytest.raises(DamagedFile, match=f"{files[layer].path}: its checksum does not match"):
         list(asked(streamed(files, layout, "int8", 0), layout))
 
 

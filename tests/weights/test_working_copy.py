@@ -28,7 +28,7 @@ def test_it_is_the_layer_rounded_to_nearest(tmp_path, monkeypatch, name, storage
     files = files_of(tmp_path, layout, storage) if fresh else written(tmp_path, layout, storage, STEPS)
     with working_copy(layout, working) as copy:
         for file in files:
-            store.advance(file, theta_0.open, records(STEPS), STEPS, copy, Threads(2))
+            store.advance_layer(file, theta_0.open, records(STEPS), STEPS, copy, Threads(2))
         for file in files:
             wanted = expected(file.layer, theta_0, storage, records(STEPS))
             for tensor in file.layer.tensors:

@@ -133,7 +133,7 @@ def _fill(out, start, scale, table, tensor, pair, step, k0, k1):
 
 
 @jit
-def _total(out, start, pairs, coefficients, table, tensor, step, k0, k1):
+def _weighted_sum(out, start, pairs, coefficients, table, tensor, step, k0, k1):
     words, lanes = words_buffer()
     epsilon = np.empty(CHUNK, _f32)
     for low in range(0, out.size, CHUNK):
@@ -188,13 +188,13 @@ def perturb_rows(
     kernel(plus, other, weights, scales, rows, _f32(sigma), table(), *words_of(place))
 
 
-def total(out: np.ndarray, place: Place, pairs: np.ndarray, coefficients: np.ndarray, *, start: int = 0) -> None:
+def weighted_sum(out: np.ndarray, place: Place, pairs: np.ndarray, coefficients: np.ndarray, *, start: int = 0) -> None:
     """out = Σ_p coefficients[p]·ε_{pairs[p]} of elements start …, float32 [n]; the sum runs in the order given, in float32.
 
     place: its pair is ignored. pairs: uint32 [P]; coefficients: float32 [P].
     """
     tensor, _, step, k0, k1 = words_of(place)
-    _total(out, start, pairs, coefficients, table(), tensor, step, k0, k1)
+    _weighted_sum(out, start, pairs, coefficients, table(), tensor, step, k0, k1)
 
 
 def fill(out: np.ndarray, place: Place, scale: float, *, start: int = 0) -> None:

@@ -43,7 +43,7 @@ class NoiseKind(Protocol):
         """The same for some rows of a matrix."""
         ...
 
-    def total(self, out: np.ndarray, place: Place, pairs: np.ndarray, coefficients: np.ndarray, *, start: int) -> None:
+    def weighted_sum(self, out: np.ndarray, place: Place, pairs: np.ndarray, coefficients: np.ndarray, *, start: int) -> None:
         """out = Σ_p c_p ε_p, for a slice of a tensor."""
         ...
 

@@ -113,7 +113,7 @@ def test_total(start, length):
     """Σ c_p ε_p in the order given; a coefficient may be 0 and a pair may come twice."""
     pairs, coefficients = np.array([5, 0, 2**32 - 1, 5], np.uint32), np.array([0.3, 0.0, -1e-3, 7.0], np.float32)
     out = np.full(length, np.nan, np.float32)
-    gaussian.total(out, PLACE, pairs, coefficients, start=start)
+    gaussian.weighted_sum(out, PLACE, pairs, coefficients, start=start)
     expected_sum = np.zeros(length, np.float32)
     for pair, coefficient in zip(pairs, coefficients, strict=True):
         expected_sum = expected_sum + coefficient * gaussian.epsilon(PLACE._replace(pair=int(pair)), start, length)
@@ -122,7 +122,7 @@ def test_total(start, length):
 
 def test_the_total_of_no_pairs_is_zeros():
     out = np.full(3000, np.nan, np.float32)
-    gaussian.total(out, PLACE, np.empty(0, np.uint32), np.empty(0, np.float32))
+    gaussian.weighted_sum(out, PLACE, np.empty(0, np.uint32), np.empty(0, np.float32))
     assert same_bits(out, np.zeros(3000, np.float32))
 
 

@@ -31,7 +31,7 @@ def test_all_operations_of_a_kind_have_the_same_noise(name):
     """`total` of one pair and `epsilon_on_device` are ε; perturbing zeros by σ = 1 gives ε and -ε; so do rows of a matrix."""
     kind = kind_of(name)
     epsilon = np.empty(64, np.float32)
-    kind.total(epsilon, PLACE._replace(pair=77), np.array([4], np.uint32), np.ones(1, np.float32), start=16)
+    kind.weighted_sum(epsilon, PLACE._replace(pair=77), np.array([4], np.uint32), np.ones(1, np.float32), start=16)
     assert np.array_equal(kind.epsilon_on_device(torch.arange(16, 80), PLACE).numpy(), epsilon)
 
     zeros, none = np.zeros(64, np.uint16), np.empty(0, np.float32)

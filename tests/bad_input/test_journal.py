@@ -15,7 +15,7 @@ from es_lite.runs.journal import Journal
 
 
 @pytest.mark.parametrize(
-    ("override", "words"), [("run.seed=1", "other values"), ("model.config.hidden_size=64", "other names or shapes")]
+    ("override", "words"), [("run.seed=1", "different values"), ("model.config.hidden_size=64", "other names or shapes")]
 )
 def test_the_journal_of_another_model_is_refused(recipe: Path, run: Path, override: str, words: str) -> None:
     document = (

@@ -10,7 +10,7 @@ from layers import flip
 from refusals import STEPS, refused_untouched
 from support import digest, train_here
 
-REMEDY = "; add --rebuild to --resume"
+REMEDY = "; add --resume --rebuild"
 
 
 def test_a_master_ahead_of_the_journal_is_refused(recipe: Path, run: Path) -> None:

@@ -40,6 +40,8 @@ LAYERS = range(4)
 class Deadly:
     """Ends the process that it is sent to."""
 
+    name = "deadly"
+
     def __reduce__(self) -> tuple:
         return os._exit, (3,)
 
@@ -47,12 +49,16 @@ class Deadly:
 class Endless:
     """Keeps the process that it is sent to busy."""
 
+    name = "endless"
+
     def __reduce__(self) -> tuple:
         return time.sleep, (600,)
 
 
 class DeadlyAtFirst:
     """Ends the first process that it is sent to; in others it is `task`. mark: a file that the first one makes."""
+
+    name = "deadly at first"
 
     def __init__(self, task: Any, mark: Path) -> None:
         self.task, self.mark = task, mark
@@ -107,7 +113,7 @@ def test_a_task_that_was_lost_with_its_worker_is_done_by_another(setup: Setup, t
         assert len(pool.pids) == 2 and len({first, second, *pool.pids}) == 3
         check_all(pool)
     (warning,) = said
-    assert "died (exit code 3); a new one repeats its deadlyatfirst task" in warning
+    assert "died (exit code 3); a new one repeats its deadly at first task" in warning
 
 
 def test_a_task_that_kills_every_worker_ends_the_run(setup: Setup) -> None:

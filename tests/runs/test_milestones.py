@@ -31,7 +31,7 @@ class Console:
         self.stopping = False
         self.said: list[str] = []
         self.lines: list[dict] = []
-        self.say, self.stepped, self.evaluated = self.said.append, self.lines.append, self.lines.append
+        self.say, self.show_step, self.show_evaluation = self.said.append, self.lines.append, self.lines.append
 
 
 class Run:
@@ -290,7 +290,7 @@ def test_a_stopped_run_without_disk_for_a_checkpoint_says_how_to_make_it(tmp_pat
     run.milestones.checkpoint_if_due(last=True)
     assert run.exported("checkpoint") is None
     assert run.console.said == [
-        f"no checkpoint: it takes 0.0 GiB of disk; to make it elsewhere: python -m es_lite.replay {tmp_path} --out DIR"
+        f"no checkpoint: it takes 0.0 GiB of disk; to make it elsewhere: es-lite replay {tmp_path} --out DIR"
     ]
     monkeypatch.setattr(system, "free_disk_bytes", lambda path: int(needed) + 1)
     run.milestones.checkpoint_if_due(last=True)

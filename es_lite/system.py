@@ -4,6 +4,7 @@ On Linux from /proc and the cgroups (v1 and v2), elsewhere from psutil. Tests pa
 """
 
 import contextlib
+import ctypes
 import math
 import os
 import platform
@@ -190,6 +191,12 @@ class PeakPss(Watcher):
         with self._lock:
             self.last_bytes, self.peak_bytes = now, max(self.peak_bytes, now)
         return now
+
+
+def trim_memory() -> None:
+    """Returns memory that this process has freed to the system, if the C library can (glibc)."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def gpu_memory() -> MemoryLimit | None:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from es_lite import system
 from es_lite.algorithm.noise.kinds import kind_of
 from es_lite.algorithm.noise.place import Place
 from es_lite.engine.base import Execution
@@ -60,6 +61,7 @@ class Estimate:
 def estimate(work: Work, execution: Execution, noise: str, run_dir: Path) -> Estimate:
     """A step's duration on this machine; measuring takes about a second. noise: its kind."""
     scoring, drawing = scoring_rate(work, execution), noise_rate(noise)
+    system.trim_memory()
     lanes = execution.workers * execution.threads
     words = f"scoring {scoring / 1e9:.0f} GFLOP/s per worker, noise {drawing / 1e6:.0f} M elements/s per thread"
     perturbing = drawing * lanes

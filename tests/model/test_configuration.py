@@ -55,6 +55,8 @@ def test_a_size_of_the_paper_has_its_parameters_and_layers(name):
     assert layout.size == parameters_of(SIZES[name])
     assert len(layout.layers) == SIZES[name]["num_hidden_layers"] + 2
     assert layout.tied is SIZES[name]["tie_word_embeddings"]
+    last = ["model.norm.weight"] if layout.tied else ["model.norm.weight", "lm_head.weight"]
+    assert [tensor.name for tensor in layout.layers[-1].tensors] == last
 
 
 # Refusals

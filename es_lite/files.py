@@ -21,6 +21,10 @@ READ_BYTES = 16 * 2**20
 NEXT, OLD = ".next", ".old"
 
 
+class TruncatedFile(OSError):
+    """A file ends before what should be in it."""
+
+
 def open_file(path: Path, flags: int, direct: bool = False) -> int:
     """A file descriptor. direct: bypass the page cache if the file system supports it."""
     flags |= os.O_CLOEXEC
@@ -42,18 +46,18 @@ def write_fully(descriptor: int, view: memoryview, position: int) -> None:
 def read_fully(descriptor: int, view: memoryview, position: int, size: int) -> None:
     """Reads `size` bytes at `position` into the beginning of `view`; bytes beyond them may be overwritten too.
 
-    Raises OSError, also if the file ends too soon.
+    Raises OSError, TruncatedFile if the file ends too soon.
     """
     done = 0
     while done < size:
         got = os.preadv(descriptor, [view[done : done + READ_BYTES]], position + done)
         if got == 0:
-            raise OSError(None, "the file is truncated")
+            raise TruncatedFile(None, "the file is truncated")
         done += got
 
 
 def view_of(array: Any) -> memoryview:
-    """The bytes of a contiguous array; `Any`, since numpy's stubs for Python 3.11 do not declare arrays as buffers."""
+    """The bytes of a contiguous array or buffer; `Any`, since numpy's stubs for Python 3.11 do not declare arrays as buffers."""
     return memoryview(array).cast("B")
 
 
@@ -70,7 +74,8 @@ def next_to(path: Path) -> Path:
 class NewFile:
     """A new version of the file `path`, written next to it: `commit` puts it in place, `discard` removes it.
 
-    As a context manager, it commits when the block succeeds and discards when it raises. All methods raise OSError.
+    As a context manager, it discards when the block raises; otherwise it commits what the block has not committed or closed. All
+    methods raise OSError.
     """
 
     def __init__(self, path: Path, direct: bool = False, keep: bool = False) -> None:
@@ -87,7 +92,7 @@ class NewFile:
         return self._descriptor
 
     def append(self, data: bytes | memoryview) -> None:
-        view = memoryview(data).cast("B")
+        view = view_of(data)
         self.write(view, self._size)
         self._size += len(view)
 
@@ -120,21 +125,17 @@ class NewFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.commit()
-        else:
+        if kind is not None:
             self.discard()
+        elif self._descriptor >= 0:
+            self.commit()
 
 
 def write_durably(path: Path, text: str) -> None:
     """Replaces the file `path` and waits until it is on disk. Raises OSError; the old file is then unchanged."""
-    new = NewFile(path)
-    try:
+    with NewFile(path) as new:
         new.append(text.encode())
         new.commit(durable=True)
-    except BaseException:
-        new.discard()
-        raise
 
 
 @contextlib.contextmanager

@@ -50,6 +50,16 @@ RECIPE: dict[str, dict[str, Any]] = {
 }
 
 
+class Clock:
+    """Seconds that pass only when the test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
 class Finished(NamedTuple):
     """How the command ended, and what it printed."""
 

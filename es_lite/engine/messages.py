@@ -26,35 +26,29 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Advance:
-    """Bring a layer's file, and its part of a working copy, to `step`, by `records` (weights.store.advance_layer)."""
+class Update:
+    """What the tasks have in common that bring a layer to `step` by `records`."""
 
     name: ClassVar[str] = "update"
     layer: int
     records: Sequence[Record]
     step: int
+
+
+class Advance(Update):
+    """All of a layer: its file and its part of a working copy (weights.store.advance_layer)."""
 
 
 @dataclass(frozen=True)
-class AdvanceSections:
-    """The same for sections low … high - 1 of the layer (weights.store.advance_layer_sections)."""
+class AdvanceSections(Update):
+    """Sections low … high - 1 of a layer (weights.store.advance_layer_sections)."""
 
-    name: ClassVar[str] = "update"
-    layer: int
-    records: Sequence[Record]
-    step: int
     low: int
     high: int
 
 
-@dataclass(frozen=True)
-class Finish:
+class Finish(Update):
     """Complete a layer after all its `AdvanceSections` (weights.store.finish_layer)."""
-
-    name: ClassVar[str] = "update"
-    layer: int
-    records: Sequence[Record]
-    step: int
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from es_lite.algorithm import formats
 from es_lite.errors import DamagedFile, RunError, UserError
-from es_lite.files import NewFile, open_file, read_fully, view_of
+from es_lite.files import NewFile, TruncatedFile, open_file, read_fully, view_of
 
 _NUMPY: dict[str, np.dtype] = {"F32": np.dtype("<f4"), "BF16": np.dtype("<u2"), "F16": np.dtype("<f2")}
 
@@ -75,9 +75,10 @@ class Reader:
                 self._descriptor = open_file(entry.file, os.O_RDONLY)
                 self._path = entry.file
             read_fully(self._descriptor, view_of(out), entry.offset + start * out.itemsize, out.nbytes)
+        except TruncatedFile as error:
+            raise DamagedFile(f"{entry.file}: cannot be read ({error.strerror})") from None
         except OSError as error:
-            kind = RunError if error.errno else DamagedFile  # without a number: it is truncated
-            raise kind(f"{entry.file}: cannot be read ({error.strerror})") from None
+            raise RunError(f"{entry.file}: cannot be read ({error.strerror})") from None
         return out
 
     def float32(self, entry: Entry, start: int, count: int) -> np.ndarray:

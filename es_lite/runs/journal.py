@@ -18,7 +18,7 @@ from es_lite.algorithm.noise.kinds import kind_of
 from es_lite.algorithm.noise.philox import VERSION
 from es_lite.algorithm.record import Record
 from es_lite.errors import RunError, UserError
-from es_lite.files import NewFile, open_file, write_fully
+from es_lite.files import open_file, write_durably, write_fully
 
 FORMAT = "es_lite journal 1"
 
@@ -40,14 +40,9 @@ class Journal:
         """A new journal with this header, which is on disk when this returns. Raises RunError if it cannot be written."""
         header = {"format": FORMAT, "noise": VERSION, **header}
         line, check = _line(header, 0)
-        new = None
         try:
-            new = NewFile(path)
-            new.append(line)
-            new.commit(durable=True)
+            write_durably(path, line.decode())
         except OSError as error:
-            if new:
-                new.discard()
             raise RunError(f"{path}: cannot be written ({error.strerror})") from None
         return cls(path, header, [], check, len(line))
 

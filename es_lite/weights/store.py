@@ -4,6 +4,7 @@ Files are never changed in place (`files`), so a crash leaves each layer complet
 from there. They are not fsynced: the checksum detects a file that a power cut tore, and it is rebuilt from θ₀ and the journal.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from es_lite.model.layout import Layer, Layout
 from es_lite.model.source import Source
 from es_lite.weights.layer_file import FileWriter, LayerFile, commit_front
 from es_lite.weights.layer_format import LayerFormat
-from es_lite.weights.parts import SLICE
+from es_lite.weights.parts import SLICE, Part
 from es_lite.weights.reading import LayerReader
 from es_lite.weights.working_copy import WorkingCopy
 
@@ -82,15 +83,11 @@ def advance_layer(
             writer = FileWriter(file) if reader.needed or not file.exists() else None
             for section in file.format.sections(SECTION_BYTES):
                 data = np.empty(section.bytes, np.uint8)
-                for part in reader.section(section, data):
-                    if working:
-                        working.write(part, threads)
+                _copy(reader.section(section, data), working, threads)
                 if writer:
                     writer.write(section, view_of(data))
             reader.verify()
-            for part in reader.small():
-                if working:
-                    working.write(part, threads)
+            _copy(reader.small(), working, threads)
             if writer:
                 writer.finish(reader.front, step)
         except BaseException as error:
@@ -121,25 +118,20 @@ def advance_layer_sections(
     The new file stays incomplete, next to the old one, until `finish_layer` is called.
     """
     with LayerReader.of_either(file, theta_0, records, step, threads) as reader:
+        changes = bool(reader.needed) or not file.exists()
         try:
-            new = NewFile(file.path, keep=True) if reader.needed or not file.exists() else None
-            try:
+            with NewFile(file.path, keep=True) if changes else contextlib.nullcontext() as new:
                 for section in file.format.sections(SECTION_BYTES)[low:high]:
                     data = np.empty(section.bytes, np.uint8)
-                    for part in reader.section(section, data):
-                        if working:
-                            working.write(part, threads)
-                        if new and part.scales.size:
+                    parts = reader.section(section, data)
+                    _copy(parts, working, threads)
+                    if new:
+                        for part in (part for part in parts if part.scales.size):
                             first = part.start // part.tensor.width
                             new.write(view_of(part.own_scales), file.format.scales_offset(part.tensor) + 4 * first)
-                    if new:
                         new.write(view_of(data), section.low)
-            except BaseException:
                 if new:
-                    new.discard()
-                raise
-            if new:
-                new.close()
+                    new.close()
         except OSError as error:
             raise _not_written(file, error) from None
 
@@ -154,14 +146,11 @@ def finish_layer(
 ) -> None:
     """Completes `advance_layer_sections`, when all sections are done: replaces the old file, without verifying it."""
     with LayerReader.of_either(file, theta_0, records, step, threads) as reader:
-        for part in reader.small():
-            if working:
-                working.write(part, threads)
+        _copy(reader.small(), working, threads)
         if not reader.needed and file.exists():
             return
         try:
-            new = NewFile(file.path, keep=True)
-            try:
+            with NewFile(file.path, keep=True) as new:
                 front = reader.front
                 for tensor in (t for t in file.format.matrices if t.name in front.scales):
                     scales = view_of(front.scales_of(tensor))
@@ -169,11 +158,15 @@ def finish_layer(
                 front.step = step
                 front.checksum = file.format.checksum(file.hash_matrices(new.descriptor), front)
                 commit_front(new, file.format, front)
-            except BaseException:
-                new.discard()
-                raise
         except OSError as error:
             raise _not_written(file, error) from None
+
+
+def _copy(parts: Sequence[Part], working: WorkingCopy | None, threads: Threads) -> None:
+    """Copies parts to the working copy, if there is one."""
+    if working:
+        for part in parts:
+            working.write(part, threads)
 
 
 def _not_written(file: LayerFile, error: OSError) -> RunError:

@@ -2,14 +2,13 @@
 metrics of a run of the real command; the few that cannot be shown so are listed with the reason."""
 
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import tomli_w
-from support import RECIPE, TEXT, TINY
+from support import RECIPE, TEXT, TINY, digest, export_digest, metrics
 
 from es_lite import train
 from es_lite.fitness.kinds import fitness_of
@@ -135,21 +134,15 @@ def observe(folder: Path, materials: Path, keys: dict[str, Any]) -> Observed:
     run, recipe = Path(document["run"]["dir"]), Recipe.load(path)
     model, layout = Origin.of_recipe(recipe).skeleton()
     plan = Plan.of(recipe, fitness_of(recipe.fitness.kind), model.config, layout)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     varying = ("seconds", "gib", "per_second")
     return Observed(
         directory=str(run),
         plan=str((plan.execution, plan.memory, plan.limit.source, plan.passes)),
         journal=(run / "journal.jsonl").read_bytes(),
-        layers=digests(run, "master", "weights"),
-        exports=digests(run, "checkpoint", "best"),
-        metrics=[{name: value for name, value in line.items() if not name.endswith(varying)} for line in lines],
+        layers={name: value for name, value in digest(run).items() if name != "journal.jsonl"},
+        exports=export_digest(run),
+        metrics=[{name: value for name, value in line.items() if not name.endswith(varying)} for line in metrics(run)],
     )
-
-
-def digests(run: Path, *folders: str) -> dict[str, str]:
-    files = [path for folder in folders for path in sorted((run / folder).rglob("*")) if path.name != "README.md"]
-    return {str(p.relative_to(run)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files if p.is_file()}
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import signal
 import sys
 from collections.abc import Callable
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 from tqdm import tqdm
@@ -27,23 +26,6 @@ FIGURES = "score -2.5000 ± 0.2500 | 3.2 s (update 0.5) | 123 tokens/s | 1.50 Gi
 EVALUATED_FIGURES = "score -2.5000 ± 0.2500 | eval -2.2500 | 3.2 s (update 0.5) | 123 tokens/s | 1.50 GiB"
 
 STOPPING = "\nstopping after this step; press Ctrl-C again to stop immediately (nothing is lost)\n"
-
-
-class Clock:
-    """Seconds that pass only when the test says so."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=clock.monotonic))
-    return clock
 
 
 @pytest.fixture

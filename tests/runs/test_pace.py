@@ -3,31 +3,12 @@
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from support import Finished, digest, leftovers, metrics, records, train_here, write_recipe
 
 from es_lite.runs import pace as module
 from es_lite.runs.pace import MEASURED, NOTICEABLE, SECONDS, SHARE, Pace
-
-
-class Clock:
-    """Seconds that pass only when the test says so."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=clock.monotonic))
-    return clock
-
 
 # What a step is expected to take
 

@@ -8,7 +8,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from es_lite.algorithm.jit import Threads
-from es_lite.algorithm.noise import gaussian
 from es_lite.algorithm.noise.place import Place
 from es_lite.data.batch import Batch
 from es_lite.model.layout import Factors, Layout, skeleton
@@ -103,7 +102,7 @@ class Tiny:
         found = {}
         for tensor in self.layout.tensors:
             place = Place(perturbation.seed, perturbation.step, perturbation.pair, tensor.number)
-            epsilon = gaussian.epsilon(place, 0, tensor.size)
+            epsilon = perturbation.noise.epsilon(place, tensor.shape, 0, tensor.size)
             sigma = np.float32(sign * perturbation.sigma * tensor.sigma_factor)
             found[tensor.name] = torch.from_numpy(self.weights[tensor.name] + sigma * epsilon).view(tensor.shape)
         return found

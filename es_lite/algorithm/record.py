@@ -6,6 +6,7 @@ from typing import Self
 import numpy as np
 
 from es_lite.algorithm import shaping
+from es_lite.algorithm.noise.kinds import NoiseKind, kind_of
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Record:
     """c_j of each member, float32 values; 0 for a member whose score was not finite."""
     kind: str = "gaussian"
     """The kind of noise."""
+    rank: int = 0
+    """Its rank, if it is "lowrank"; else 0."""
 
     @classmethod
     def from_scores(
@@ -32,7 +35,7 @@ class Record:
         scores: np.ndarray,
         *,
         seed: int,
-        kind: str,
+        noise: NoiseKind,
         sigma: float,
         alpha: float,
         shaping_kind: str,
@@ -54,8 +57,14 @@ class Record:
             antithetic=antithetic,
             decay=float(np.float32(alpha * weight_decay)),
             coefficients=tuple(float(c) for c in coefficients),
-            kind=kind,
+            kind=noise.NAME,
+            rank=noise.RANK,
         )
+
+    @property
+    def noise(self) -> NoiseKind:
+        """Raises ValueError if this version does not know the kind."""
+        return kind_of(self.kind, self.rank)
 
     def pairs(self) -> tuple[np.ndarray, np.ndarray]:
         """Pairs that contribute, uint32 [P], and their coefficients, float32 [P], in member order.

@@ -9,7 +9,7 @@ pure function of the stored bits and the record.
     int8       floor(x·((1/scale)·127) + (random + ½)/65536). If a magnitude exceeds the row's scale, the scale first grows, by
                factors of 17/16 until none does. Scales never shrink.
 
-The noise kind computes the sum Σ_p c_p·ε_p, in blocks that stay in the second-level cache.
+The noise kind computes the sum Σ_p c_p·ε_p, in blocks whose size it chooses.
 """
 
 import numpy as np
@@ -21,9 +21,6 @@ from es_lite.algorithm.noise.kinds import NoiseKind
 from es_lite.algorithm.noise.place import ROUNDING, Place
 
 _u32, _f32 = np.uint32, np.float32
-
-BLOCK = 32 * CHUNK
-"""Elements whose sum is computed at a time: 256 KiB."""
 
 GROWTH = np.float32(17 / 16)
 """A row's scale grows by this factor at a time."""
@@ -86,6 +83,7 @@ def advance(
     pairs: np.ndarray,
     coefficients: np.ndarray,
     decay: float,
+    shape: tuple[int, ...],
     *,
     start: int = 0,
     scales: np.ndarray = NO_SCALES,
@@ -94,15 +92,16 @@ def advance(
 
     theta: elements of the tensor from `start` on: float32 [n]; bfloat16 bits, uint16 [n]; or int8 [n], whole rows, whose scales,
     float32 [rows], change too. place: its pair is ignored. pairs: uint32 [P]; coefficients: float32 [P].
+    shape: the tensor's.
     """
     rounding = words_of(place._replace(pair=ROUNDING))
     width = theta.size // scales.size if scales.size else 1
-    block = max(1, BLOCK // width) * width
+    block = max(1, noise.block(shape) // width) * width
     total = np.empty(min(block, theta.size), np.float32)
     for low in range(0, theta.size, block):
         part = theta[low : low + block]
         moved, first = total[: part.size], start + low
-        noise.weighted_sum(moved, place, pairs, coefficients, start=first)
+        noise.weighted_sum(moved, place, pairs, coefficients, shape, start=first)
         if theta.dtype == np.float32:
             _apply_fp32(part, moved, _f32(decay))
         elif theta.dtype == np.uint16:

@@ -31,7 +31,7 @@ def share_moved(files: Sequence[LayerFile], noise: NoiseKind, sigma: float, seed
                 weights = np.empty(values.size, np.uint16)
                 formats.to_bf16(weights, values)
                 out, place = np.empty_like(weights), Place(seed, 0, 0, tensor.number)
-                noise.perturb(out, None, weights, place, sigma * tensor.sigma_factor, start=0, scales=NO_SCALES, width=1)
+                noise.perturb(out, None, weights, place, sigma * tensor.sigma_factor, tensor.shape)
                 moved += tensor.size * float(np.mean(out != weights))
                 perturbed += tensor.size
     return moved / max(1, perturbed)

@@ -111,7 +111,7 @@ def noise_rate(noise: str) -> float:
     weights, out = np.zeros(2**21, np.uint16), np.empty(2**21, np.uint16)
     kind, place = kind_of(noise), Place(0, 0, 0, 0)
     return out.size / _fastest(
-        lambda: kind.perturb(out, None, weights, place, 1e-3, start=0, scales=np.zeros(0, np.float32), width=1)
+        lambda: kind.perturb(out, None, weights, place, 1e-3, (2**11, 2**10))
     )
 
 

@@ -87,7 +87,10 @@ class Journal:
         Raises RunError if it cannot be written; the journal is then as it was.
         """
         assert record.step == len(self.records)
-        self._append({**asdict(record), "scores": scores})
+        document = asdict(record)
+        if not record.rank:
+            del document["rank"]  # versions that know no rank can read the other kinds
+        self._append({**document, "scores": scores})
         self.records.append(record)
         self.scores.append(scores)
 
@@ -129,9 +132,9 @@ def _record(document: dict[str, Any], step: int) -> Record:
     try:
         del fields["scores"]  # for people and metrics
         record = Record(**fields | {"coefficients": tuple(document["coefficients"])})
+        kind_of(record.kind, record.rank)
     except (KeyError, TypeError) as error:
         raise ValueError(f"the record is incomplete ({error}); restore the file from a copy") from None
-    kind_of(record.kind)
     return record
 
 

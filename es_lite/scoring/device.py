@@ -6,6 +6,7 @@ run on any device, so the same code runs on the CPU (workers.device = "torch").
 """
 
 import contextlib
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from es_lite.algorithm.jit import Threads
 from es_lite.algorithm.noise import on_device
 from es_lite.model.layout import Tensor
 from es_lite.scoring.perturbation import Perturbation
+from es_lite.scoring.shared import Factors, factors_of
 from es_lite.weights.parts import Part
 
 
@@ -57,21 +59,42 @@ class DeviceScratch:
         self._buffers = [torch.empty(0, dtype=compute, device=device) for _ in range(2)]
         self._last: object = None
         self._uploaded: list[tuple[Tensor, int, torch.Tensor, torch.Tensor | None]] = []
+        self._based: Mapping[str, Part] | None = None
+        self._base: dict[str, torch.Tensor] = {}
+        """What `base` returned for the parts `_based`."""
 
-    def tensors(self, perturbation: Perturbation, parts: dict[str, Part]) -> list[dict[str, torch.Tensor]]:
+    def tensors(self, perturbation: Perturbation, parts: Mapping[str, Part]) -> list[dict[str, torch.Tensor]]:
         """For each member: name → tensor of the compute type. Consecutive calls with the same `parts` copy them once."""
         if self._last is not parts:
             self._last, self._uploaded = parts, self._upload(list(parts.values()))
-        members: list[dict[str, torch.Tensor]] = [{} for _ in perturbation.signs]
         buffers = self._reserve(perturbation.members, sum(part.data.size for part in parts.values()))
-        offset = 0
-        for name, (tensor, start, stored, scales) in zip(parts, self._uploaded, strict=True):
-            outs = [buffer[offset : offset + stored.numel()] for buffer in buffers]
-            self._perturb(perturbation, outs, tensor, start, stored, scales)
-            for member, out in zip(members, outs, strict=True):
-                member[name] = out.view(tensor.shape)
-            offset += stored.numel()
-        return members
+        return self._tensors(buffers, perturbation, parts, self._uploaded)
+
+    def kept(self, perturbation: Perturbation, parts: Mapping[str, Part]) -> list[dict[str, torch.Tensor]]:
+        """The same in new memory, for small tensors: valid for as long as it is held."""
+        uploaded = self._upload(list(parts.values()))
+        size = sum(part.data.size for part in parts.values())
+        buffers = [torch.empty(size, dtype=self._compute, device=self.device) for _ in perturbation.signs]
+        return self._tensors(buffers, perturbation, parts, uploaded)
+
+    def base(self, parts: Mapping[str, Part]) -> dict[str, torch.Tensor]:
+        """name → unperturbed tensor of the compute type.
+
+        Valid until the next call with other `parts`, which are compared by identity.
+        """
+        if self._based is not parts:
+            self._based, self._base = parts, {}
+            for (name, part), (tensor, _, stored, scales) in zip(parts.items(), self._upload(list(parts.values())), strict=True):
+                self._base[name] = on_device.converted(stored, scales, tensor.width, self._compute).view(part.shape)
+        return self._base
+
+    def factors(
+        self, perturbations: Sequence[Perturbation], tensor: Tensor, first: int = 0, rows: int | None = None
+    ) -> Factors | None:
+        """The perturbations of a matrix (of rows first … first + rows - 1; default: all); None if it is not perturbed."""
+        if perturbations[0].sigma_of(tensor) == 0:
+            return None
+        return factors_of([each.factors(tensor, first, rows, self.device) for each in perturbations], self._compute)
 
     def block(self, perturbation: Perturbation, part: Part) -> list[torch.Tensor]:
         """For each member: the part, whole rows of a tensor, [rows, ...]."""
@@ -80,7 +103,7 @@ class DeviceScratch:
         tensor, start, stored, scales = self._uploaded[0]
         outs = self._reserve(perturbation.members, stored.numel())
         self._perturb(perturbation, outs, tensor, start, stored, scales)
-        return [out.view(-1, *tensor.shape[1:]) for out in outs]
+        return [out.view(part.shape) for out in outs]
 
     def rows(
         self, perturbation: Perturbation, tensor: Tensor, rows: np.ndarray, weights: np.ndarray, scales: np.ndarray
@@ -94,11 +117,11 @@ class DeviceScratch:
         if width % 8:  # rows share counters with their neighbours
             for i, row in enumerate(rows):
                 cut, own = slice(i * width, (i + 1) * width), None if few_scales is None else few_scales[i : i + 1]
-                self._perturb(perturbation, [out[cut] for out in outs], few, int(row) * width, stored[cut], own)
+                self._perturb(perturbation, [out[cut] for out in outs], tensor, int(row) * width, stored[cut], own)
         else:
             starts = torch.from_numpy(rows).to(self.device) * width
             elements = (starts[:, None] + torch.arange(width, device=self.device)).reshape(-1)
-            self._perturb(perturbation, outs, few, elements, stored, few_scales)
+            self._perturb(perturbation, outs, tensor, elements, stored, few_scales)
         return [out.view(weights.shape) for out in outs]
 
     def log_sum_exp(self, targets: np.ndarray) -> "DeviceLogSumExp":
@@ -116,6 +139,23 @@ class DeviceScratch:
             found.append((part.tensor, part.start, stored, scales if scales.numel() else None))
         return found
 
+    def _tensors(
+        self,
+        buffers: list[torch.Tensor],
+        perturbation: Perturbation,
+        parts: Mapping[str, Part],
+        uploaded: list[tuple[Tensor, int, torch.Tensor, torch.Tensor | None]],
+    ) -> list[dict[str, torch.Tensor]]:
+        members: list[dict[str, torch.Tensor]] = [{} for _ in perturbation.signs]
+        offset = 0
+        for (name, part), (tensor, start, stored, scales) in zip(parts.items(), uploaded, strict=True):
+            outs = [buffer[offset : offset + stored.numel()] for buffer in buffers]
+            self._perturb(perturbation, outs, tensor, start, stored, scales)
+            for member, out in zip(members, outs, strict=True):
+                member[name] = out.view(part.shape)
+            offset += stored.numel()
+        return members
+
     def _perturb(
         self,
         perturbation: Perturbation,
@@ -131,7 +171,7 @@ class DeviceScratch:
                 out.copy_(on_device.as_float32(stored, scales, tensor.width))
             return
         draw, place = perturbation.noise.epsilon_on_device, perturbation.place_of(tensor)
-        on_device.perturb(outs, stored, scales, tensor.width, elements, draw, place, sigma)
+        on_device.perturb(outs, stored, scales, tensor.shape, elements, draw, place, sigma)
 
     def _reserve(self, members: int, size: int) -> list[torch.Tensor]:
         for index in range(members):

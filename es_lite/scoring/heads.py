@@ -5,6 +5,7 @@ No [tokens, vocabulary] tensor is ever made: each block of logits is added to a 
 Shapes: G members of all perturbations, B samples, T the longest sample, H hidden size.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,8 +20,8 @@ from es_lite.errors import UserError
 from es_lite.model.layout import Layer, Tensor
 from es_lite.scoring.device import DeviceLogSumExp
 from es_lite.scoring.logsumexp import RunningLogSumExp
-from es_lite.scoring.perturbation import Perturbation
 from es_lite.scoring.proxies import ScoringState
+from es_lite.scoring.tiles import Group, Tile
 from es_lite.weights.parts import Part
 
 VOCABULARY_BLOCK = 2048
@@ -88,10 +89,13 @@ class HeadInput(nn.Module):
 
 @dataclass(frozen=True)
 class ScoredPositions:
-    """The scored positions of a member's micro-batch at the head: their hidden states, [n, H], and log-sum-exp."""
+    """The scored positions of a tile at the head: their hidden states, [n, H], member by member, and log-sum-exp."""
 
+    tile: Tile
     states: torch.Tensor
     running: RunningLogSumExp | DeviceLogSumExp
+    projected: torch.Tensor | None
+    """The states projected on B of the head's low-rank perturbations (`Factors.project`)."""
 
 
 class Head:
@@ -111,48 +115,91 @@ class Head:
         hidden: [G·B, T, H]; tokens: int32 [B, T], the samples.
         """
         state = self._state
-        members = [self._positions(hidden, tokens, member) for member in range(state.members)]
+        groups = [(group, self._positions(group, hidden, tokens)) for group in state.groups()]
         with state.weights.opened(self._layer):
             for block in state.weights.blocks(self._matrix, VOCABULARY_BLOCK):
-                first = block.start // block.tensor.width
-                for member, perturbation in state.folded():
+                base = {"": block}
+                for group, positions in groups:
                     # Before the matrix: the scratch's results are valid until its next call.
-                    offsets = self._offsets(perturbation, block)
-                    state.lanes.run(
-                        [
-                            partial(self._logits, positions=part, matrix=matrix, offset=offsets[j], first=first)
-                            for j, matrix in enumerate(state.scratch.block(perturbation, block))
-                            for part in members[member + j]
-                        ]
-                    )
-                    state.passed(block.data.size)
+                    offsets = self._offsets(group, block)
+                    if group.perturbations[0].factored:
+                        state.lanes.run(self._shared(group, positions, base, offsets))
+                    else:
+                        state.lanes.run(self._full(group, positions, block, offsets))
+                    state.passed(len(group.perturbations) * block.data.size)
         counts = state.lengths.astype(np.int64) - 1
         starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
-        values = [np.concatenate([part.running.log_probabilities() for part in member]) for member in members]
+        values = np.concatenate([self._values(group, positions) for group, positions in groups])
         return np.stack([np.add.reduceat(value, starts) / counts for value in values])
 
-    def _offsets(self, perturbation: Perturbation, block: Part) -> list[torch.Tensor | None]:
-        """For each member: the bias of the block's rows, or None."""
+    def _full(
+        self, group: Group, positions: Sequence[ScoredPositions], block: Part, offsets: torch.Tensor | None
+    ) -> list[Callable[[int], None]]:
+        """A block of the vocabulary, with the perturbed matrix of each member."""
+        (perturbation,) = group.perturbations
+        matrices = self._state.scratch.block(perturbation, block)
+
+        def logits(lane: int, part: ScoredPositions) -> None:
+            member = part.tile.members.start
+            offset = None if offsets is None else offsets[member]
+            self._add(part, nn.functional.linear(part.states, matrices[member], offset), block)
+
+        return [partial(logits, part=part) for part in positions]
+
+    def _shared(
+        self, group: Group, positions: Sequence[ScoredPositions], base: Mapping[str, Part], offsets: torch.Tensor | None
+    ) -> list[Callable[[int], None]]:
+        """The same with the unperturbed matrix for all members, and low-rank corrections. base: the block, by any name."""
+        ((name, block),) = base.items()
+        scratch, width = self._state.scratch, block.tensor.width
+        first, rows = block.start // width, block.data.size // width
+        matrix = scratch.base(base)[name]
+        factors = scratch.factors(group.perturbations, block.tensor, first, rows)
+
+        def logits(lane: int, part: ScoredPositions) -> None:
+            members = part.tile.members
+            values = nn.functional.linear(part.states, matrix)
+            if factors and part.projected is not None:
+                factors[part.tile.perturbations].add(values, part.projected)
+            if offsets is not None:
+                values.view(len(members), -1, rows).add_(offsets[members.start : members.stop, None])
+            self._add(part, values, block)
+
+        return [partial(logits, part=part) for part in positions]
+
+    def _add(self, part: ScoredPositions, logits: torch.Tensor, block: Part) -> None:
+        """Adds a tile's logits for a block of the vocabulary to its log-sum-exp."""
+        first = block.start // block.tensor.width
+        part.running.update(self._after(logits), first, self._state.lanes.threads)
+
+    def _offsets(self, group: Group, block: Part) -> torch.Tensor | None:
+        """The bias of the block's rows for each member of the group, [members, rows]; None if there is no bias."""
         if self._bias is None:
-            return [None] * perturbation.members
+            return None
         first, count = block.start // block.tensor.width, block.data.size // block.tensor.width
         whole = self._state.weights.part(self._bias)
-        some = Part(self._bias, first, whole.data[first : first + count])
-        return [offset.clone() for offset in self._state.scratch.block(perturbation, some)]
+        some = {"": Part(self._bias, first, whole.data[first : first + count])}
+        return torch.stack([own[""] for p in group.perturbations for own in self._state.scratch.kept(p, some)])
 
-    def _logits(
-        self, lane: int, positions: ScoredPositions, matrix: torch.Tensor, offset: torch.Tensor | None, first: int
-    ) -> None:
-        """Adds a micro-batch's logits for a block of the vocabulary to its log-sum-exp."""
-        logits = self._after(nn.functional.linear(positions.states, matrix, offset))
-        positions.running.update(logits, first, self._state.lanes.threads)
-
-    def _positions(self, hidden: torch.Tensor, tokens: np.ndarray, member: int) -> list[ScoredPositions]:
-        """The member's micro-batches."""
+    def _positions(self, group: Group, hidden: torch.Tensor, tokens: np.ndarray) -> list[ScoredPositions]:
+        """The group's tiles."""
         state, found = self._state, []
-        for part in state.micro_batches(member):
-            scored = np.arange(part.length - 1) < state.lengths[part.samples, None] - 1
-            states = hidden[part.rows, : part.length - 1][torch.from_numpy(scored).to(hidden.device)]
-            targets = tokens[part.samples, 1 : part.length][scored]
-            found.append(ScoredPositions(states, state.scratch.log_sum_exp(targets)))
+        factored = group.perturbations[0].factored
+        factors = state.scratch.factors(group.perturbations, self._matrix, rows=0) if factored else None
+        for tile in state.tiles(group, apart=not factored):
+            scored = np.arange(tile.length - 1) < state.lengths[tile.samples, None] - 1
+            mask = torch.from_numpy(np.tile(scored, (len(tile.members), 1))).to(hidden.device)
+            states = tile.cut(hidden)[:, : tile.length - 1][mask]
+            targets = np.tile(tokens[tile.samples, 1 : tile.length][scored], len(tile.members))
+            projected = factors[tile.perturbations].project(states, tile.signs) if factors else None
+            found.append(ScoredPositions(tile, states, state.scratch.log_sum_exp(targets), projected))
         return found
+
+    def _values(self, group: Group, positions: Sequence[ScoredPositions]) -> np.ndarray:
+        """The log-probabilities of all scored positions, float64 [members, positions]."""
+        found: list[list[np.ndarray]] = [[] for _ in range(group.members)]
+        for part in positions:
+            members = part.tile.members
+            for member, values in zip(members, np.split(part.running.log_probabilities(), len(members)), strict=True):
+                found[member].append(values)
+        return np.stack([np.concatenate(values) for values in found])

@@ -35,16 +35,18 @@ class PerturbedModel:
         compute: torch.dtype,
         lanes: Lanes,
         micro_batch: int,
+        tile_members: int = 1,
         device: torch.device | None = None,
         progress: Callable[[float], None] = lambda share: None,
     ) -> None:
         """model: a new `layout.skeleton`, which is modified.
 
+        tile_members: members that share a tile if their perturbations are factored, 1 or those of one or more perturbations.
         device: compute there, with torch operations only; None: on the CPU, with the kernels. progress: called with the share of
         a call's work that is done.
         """
         scratch = DeviceScratch(device, compute) if device else Scratch(compute, lanes.all_threads)
-        self._state = ScoringState(weights, scratch, lanes, micro_batch, progress=progress)
+        self._state = ScoringState(weights, scratch, lanes, micro_batch, tile_members, progress=progress)
         self._parameters = layout.size
         self._model = model
         for module in model.modules():  # such as the rotary frequencies; the parameters stay on the meta device

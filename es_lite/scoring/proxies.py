@@ -1,14 +1,14 @@
-"""Proxies, which replace a model's modules that own parameters and run them on perturbed tensors.
+"""Proxies, which replace a model's modules that own parameters and run them on perturbed tensors, tile by tile.
 
-A proxy makes its layer's perturbed tensors once per perturbation, runs its module on them micro-batch by micro-batch, and frees
-them. The members of all perturbations are folded into the batch dimension: row `member * samples + sample`.
+Under noise that is drawn in full, a proxy makes its layer's perturbed tensors once per perturbation, runs its module on them, and
+frees them. Under low-rank noise, and without noise, it runs the module on the unperturbed weights with corrections (`shared`). The
+members of all perturbations are folded into the batch dimension: row `member * samples + sample`.
 
 Shapes: G members of all perturbations, B samples, T the longest sample.
 """
 
 import copy
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,38 +23,10 @@ from es_lite.scoring.device import DeviceScratch
 from es_lite.scoring.lanes import Lanes
 from es_lite.scoring.perturbation import Perturbation
 from es_lite.scoring.scratch import Scratch
+from es_lite.scoring.shared import RowsMixed, Shared
+from es_lite.scoring.tiles import Group, Output, Tile
 from es_lite.scoring.weights import Weights
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """One micro-batch of one member, cut to its longest sample."""
-
-    rows: slice
-    """Which of the G·B rows."""
-    samples: slice
-    """Which of the B samples."""
-    length: int
-    """Tokens."""
-    total: int
-    """G·B."""
-
-    def cut(self, value: Any) -> Any:
-        """The part of a module's argument that belongs to these rows.
-
-        Tensors are [G·B or 1, T, ...] states or positions, or [G·B or 1, heads or 1, T, T] masks; others stay as they are.
-        """
-        if isinstance(value, torch.Tensor):
-            if value.dim() and value.shape[0] == self.total:
-                value = value[self.rows]
-            if value.dim() == 4:
-                return value[..., : self.length, : self.length]
-            return value[:, : self.length] if value.dim() > 1 else value
-        if isinstance(value, tuple):
-            return tuple(map(self.cut, value))
-        if isinstance(value, dict):
-            return {name: self.cut(item) for name, item in value.items()}
-        return value
+from es_lite.weights.parts import Part
 
 
 @dataclass
@@ -65,6 +37,8 @@ class ScoringState:
     scratch: Scratch | DeviceScratch
     lanes: Lanes
     micro_batch: int
+    tile_members: int
+    """Members that share a tile, if their perturbations are factored: 1, or those of one or more perturbations."""
     perturbations: Sequence[Perturbation] = ()
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     """Lengths of the samples, int32 [B], longest first."""
@@ -87,19 +61,27 @@ class ScoringState:
     def members(self) -> int:
         return sum(perturbation.members for perturbation in self.perturbations)
 
-    def folded(self) -> Iterator[tuple[int, Perturbation]]:
-        """(first, perturbation): its members have numbers first, first + 1, … among the G."""
-        first = 0
-        for perturbation in self.perturbations:
-            yield first, perturbation
-            first += perturbation.members
+    def groups(self) -> Iterator[Group]:
+        """The perturbations in order, in groups: factored ones that share tiles, and each other one alone."""
+        first, low = 0, 0
+        while low < len(self.perturbations):
+            head, high = self.perturbations[low], low + 1
+            if head.factored and head.sigma:
+                most = max(1, self.tile_members // head.members)
+                while high < min(low + most, len(self.perturbations)) and self.perturbations[high].sigma:
+                    high += 1
+            group = Group(first, self.perturbations[low:high])
+            yield group
+            first, low = first + group.members, high
 
-    def micro_batches(self, member: int) -> Iterator[MicroBatch]:
-        """The member's micro-batches."""
-        first, total = member * self.samples, self.members * self.samples
+    def tiles(self, group: Group, apart: bool) -> Iterator[Tile]:
+        """The group's tiles; apart: of one member each."""
+        each = 1 if apart or self.tile_members == 1 else group.members
         for low in range(0, self.samples, self.micro_batch):
             high = min(low + self.micro_batch, self.samples)
-            yield MicroBatch(slice(first + low, first + high), slice(low, high), int(self.lengths[low]), total)
+            for member in range(0, group.members, each):
+                batch = self.members, self.samples
+                yield Tile(group, range(member, member + each), slice(low, high), int(self.lengths[low]), batch)
 
 
 @dataclass(frozen=True)
@@ -108,32 +90,12 @@ class Wrapped:
 
     modules: Sequence[nn.Module]
     """A copy per lane: functional_call changes a module while it runs."""
+    shared: Sequence[Shared]
+    """Likewise."""
     layer: Layer
     tensors: dict[str, Tensor]
     """By the parameter's name in the module."""
     state: ScoringState
-
-
-class Output:
-    """The output of a module for all rows, put together from its micro-batches."""
-
-    def __init__(self, rows: int, length: int) -> None:
-        self._shape = rows, length
-        self._making = threading.Lock()
-        self._states: torch.Tensor | None = None
-        self._tuple = False
-
-    def put(self, rows: MicroBatch, result: Any) -> None:
-        """result: the module's states, [rows, length, ...], or a tuple that begins with them."""
-        if isinstance(result, tuple):
-            self._tuple, result = True, result[0]
-        with self._making:
-            if self._states is None:
-                self._states = result.new_zeros(*self._shape, *result.shape[2:])
-        self._states[rows.rows, : rows.length] = result
-
-    def result(self) -> Any:
-        return (self._states,) if self._tuple else self._states
 
 
 class Proxy(nn.Module):
@@ -141,9 +103,11 @@ class Proxy(nn.Module):
 
     def __init__(self, module: nn.Module, layer: Layer, tensors: dict[str, Tensor], state: ScoringState) -> None:
         super().__init__()
-        modules = [module, *(copy.deepcopy(module) for _ in range(1, state.lanes.count))]
+        lanes = range(state.lanes.count)
+        modules = [module, *(copy.deepcopy(module) for _ in lanes[1:])]
+        shared = [Shared(module, tensors) for _ in lanes]
         # Not registered as a submodule: the model must not list these parameters as its own.
-        self.__dict__["wrapped"] = Wrapped(modules, layer, tensors, state)
+        self.__dict__["wrapped"] = Wrapped(modules, shared, layer, tensors, state)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -155,45 +119,116 @@ class Proxy(nn.Module):
         state = self.wrapped.state
         rows = state.members * state.samples
         if any(isinstance(value, torch.Tensor) and value.shape[:1] == (rows,) for value in args):
-            return self._each_row(rows, args, kwargs)
+            return self._each_row(args, kwargs)
         return self._each_member(args, kwargs)
 
-    def _each_row(self, rows: int, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _each_row(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The module's output for every row."""
         state = self.wrapped.state
-        output = Output(rows, int(state.lengths[0]))
-
-        def micro_batch(lane: int, rows: MicroBatch, values: dict[str, torch.Tensor]) -> None:
-            output.put(rows, functional_call(self.wrapped.modules[lane], values, rows.cut(args), rows.cut(kwargs)))
-
-        for members in self._perturbed():
-            work = [
-                partial(micro_batch, rows=rows, values=values)
-                for member, values in members
-                for rows in state.micro_batches(member)
-            ]
-            state.lanes.run(work)
+        output = Output((state.members, state.samples), int(state.lengths[0]))
+        with state.weights.opened(self.wrapped.layer):
+            parts = self._parts()
+            linear = {name: parts[name] for name in self.wrapped.shared[0].linear}
+            for group in state.groups():
+                if not group.perturbations[0].factored:
+                    self._full(group, parts, output, args, kwargs)
+                elif self.wrapped.shared[0].mixes:
+                    self._one_by_one(group, parts, linear, output, args, kwargs)
+                else:
+                    try:
+                        self._together(group, parts, linear, output, args, kwargs)
+                    except RowsMixed:
+                        self._one_by_one(group, parts, linear, output, args, kwargs)
+                state.passed(len(group.perturbations) * sum(part.data.size for part in parts.values()))
         return output.result()
+
+    def _full(self, group: Group, parts: Mapping[str, Part], output: Output, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Runs the module on perturbed tensors of the group's only perturbation."""
+        state, (perturbation,) = self.wrapped.state, group.perturbations
+        members = state.scratch.tensors(perturbation, parts)
+
+        def run(lane: int, tile: Tile) -> None:
+            values = members[tile.members.start]
+            output.put(tile, functional_call(self.wrapped.modules[lane], values, tile.cut(args), tile.cut(kwargs)))
+
+        state.lanes.run([partial(run, tile=tile) for tile in state.tiles(group, apart=True)])
+
+    def _together(
+        self,
+        group: Group,
+        parts: Mapping[str, Part],
+        linear: Mapping[str, Part],
+        output: Output,
+        args: tuple,
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Runs the module on the unperturbed matrices; a tile may have several members."""
+        scratch = self.wrapped.state.scratch
+        vectors = {name: part for name, part in parts.items() if name not in linear}
+        made = [member for perturbation in group.perturbations for member in scratch.kept(perturbation, vectors)]
+        self._shared(group, linear, made, output, args, kwargs, apart=False)
+
+    def _one_by_one(
+        self,
+        group: Group,
+        parts: Mapping[str, Part],
+        linear: Mapping[str, Part],
+        output: Output,
+        args: tuple,
+        kwargs: dict[str, Any],
+    ) -> None:
+        """The same for a module that mixes rows or owns other tensors, which are perturbed in scratch: a tile has one member."""
+        scratch = self.wrapped.state.scratch
+        others = {name: part for name, part in parts.items() if name not in linear}
+        first = group.first
+        for perturbation in group.perturbations:
+            alone = Group(first, [perturbation])
+            self._shared(alone, linear, scratch.tensors(perturbation, others), output, args, kwargs, apart=True)
+            first += perturbation.members
+
+    def _shared(
+        self,
+        group: Group,
+        linear: Mapping[str, Part],
+        made: Sequence[Mapping[str, torch.Tensor]],
+        output: Output,
+        args: tuple,
+        kwargs: dict[str, Any],
+        apart: bool,
+    ) -> None:
+        """Runs the group's tiles; made: for each of its members, the perturbed tensors of all but the linear maps' matrices."""
+        state = self.wrapped.state
+        base = state.scratch.base(linear)
+        factors = {}
+        for name, part in linear.items():
+            if found := state.scratch.factors(group.perturbations, part.tensor):
+                factors[name] = found
+
+        def run(lane: int, tile: Tile) -> None:
+            shared, members = self.wrapped.shared[lane], tile.members
+            operands = shared.operands
+            operands.rows, operands.tokens, operands.signs = tile.count, tile.count * tile.length, tile.signs
+            operands.base, operands.made = base, made[members.start : members.stop]
+            operands.factors = {name: each[tile.perturbations] for name, each in factors.items()}
+            operands.make = lambda name: state.scratch.kept(group.perturbations[0], {name: linear[name]})[members.start][name]
+            output.put(tile, shared(tile.cut(args), tile.cut(kwargs)))
+
+        state.lanes.run([partial(run, tile=tile) for tile in state.tiles(group, apart)])
 
     def _each_member(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
         """The output of a module whose input is the same for all samples, such as learned positions, repeated for each."""
-        module, samples = self.wrapped.modules[0], self.wrapped.state.samples
-        return torch.cat(
-            [
-                functional_call(module, values, args, kwargs).expand(samples, -1, -1)
-                for members in self._perturbed()
-                for _, values in members
-            ]
-        )
-
-    def _perturbed(self) -> Iterator[list[tuple[int, dict[str, torch.Tensor]]]]:
-        """For each perturbation, its members with their perturbed tensors, which are valid until the next."""
-        state = self.wrapped.state
+        state, found = self.wrapped.state, []
         with state.weights.opened(self.wrapped.layer):
-            parts = {name: state.weights.part(tensor) for name, tensor in self.wrapped.tensors.items()}
-            for first, perturbation in state.folded():
-                yield list(enumerate(state.scratch.tensors(perturbation, parts), start=first))
+            parts = self._parts()
+            for perturbation in state.perturbations:
+                for values in state.scratch.tensors(perturbation, parts):
+                    result = functional_call(self.wrapped.modules[0], values, args, kwargs)
+                    found.append(result.expand(state.samples, -1, -1))
                 state.passed(sum(part.data.size for part in parts.values()))
+        return torch.cat(found)
+
+    def _parts(self) -> dict[str, Part]:
+        return {name: self.wrapped.state.weights.part(tensor) for name, tensor in self.wrapped.tensors.items()}
 
 
 class EmbeddingProxy(Proxy):
@@ -207,7 +242,7 @@ class EmbeddingProxy(Proxy):
         return torch.cat(
             [
                 functional_call(self.wrapped.modules[0], {"weight": values}, (positions,))
-                for _, perturbation in state.folded()
+                for perturbation in state.perturbations
                 for values in state.scratch.rows(perturbation, tensor, rows, weights, scales)
             ]
         )

@@ -1,4 +1,7 @@
-"""Makes a layer's perturbed tensors for the members of one perturbation, in reused memory."""
+"""Makes a layer's perturbed tensors for the members of one perturbation, or what they share, in reused memory."""
+
+import warnings
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -8,6 +11,7 @@ from es_lite.algorithm.jit import Threads
 from es_lite.model.layout import Tensor
 from es_lite.scoring.logsumexp import RunningLogSumExp
 from es_lite.scoring.perturbation import Perturbation
+from es_lite.scoring.shared import Factors, factors_of
 from es_lite.weights.parts import Part
 
 
@@ -20,21 +24,77 @@ class Scratch:
         self._compute = compute
         self._threads = threads
         self._buffers: list[np.ndarray] = [np.empty(0, self._numpy_type) for _ in range(2)]
+        self._base_buffer = np.empty(0, self._numpy_type)
+        self._base: dict[str, torch.Tensor] = {}
+        self._based: Mapping[str, Part] | None = None
+        """What `_base` holds."""
 
     @property
     def _numpy_type(self) -> type:
         return np.uint16 if self._compute == torch.bfloat16 else np.float32
 
-    def tensors(self, perturbation: Perturbation, parts: dict[str, Part]) -> list[dict[str, torch.Tensor]]:
+    def tensors(self, perturbation: Perturbation, parts: Mapping[str, Part]) -> list[dict[str, torch.Tensor]]:
         """For each member: name → tensor of the compute type. The noise of a pair is drawn once for both."""
-        buffers = self._reserve(perturbation.members, sum(part.data.size for part in parts.values()))
+        return self._tensors(self._reserve(perturbation.members, sum(part.data.size for part in parts.values())), perturbation, parts)
+
+    def kept(self, perturbation: Perturbation, parts: Mapping[str, Part]) -> list[dict[str, torch.Tensor]]:
+        """The same in new memory, for small tensors: valid for as long as it is held."""
+        size = sum(part.data.size for part in parts.values())
+        buffers = [np.empty(size, self._numpy_type) for _ in perturbation.signs]
+        return self._tensors(buffers, perturbation, parts)
+
+    def base(self, parts: Mapping[str, Part]) -> dict[str, torch.Tensor]:
+        """name → unperturbed tensor of the compute type: the stored one, or if that has another type, converted.
+
+        Valid until the next call with other `parts`, which are compared by identity.
+        """
+        if self._based is not parts:
+            self._based, self._base = parts, self._converted(parts)
+        return self._base
+
+    def factors(
+        self, perturbations: Sequence[Perturbation], tensor: Tensor, first: int = 0, rows: int | None = None
+    ) -> Factors | None:
+        """The perturbations of a matrix (of rows first … first + rows - 1; default: all); None if it is not perturbed."""
+        if perturbations[0].sigma_of(tensor) == 0:
+            return None
+        return factors_of([each.factors(tensor, first, rows) for each in perturbations], self._compute)
+
+    def _converted(self, parts: Mapping[str, Part]) -> dict[str, torch.Tensor]:
+        converted = [part for part in parts.values() if part.data.dtype != self._numpy_type]
+        size = sum(part.data.size for part in converted)
+        if self._base_buffer.size < size:
+            self._base_buffer = np.empty(0, self._numpy_type)  # free the old one first
+            self._base_buffer = np.empty(size, self._numpy_type)
+        found, offset = {}, 0
+        for name, part in parts.items():
+            data = part.data
+            if data.dtype != self._numpy_type:
+                data = self._base_buffer[offset : offset + part.data.size]
+                offset += data.size
+                self._dequantise(data, part)
+            found[name] = self._torch(data).view(part.shape)
+        return found
+
+    def _dequantise(self, out: np.ndarray, part: Part) -> None:
+        """Converts a part to the compute type."""
+
+        def cut(low: int, high: int) -> None:
+            stored, start = part.data[low:high], part.start + low
+            formats.dequantise(out[low:high], stored, scales=part.scales, width=part.tensor.width, start=start)
+
+        self._threads.each(part.data.size, cut)
+
+    def _tensors(
+        self, buffers: list[np.ndarray], perturbation: Perturbation, parts: Mapping[str, Part]
+    ) -> list[dict[str, torch.Tensor]]:
         members: list[dict[str, torch.Tensor]] = [{} for _ in perturbation.signs]
         offset = 0
         for name, part in parts.items():
             outs = [buffer[offset : offset + part.data.size] for buffer in buffers]
             self._perturb(perturbation, outs, part)
             for member, out in zip(members, outs, strict=True):
-                member[name] = self._torch(out).view(part.tensor.shape)
+                member[name] = self._torch(out).view(part.shape)
             offset += part.data.size
         return members
 
@@ -42,7 +102,7 @@ class Scratch:
         """For each member: the part, whole rows of a tensor, [rows, ...]."""
         outs = self._reserve(perturbation.members, part.data.size)
         self._perturb(perturbation, outs, part)
-        return [self._torch(out).view(-1, *part.tensor.shape[1:]) for out in outs]
+        return [self._torch(out).view(part.shape) for out in outs]
 
     def rows(
         self, perturbation: Perturbation, tensor: Tensor, rows: np.ndarray, weights: np.ndarray, scales: np.ndarray
@@ -53,7 +113,7 @@ class Scratch:
 
         def cut(low: int, high: int) -> None:
             some, minus = slice(low, high), outs[1][low:high] if len(outs) == 2 else None
-            noise.perturb_rows(outs[0][some], minus, weights[some], rows[some], place, sigma, scales=scales[some])
+            noise.perturb_rows(outs[0][some], minus, weights[some], rows[some], place, sigma, tensor.shape, scales=scales[some])
 
         self._threads.each(rows.size, cut, least=64)
         return [self._torch(out) for out in outs]
@@ -63,20 +123,18 @@ class Scratch:
 
     def _perturb(self, perturbation: Perturbation, outs: list[np.ndarray], part: Part) -> None:
         sigma = perturbation.sigma_of(part.tensor)
-        if sigma == 0 and part.data.dtype == outs[0].dtype:
+        if sigma == 0:
             for out in outs:
-                out[:] = part.data
+                if part.data.dtype == out.dtype:
+                    out[:] = part.data
+                else:
+                    self._dequantise(out, part)
             return
-        noise, place, width = perturbation.noise, perturbation.place_of(part.tensor), part.tensor.width
+        noise, place, shape = perturbation.noise, perturbation.place_of(part.tensor), part.tensor.shape
 
         def cut(low: int, high: int) -> None:
             start, minus = part.start + low, outs[1][low:high] if len(outs) == 2 else None
-            stored = part.data[low:high]
-            if sigma == 0:
-                for out in outs:
-                    formats.dequantise(out[low:high], stored, scales=part.scales, width=width, start=start)
-                return
-            noise.perturb(outs[0][low:high], minus, stored, place, sigma, start=start, scales=part.scales, width=width)
+            noise.perturb(outs[0][low:high], minus, part.data[low:high], place, sigma, shape, start=start, scales=part.scales)
 
         self._threads.each(part.data.size, cut)
 
@@ -89,5 +147,7 @@ class Scratch:
         return [buffer[:size] for buffer in self._buffers[:members]]
 
     def _torch(self, array: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nor does anyone write to it
+            tensor = torch.from_numpy(array)
         return tensor.view(torch.bfloat16) if array.dtype == np.uint16 else tensor

@@ -8,7 +8,6 @@ import numpy as np
 from es_lite.algorithm import formats, update
 from es_lite.algorithm.formats import NO_SCALES, Storage
 from es_lite.algorithm.jit import CHUNK, Threads
-from es_lite.algorithm.noise.kinds import kind_of
 from es_lite.algorithm.noise.place import Place
 from es_lite.algorithm.record import Record
 from es_lite.model.layout import Layer, Tensor
@@ -49,6 +48,11 @@ class Part:
         scales = np.zeros(scales_of(tensor, storage), np.float32)
         return cls(tensor, start, np.empty(count, dtype_of(tensor, storage)), scales)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The tensor's, with as many of its first dimension as there are; elements are whole rows or all of a tensor."""
+        return (-1, *self.tensor.shape[1:]) if self.tensor.shape else ()
+
     def float32(self) -> np.ndarray:
         """The elements' values, [n]; `data` itself if it is float32."""
         if self.data.dtype == np.float32:
@@ -84,7 +88,7 @@ class Part:
         unit = self.tensor.width if int8 else 1
         scales = self.own_scales
 
-        noise, place = kind_of(record.kind), Place(record.seed, record.step, 0, self.tensor.number)
+        noise, place = record.noise, Place(record.seed, record.step, 0, self.tensor.number)
 
         def part(low: int, high: int) -> None:
             update.advance(
@@ -94,6 +98,7 @@ class Part:
                 pairs,
                 coefficients,
                 decay,
+                self.tensor.shape,
                 start=self.start + low * unit,
                 scales=scales[low:high] if int8 else NO_SCALES,
             )

@@ -10,18 +10,20 @@ interpreter lock and can process any slice of a tensor.
 
 import functools
 import hashlib
+import math
 from statistics import NormalDist
 
 import numpy as np
 import torch
 
-from es_lite.algorithm.formats import NO_SCALES, load, round_bf16
+from es_lite.algorithm.formats import NO_SCALES, load
 from es_lite.algorithm.jit import CHUNK, jit
 from es_lite.algorithm.noise import on_device, philox
-from es_lite.algorithm.noise.kernels import draw_lanes, words_buffer, words_of
+from es_lite.algorithm.noise.kernels import draw_lanes, put_moved, words_buffer, words_of
 from es_lite.algorithm.noise.place import Place
 
 NAME = "gaussian"
+RANK = 0
 
 TABLE_SHA256 = "1ea009ce409dac97d6bd609266910f809c5fb912f78e16bd89145b08174d6fc5"
 
@@ -42,8 +44,8 @@ def table() -> np.ndarray:
     return quantiles
 
 
-def epsilon(place: Place, start: int, count: int) -> np.ndarray:
-    """The definition: ε of elements start … start + count - 1, float32 [count], exact multiples of 1/4096."""
+def epsilon(place: Place, shape: tuple[int, ...], start: int, count: int) -> np.ndarray:
+    """The definition: ε of elements start … start + count - 1, float32 [count], exact multiples of 1/4096; for any shape."""
     return table()[philox.lanes(place, start, count)].astype(np.float32) / np.float32(QUANTUM)
 
 
@@ -52,9 +54,16 @@ def _table_on(device: torch.device) -> torch.Tensor:
     return torch.from_numpy(table().copy()).to(device)
 
 
-def epsilon_on_device(elements: torch.Tensor, place: Place) -> torch.Tensor:
+def epsilon_on_device(elements: torch.Tensor, place: Place, shape: tuple[int, ...]) -> torch.Tensor:
     """The same with torch operations: ε of `elements` (see `on_device.lanes`), float32 [n], on their device."""
     return _table_on(elements.device)[on_device.lanes(elements, place)].to(torch.float32) / QUANTUM
+
+
+def range_on_device(start: int, count: int, place: Place, device: torch.device) -> torch.Tensor:
+    """ε of elements start … start + count - 1, float32 [count]."""
+    first = start // philox.LANES * philox.LANES
+    whole = torch.arange(first, -(-(start + count) // philox.LANES) * philox.LANES, device=device)
+    return epsilon_on_device(whole, place, ())[start - first :][:count]
 
 
 @jit
@@ -66,58 +75,27 @@ def _draw(epsilon, words, lanes, table, start, count, tensor, pair, step, k0, k1
 
 
 @jit
-def _perturb_bf16(plus, minus, weights, scales, width, offset, start, sigma, table, tensor, pair, step, k0, k1):
+def _perturb(plus, minus, weights, scales, width, offset, start, sigma, table, tensor, pair, step, k0, k1):
+    """weights: elements from `start` on; the first is element `offset` of the rows that `scales` belong to."""
     words, lanes = words_buffer()
-    epsilon, value, base = np.empty(CHUNK, _f32), np.empty(CHUNK, _f32), np.empty(CHUNK, _f32)
-    base_bits, value_bits = base.view(np.uint32), value.view(np.uint32)
-    for low in range(0, weights.size, CHUNK):
-        count = min(CHUNK, weights.size - low)
-        _draw(epsilon, words, lanes, table, start + low, count, tensor, pair, step, k0, k1)
-        load(base, base_bits, weights[low : low + count], scales, width, offset + low)
-        for i in range(count):
-            epsilon[i] = sigma * epsilon[i]
-            value[i] = base[i] + epsilon[i]
-        round_bf16(plus[low : low + count], value_bits)
-        if minus.size:
-            for i in range(count):
-                value[i] = base[i] - epsilon[i]
-            round_bf16(minus[low : low + count], value_bits)
-
-
-@jit
-def _perturb_fp32(plus, minus, weights, scales, width, offset, start, sigma, table, tensor, pair, step, k0, k1):
-    words, lanes = words_buffer()
-    epsilon, base = np.empty(CHUNK, _f32), np.empty(CHUNK, _f32)
+    noise, base, value = np.empty(CHUNK, _f32), np.empty(CHUNK, _f32), np.empty(CHUNK, _f32)
     base_bits = base.view(np.uint32)
     for low in range(0, weights.size, CHUNK):
         count = min(CHUNK, weights.size - low)
-        _draw(epsilon, words, lanes, table, start + low, count, tensor, pair, step, k0, k1)
-        load(base, base_bits, weights[low : low + count], scales, width, offset + low)
-        part = plus[low : low + count]
+        _draw(noise, words, lanes, table, start + low, count, tensor, pair, step, k0, k1)
         for i in range(count):
-            part[i] = base[i] + sigma * epsilon[i]
-        if minus.size:
-            part = minus[low : low + count]
-            for i in range(count):
-                part[i] = base[i] - sigma * epsilon[i]
+            noise[i] = sigma * noise[i]
+        load(base, base_bits, weights[low : low + count], scales, width, offset + low)
+        put_moved(plus[low : low + count], minus[low : low + count], base, noise, value)
 
 
 @jit
-def _perturb_rows_bf16(plus, minus, weights, scales, rows, sigma, table, tensor, pair, step, k0, k1):
+def _perturb_rows(plus, minus, weights, scales, rows, sigma, table, tensor, pair, step, k0, k1):
     width = weights.shape[1]
     for i in range(rows.size):
         other = minus[i] if minus.size else plus[i, :0]
         start = rows[i] * width
-        _perturb_bf16(plus[i], other, weights[i], scales[i : i + 1], width, 0, start, sigma, table, tensor, pair, step, k0, k1)
-
-
-@jit
-def _perturb_rows_fp32(plus, minus, weights, scales, rows, sigma, table, tensor, pair, step, k0, k1):
-    width = weights.shape[1]
-    for i in range(rows.size):
-        other = minus[i] if minus.size else plus[i, :0]
-        start = rows[i] * width
-        _perturb_fp32(plus[i], other, weights[i], scales[i : i + 1], width, 0, start, sigma, table, tensor, pair, step, k0, k1)
+        _perturb(plus[i], other, weights[i], scales[i : i + 1], width, 0, start, sigma, table, tensor, pair, step, k0, k1)
 
 
 @jit
@@ -152,20 +130,20 @@ def perturb(
     weights: np.ndarray,
     place: Place,
     sigma: float,
+    shape: tuple[int, ...],
     *,
     start: int = 0,
     scales: np.ndarray = NO_SCALES,
-    width: int = 1,
 ) -> None:
     """plus = round(weights + σε) and, if given, minus = round(weights - σε), the noise drawn once.
 
-    weights: elements start … start + n - 1 of the tensor: bfloat16 bits, uint16 [n], or int8 [n] with the scales, float32, of
-    all the tensor's rows of `width` elements. plus, minus: [n], uint16 for bfloat16 (rounded to nearest, ties to even) or
-    float32. σ is rounded to float32 first.
+    weights: elements start … start + n - 1 of a tensor of this shape: bfloat16 bits, uint16 [n], or int8 [n] with the scales,
+    float32, of all the tensor's rows. plus, minus: [n], uint16 for bfloat16 (rounded to nearest, ties to even) or float32.
+    σ is rounded to float32 first.
     """
-    kernel = _perturb_bf16 if plus.dtype == np.uint16 else _perturb_fp32
     other = plus[:0] if minus is None else minus
-    kernel(plus, other, weights, scales, width, start, start, _f32(sigma), table(), *words_of(place))
+    width = shape[-1] if shape else 1
+    _perturb(plus, other, weights, scales, width, start, start, _f32(sigma), table(), *words_of(place))
 
 
 def perturb_rows(
@@ -175,26 +153,38 @@ def perturb_rows(
     rows: np.ndarray,
     place: Place,
     sigma: float,
+    shape: tuple[int, ...],
     *,
     scales: np.ndarray = NO_SCALES,
 ) -> None:
-    """`perturb` for some rows of a matrix.
+    """`perturb` for some rows of a matrix of this shape.
 
     weights: these rows, uint16 or int8 [R, W]; scales: theirs, float32 [R], if they are int8; rows: their indices, int64 [R];
     plus, minus: [R, W].
     """
-    kernel = _perturb_rows_bf16 if plus.dtype == np.uint16 else _perturb_rows_fp32
     other = plus[:0] if minus is None else minus
-    kernel(plus, other, weights, scales, rows, _f32(sigma), table(), *words_of(place))
+    _perturb_rows(plus, other, weights, scales, rows, _f32(sigma), table(), *words_of(place))
 
 
-def weighted_sum(out: np.ndarray, place: Place, pairs: np.ndarray, coefficients: np.ndarray, *, start: int = 0) -> None:
+def block(shape: tuple[int, ...]) -> int:
+    """Elements that `weighted_sum` is best asked for at a time: 256 KiB, which stay in a second-level cache."""
+    return 32 * CHUNK
+
+
+def weighted_sum(
+    out: np.ndarray, place: Place, pairs: np.ndarray, coefficients: np.ndarray, shape: tuple[int, ...], *, start: int = 0
+) -> None:
     """out = Σ_p coefficients[p]·ε_{pairs[p]} of elements start …, float32 [n]; the sum runs in the order given, in float32.
 
-    place: its pair is ignored. pairs: uint32 [P]; coefficients: float32 [P].
+    place: its pair is ignored. pairs: uint32 [P]; coefficients: float32 [P]. shape: the tensor's.
     """
     tensor, _, step, k0, k1 = words_of(place)
     _weighted_sum(out, start, pairs, coefficients, table(), tensor, step, k0, k1)
+
+
+def drawn(shape: tuple[int, ...]) -> int:
+    """Elements of noise that are drawn for a tensor of this shape and a pair."""
+    return math.prod(shape)
 
 
 def fill(out: np.ndarray, place: Place, scale: float, *, start: int = 0) -> None:

@@ -6,7 +6,10 @@ vectorised. Lanes are the words viewed as uint16 (little-endian).
 """
 
 import numpy as np
+from numba import types
+from numba.extending import overload
 
+from es_lite.algorithm.formats import round_bf16
 from es_lite.algorithm.jit import CHUNK, jit
 from es_lite.algorithm.noise.philox import KEY_INCREMENTS, MULTIPLIERS, ROUNDS
 from es_lite.algorithm.noise.place import Place
@@ -50,3 +53,32 @@ def draw_lanes(words, lanes, start, count, tensor, pair, step, k0, k1):
     counters = (start % 8 + count + 7) // 8
     draw_words(words[: 4 * counters], start // 8, tensor, pair, step, k0, k1)
     return lanes[start % 8 :]
+
+
+def put_moved(plus, minus, base, noise, value):
+    """plus = round(base + noise) and, if `minus` is not empty, minus = round(base - noise).
+
+    plus, minus: uint16 (bfloat16 bits) or float32 [n]; base, noise: float32, at least n; value: a buffer like base.
+    """
+    raise NotImplementedError("compiled code only")
+
+
+@overload(put_moved)
+def _put_moved(plus, minus, base, noise, value):
+    def bf16(plus, minus, base, noise, value):
+        bits = value.view(np.uint32)
+        for i in range(plus.size):
+            value[i] = base[i] + noise[i]
+        round_bf16(plus, bits)
+        if minus.size:
+            for i in range(minus.size):
+                value[i] = base[i] - noise[i]
+            round_bf16(minus, bits)
+
+    def fp32(plus, minus, base, noise, value):
+        for i in range(plus.size):
+            plus[i] = base[i] + noise[i]
+        for i in range(minus.size):
+            minus[i] = base[i] - noise[i]
+
+    return bf16 if plus.dtype == types.uint16 else fp32

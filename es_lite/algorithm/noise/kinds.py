@@ -1,18 +1,32 @@
-"""The kinds of noise by name. A kind is a module with the functions of `NoiseKind`, such as `gaussian`."""
+"""The kinds of noise by name. A kind is a module such as `gaussian` or, if it has parameters, a class such as `LowRank`."""
 
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from es_lite.algorithm.noise import gaussian
+from es_lite.algorithm.noise import gaussian, rademacher
+from es_lite.algorithm.noise.lowrank import LowRank
 from es_lite.algorithm.noise.place import Place
 
 
 class NoiseKind(Protocol):
-    """What scoring and the update need of a kind of noise; shapes and types are those of `gaussian`'s functions."""
+    """What scoring and the update need of a kind of noise; arguments and results are those of `gaussian`'s functions.
+
+    Every function takes the tensor's shape, on which ε may depend.
+    """
 
     NAME: str
+    RANK: int
+    """The rank of "lowrank"; 0 for the other kinds."""
+
+    def epsilon(self, place: Place, shape: tuple[int, ...], start: int, count: int) -> np.ndarray:
+        """The definition of ε, in numpy."""
+        ...
+
+    def epsilon_on_device(self, elements: torch.Tensor, place: Place, shape: tuple[int, ...]) -> torch.Tensor:
+        """ε of elements of a tensor, with torch operations on their device."""
+        ...
 
     def perturb(
         self,
@@ -21,10 +35,10 @@ class NoiseKind(Protocol):
         weights: np.ndarray,
         place: Place,
         sigma: float,
+        shape: tuple[int, ...],
         *,
-        start: int,
-        scales: np.ndarray,
-        width: int,
+        start: int = ...,
+        scales: np.ndarray = ...,
     ) -> None:
         """plus = round(weights + σε), minus = round(weights - σε), for a slice of a tensor."""
         ...
@@ -37,26 +51,46 @@ class NoiseKind(Protocol):
         rows: np.ndarray,
         place: Place,
         sigma: float,
+        shape: tuple[int, ...],
         *,
-        scales: np.ndarray,
+        scales: np.ndarray = ...,
     ) -> None:
         """The same for some rows of a matrix."""
         ...
 
-    def weighted_sum(self, out: np.ndarray, place: Place, pairs: np.ndarray, coefficients: np.ndarray, *, start: int) -> None:
+    def block(self, shape: tuple[int, ...]) -> int:
+        """Elements that `weighted_sum` is best asked for at a time."""
+        ...
+
+    def weighted_sum(
+        self,
+        out: np.ndarray,
+        place: Place,
+        pairs: np.ndarray,
+        coefficients: np.ndarray,
+        shape: tuple[int, ...],
+        *,
+        start: int = ...,
+    ) -> None:
         """out = Σ_p c_p ε_p, for a slice of a tensor."""
         ...
 
-    def epsilon_on_device(self, elements: torch.Tensor, place: Place) -> torch.Tensor:
-        """ε of elements of a tensor, with torch operations on their device."""
+    def drawn(self, shape: tuple[int, ...]) -> int:
+        """Elements of noise that are drawn for a tensor and a pair."""
         ...
 
 
-KNOWN: dict[str, NoiseKind] = {gaussian.NAME: gaussian}
+FULL: dict[str, NoiseKind] = {gaussian.NAME: gaussian, rademacher.NAME: rademacher}
+"""Kinds that draw every element of ε."""
 
 
-def kind_of(name: str) -> NoiseKind:
-    """The kind of this name. Raises ValueError if this version does not know it."""
-    if name not in KNOWN:
-        raise ValueError(f"noise of the kind {name!r}, which this version of es_lite does not know (it knows {', '.join(KNOWN)})")
-    return KNOWN[name]
+def kind_of(name: str, rank: int = 0) -> NoiseKind:
+    """The kind of this name; rank: at least 1 if it is "lowrank", else 0. Raises ValueError if there is none."""
+    if name == LowRank.NAME and rank >= 1:
+        return LowRank(rank)
+    if name in FULL and rank == 0:
+        return FULL[name]
+    known = (*FULL, LowRank.NAME)
+    if name in known:
+        raise ValueError(f"noise of the kind {name!r} with rank {rank}: only {LowRank.NAME!r} has a rank, of at least 1")
+    raise ValueError(f"noise of the kind {name!r}, which this version of es_lite does not know (it knows {', '.join(known)})")

@@ -51,31 +51,43 @@ def as_float32(stored: torch.Tensor, scales: torch.Tensor | None, width: int, fi
     return stored.to(torch.float32) * scales[rows] * float(RECIPROCAL)
 
 
+def converted(stored: torch.Tensor, scales: torch.Tensor | None, width: int, compute: torch.dtype) -> torch.Tensor:
+    """The values of a part's stored elements in the type `compute`, [n]; `stored` itself if it has that type."""
+    if stored.dtype == compute:
+        return stored
+    out = torch.empty(stored.numel(), dtype=compute, device=stored.device)
+    for low in range(0, stored.numel(), CHUNK):
+        high = min(low + CHUNK, stored.numel())
+        out[low:high] = as_float32(stored[low:high], scales, width, low)
+    return out
+
+
 def perturb(
     outs: list[torch.Tensor],
     stored: torch.Tensor,
     scales: torch.Tensor | None,
-    width: int,
+    shape: tuple[int, ...],
     elements: torch.Tensor | int,
-    draw: Callable[[torch.Tensor, Place], torch.Tensor],
+    draw: Callable[[torch.Tensor, Place, tuple[int, ...]], torch.Tensor],
     place: Place,
     sigma: float,
 ) -> None:
     """outs[0] = round(weights + σε) and, if given, outs[1] = round(weights - σε), the noise drawn once; outs may have any type.
 
-    stored, scales, width: as in `as_float32`. elements: the index of the first element in its tensor, or all indices, as in
-    `lanes`. draw: the kind's `epsilon_on_device`.
+    stored, scales: as in `as_float32`. shape: the tensor's. elements: the index of the first element in its tensor, or all
+    indices, as in `lanes`. draw: the kind's `epsilon_on_device`.
     """
+    width = shape[-1] if shape else 1
     sigma = float(torch.tensor(sigma, dtype=torch.float32))
     for low in range(0, stored.numel(), CHUNK):
         high = min(low + CHUNK, stored.numel())
         base = as_float32(stored[low:high], scales, width, low)
         if isinstance(elements, torch.Tensor):
-            epsilon = draw(elements[low:high], place)
+            epsilon = draw(elements[low:high], place, shape)
         else:  # all elements of the counters from the first to the last
             first = elements + low
             whole = torch.arange(first // LANES * LANES, -(-(elements + high) // LANES) * LANES, device=stored.device)
-            epsilon = draw(whole, place)[first % LANES : first % LANES + high - low]
+            epsilon = draw(whole, place, shape)[first % LANES : first % LANES + high - low]
         moved = epsilon.mul_(sigma)
         outs[0][low:high] = base + moved
         for out in outs[1:]:

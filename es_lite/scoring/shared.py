@@ -1,0 +1,198 @@
+"""Modules that a tile of several members shares: a product of the unperturbed weights, corrected for each member.
+
+A linear map under a perturbation of low rank is x Wᵀ ± (σ/√r)(x B)Aᵀ (EGGROLL, arXiv 2511.16652): x Wᵀ is one product for the
+rows of all members, and W is never changed. Modules that own vectors (norms) are run on each member's rows; the unperturbed
+model is the case of no factors.
+
+Shapes: P perturbations of the tile, S members of each, R rows of each member (samples times tokens, in the order of the members).
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from es_lite.model.layout import Tensor
+
+
+class RowsMixed(Exception):
+    """A module does not keep the rows of members apart, or reads the weights of its linear maps: members must take turns."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A matrix's perturbations in factors."""
+
+    right: torch.Tensor
+    """B, [P, in, r]."""
+    left: torch.Tensor
+    """(σ/√r)·Aᵀ, [P, r, out]."""
+
+    def __getitem__(self, which: slice) -> "Factors":
+        """Those of some perturbations."""
+        return Factors(self.right[which], self.left[which])
+
+    def transposed(self) -> "Factors":
+        """Of the transposed matrix."""
+        return Factors(self.left.transpose(1, 2), self.right.transpose(1, 2))
+
+    def project(self, x: torch.Tensor, signs: Sequence[int]) -> torch.Tensor:
+        """±x B, [P, S·R, r]; x: [P·S·R, in]."""
+        projected = torch.bmm(x.view(self.right.shape[0], -1, x.shape[-1]), self.right)
+        for part, sign in zip(projected.chunk(len(signs), dim=1), signs, strict=True):
+            if sign < 0:
+                part.neg_()
+        return projected
+
+    def add(self, y: torch.Tensor, projected: torch.Tensor) -> None:
+        """y += (σ/√r)(±x B)Aᵀ, in place; y: [P·S·R, out]."""
+        y.view(projected.shape[0], -1, y.shape[-1]).baddbmm_(projected, self.left)
+
+
+def factors_of(each: Sequence[tuple[torch.Tensor, torch.Tensor, float]], compute: torch.dtype) -> Factors:
+    """The factors in the compute type; each: A [out, r], B [in, r] and σ/√r of a perturbation, float32."""
+    right = torch.stack([right for _, right, _ in each]).to(compute)
+    left = torch.stack([left.T * scale for left, _, scale in each]).to(compute)
+    return Factors(right, left)
+
+
+@dataclass
+class Operands:
+    """What the shared modules of one copy compute with, set for each tile."""
+
+    rows: int = 0
+    """Rows of the tile: members times samples."""
+    tokens: int = 0
+    """Rows times their length."""
+    signs: Sequence[int] = ()
+    base: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Unperturbed matrices of the linear maps, [out, in] ([in, out] if it is a Conv1D), by parameter name."""
+    factors: Mapping[str, Factors] = field(default_factory=dict)
+    """Their perturbations; none of a matrix that is not perturbed."""
+    made: Sequence[Mapping[str, torch.Tensor]] = ()
+    """For each member of the tile: the perturbed tensors of all other parameters."""
+    make: Callable[[str], torch.Tensor] = field(default=lambda name: torch.empty(0))
+    """Makes a linear map's perturbed matrix, if the tile has one member."""
+
+    def only(self) -> Mapping[str, torch.Tensor]:
+        """The tensors of the tile's only member. Raises RowsMixed if there are several."""
+        if len(self.made) > 1:
+            raise RowsMixed
+        return self.made[0]
+
+    def check(self, value: torch.Tensor) -> None:
+        """Raises RowsMixed if the tile has several members and these are not its rows, in their order."""
+        if len(self.made) > 1 and value.shape[0] not in (self.rows, self.tokens):
+            raise RowsMixed
+
+
+class SharedLinear(nn.Module):
+    """A linear map, nn.Linear or GPT-2's Conv1D, for all members of a tile."""
+
+    def __init__(self, module: nn.Module, name: str, operands: Operands) -> None:
+        """name: the module's within the wrapped one, with a dot at its end, or ""."""
+        super().__init__()
+        self._transposed = isinstance(module, Conv1D)
+        self._weight, self._bias = f"{name}weight", f"{name}bias" if module.bias is not None else ""
+        self._operands = operands
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        operands, members = self._operands, len(self._operands.made)
+        operands.check(x)
+        flat = x.reshape(-1, x.shape[-1])
+        base, factors = operands.base[self._weight], operands.factors.get(self._weight)
+        bias = operands.made[0][self._bias] if self._bias and members == 1 else None
+        y = functional.linear(flat, base.T if self._transposed else base, bias)
+        if factors:
+            factors = factors.transposed() if self._transposed else factors
+            factors.add(y, factors.project(flat, operands.signs))
+        if self._bias and members > 1:
+            y.view(members, -1, y.shape[-1]).add_(torch.stack([made[self._bias] for made in operands.made])[:, None])
+        return y.view(*x.shape[:-1], -1)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The perturbed matrix, for modules that read it; made each time it is read."""
+        self._operands.only()
+        return self._operands.make(self._weight)
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self._operands.only()[self._bias] if self._bias else None
+
+
+class MemberByMember(nn.Module):
+    """A module that owns vectors, run on each member's rows with that member's tensors."""
+
+    def __init__(self, module: nn.Module, name: str, operands: Operands) -> None:
+        super().__init__()
+        self._module = (module,)  # not registered as a submodule: its parameters have no memory
+        self._names = {own: name + own for own, _ in module.named_parameters()}
+        self._operands = operands
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in self.__dict__["_names"]:  # another module reads the tensor
+                return self._operands.only()[self._names[name]]
+            return getattr(self.__dict__["_module"][0], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        made = self._operands.made
+        values = [{own: member[name] for own, name in self._names.items()} for member in made]
+        if len(made) == 1:
+            return functional_call(self._module[0], values[0], args, kwargs)
+        if any(isinstance(value, torch.Tensor) for value in kwargs.values()):
+            raise RowsMixed
+        for value in args:
+            if isinstance(value, torch.Tensor):
+                self._operands.check(value)
+        parts = [value.chunk(len(made)) if isinstance(value, torch.Tensor) else [value] * len(made) for value in args]
+        results = [functional_call(self._module[0], own, tuple(part), kwargs) for own, *part in zip(values, *parts, strict=True)]
+        return torch.cat(results)
+
+
+class Shared:
+    """A copy of a module in which linear maps are `SharedLinear`, and owners of vectors `MemberByMember`."""
+
+    def __init__(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """tensors: of the module's parameters, by name."""
+        self.operands = Operands()
+        self.linear: list[str] = []
+        """Matrices of linear maps, by parameter name."""
+        self.others: list[str] = []
+        """Parameters of modules that are neither linear maps nor owners of vectors only."""
+        holder = nn.ModuleList([copy.deepcopy(module)])  # so that the module itself can be replaced
+        for name, owner in list(holder.named_modules()):
+            own = dict(owner.named_parameters(recurse=False))
+            if not own:
+                continue
+            name, path = name.partition(".")[2], name
+            name += "." if name else ""
+            replacement: nn.Module
+            if type(owner) in (nn.Linear, Conv1D):
+                self.linear.append(name + "weight")
+                replacement = SharedLinear(owner, name, self.operands)
+            elif not list(owner.children()) and all(len(tensors[name + key].shape) < 2 for key in own):
+                replacement = MemberByMember(owner, name, self.operands)
+            else:
+                self.others += [name + key for key in own]
+                continue
+            parent, _, attribute = path.rpartition(".")
+            setattr(holder.get_submodule(parent), attribute, replacement)
+        self.module = holder[0]
+        lists = any(isinstance(part, nn.ModuleList) for part in self.module.modules())
+        self.mixes = bool(self.others) or lists
+        """Members take turns: it owns more than vectors and linear maps, or it may send rows to modules of a list (experts)."""
+
+    def __call__(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Runs the module on a tile's rows with the operands."""
+        others = {name: self.operands.made[0][name] for name in self.others}
+        return functional_call(self.module, others, args, kwargs)

@@ -1,0 +1,107 @@
+"""Tiles: the rows that are multiplied together. Which rows these are depends on the perturbations and the batch alone.
+
+Shapes: G members of all perturbations, B samples, T the longest sample.
+"""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from es_lite.scoring.perturbation import Perturbation
+
+
+@dataclass(frozen=True)
+class Group:
+    """Perturbations whose members may share a tile."""
+
+    first: int
+    """Number of its first member among the G."""
+    perturbations: Sequence[Perturbation]
+
+    @property
+    def members(self) -> int:
+        return sum(perturbation.members for perturbation in self.perturbations)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The samples of one micro-batch for some members of a group, cut to the longest of these samples."""
+
+    group: Group
+    members: range
+    """Numbers in the group: all of them, or one."""
+    samples: slice
+    """Which of the B samples."""
+    length: int
+    """Tokens."""
+    batch: tuple[int, int]
+    """(G, B)."""
+
+    @property
+    def rows(self) -> tuple[slice, slice]:
+        """Which of the G members, and which of the B samples."""
+        first = self.group.first
+        return slice(first + self.members.start, first + self.members.stop), self.samples
+
+    @property
+    def count(self) -> int:
+        """Rows of the tile: members times samples."""
+        return len(self.members) * (self.samples.stop - self.samples.start)
+
+    @property
+    def perturbations(self) -> slice:
+        """Which perturbations of the group the members belong to."""
+        each = self.group.perturbations[0].members
+        return slice(self.members.start // each, -(-self.members.stop // each))
+
+    @property
+    def signs(self) -> tuple[int, ...]:
+        """The signs of the tile's members of a perturbation."""
+        signs = self.group.perturbations[0].signs
+        return signs if len(self.members) > 1 else (signs[self.members.start % len(signs)],)
+
+    def cut(self, value: Any) -> Any:
+        """The part of a module's argument that belongs to the tile: [rows, ...], member by member.
+
+        Tensors are [G·B or 1, T, ...] states or positions, or [G·B or 1, heads or 1, T, T] masks; others stay as they are.
+        """
+        if isinstance(value, torch.Tensor):
+            if value.dim() and value.shape[0] == self.batch[0] * self.batch[1]:
+                value = value.unflatten(0, self.batch)[self.rows].flatten(0, 1)
+            if value.dim() == 4:
+                return value[..., : self.length, : self.length]
+            return value[:, : self.length] if value.dim() > 1 else value
+        if isinstance(value, tuple):
+            return tuple(map(self.cut, value))
+        if isinstance(value, dict):
+            return {name: self.cut(item) for name, item in value.items()}
+        return value
+
+
+class Output:
+    """The output of a module for all rows, put together from its tiles."""
+
+    def __init__(self, batch: tuple[int, int], length: int) -> None:
+        """batch: (G, B); length: T."""
+        self._shape = *batch, length
+        self._making = threading.Lock()
+        self._states: torch.Tensor | None = None
+        self._tuple = False
+
+    def put(self, tile: Tile, result: Any) -> None:
+        """result: the module's states, [rows, length, ...], or a tuple that begins with them."""
+        if isinstance(result, tuple):
+            self._tuple, result = True, result[0]
+        with self._making:
+            if self._states is None:
+                self._states = result.new_zeros(*self._shape, *result.shape[2:])
+        part = self._states[tile.rows]
+        part[:, :, : tile.length] = result.unflatten(0, part.shape[:2])
+
+    def result(self) -> Any:
+        assert self._states is not None
+        states = self._states.flatten(0, 1)
+        return (states,) if self._tuple else states

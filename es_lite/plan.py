@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         recipe = Recipe.load(arguments.recipe, arguments.overrides)
         model, layout = Origin.of_recipe(recipe).skeleton()
         plan = Plan.of(recipe, fitness_of(recipe.fitness.kind), model.config, layout)
-        expected = estimate(plan.work, plan.execution, recipe.noise.kind, Path(recipe.run.dir).expanduser())
+        expected = estimate(plan.work, plan.execution, plan.noise, Path(recipe.run.dir).expanduser())
         print(f"{plan.summary(expected, recipe.run.iterations)}\n\n{plan.details(expected)}")
         if problem := plan.shortfall():
             raise UserError(f"{arguments.recipe}: {problem}")

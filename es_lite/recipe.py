@@ -116,9 +116,19 @@ class ESTable:
 
 @dataclass(frozen=True)
 class NoiseTable:
-    kind: Literal["gaussian"] = "gaussian"
+    kind: Literal["gaussian", "rademacher", "lowrank"] = "gaussian"
+    """"lowrank": matrices are perturbed by A Bᵀ/√r, which leaves them untouched (EGGROLL)."""
+    rank: Annotated[int | str, COUNT_OR_AUTO] = "auto"
+    """r of "lowrank"; "auto" is 1."""
     shared: bool = False
     """Tensors of equal shape get equal noise, as in the published code; a known defect, for comparisons only."""
+
+    @property
+    def rank_number(self) -> int:
+        """The rank as a number; 0 for kinds that have none."""
+        if self.kind != "lowrank":
+            return 0
+        return 1 if self.rank == "auto" else int(self.rank)
 
 
 @dataclass(frozen=True)
@@ -211,7 +221,7 @@ class Recipe:
             raise UserError(f"{path}: not valid TOML: {error}") from None
         problems: list[str] = []
         for override in overrides:
-            _apply(document, override, problems)
+            typed_toml.override(document, override, problems)
         recipe = _recipe(document, problems)
         if problems:
             listing = "\n".join(f"  {problem}" for problem in problems)
@@ -239,24 +249,6 @@ def _compiles(pattern: str) -> bool:
         return bool(pattern) and re.compile(pattern) is not None
     except re.error:
         return False
-
-
-def _apply(document: dict, override: str, problems: list[str]) -> None:
-    name, equals, text = override.partition("=")
-    *tables, last = name.strip().split(".")
-    if not (equals and tables and last):
-        problems.append(f"--set {override}: expected table.key=value, for instance es.sigma=2e-3")
-        return
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()  # a bare word is a string: --set run.dir=runs/mine
-    for part in tables:
-        document = document.setdefault(part, {})
-        if not isinstance(document, dict):
-            problems.append(f"--set {override}: {part} is not a table")
-            return
-    document[last] = value
 
 
 def _recipe(document: dict, problems: list[str]) -> Recipe:
@@ -293,5 +285,7 @@ def _contradictions(recipe: Recipe) -> typing.Iterator[tuple[set[str], str]]:
                 {"es"},
                 f"es.groups[{index}]: sigma = 0 leaves nothing to learn from; set alpha = 0 too, which freezes the group",
             )
+    if recipe.noise.rank != "auto" and recipe.noise.kind != "lowrank":
+        yield {"noise"}, f'noise.rank = {recipe.noise.rank}: only noise.kind = "lowrank" has a rank, not "{recipe.noise.kind}"'
     if recipe.eval.every and not recipe.eval.path and recipe.eval.fraction == 0:
         yield {"eval"}, "eval.fraction = 0: nothing is held out for eval.every; give eval.path or a fraction"

@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from es_lite import system
 from es_lite.algorithm.jit import Threads
-from es_lite.algorithm.noise.kinds import kind_of
+from es_lite.algorithm.noise.kinds import NoiseKind
 from es_lite.algorithm.record import Record
 from es_lite.engine.base import Engine, Execution
 from es_lite.engine.local import LocalEngine
@@ -38,7 +38,7 @@ from es_lite.runs.journal import Journal
 from es_lite.runs.metrics import Metrics
 from es_lite.runs.milestones import Milestones
 from es_lite.runs.pace import Pace
-from es_lite.scoring.perturbation import UNPERTURBED, Perturbation
+from es_lite.scoring.perturbation import Perturbation
 from es_lite.weights.store import Store
 
 
@@ -79,7 +79,7 @@ def train(recipe: Recipe, resume: bool = False, rebuild: bool = False) -> None:
         store.check_steps(len(journal.records), journal.path)
         run.keep(recipe)
 
-        expected = estimate(plan.work, plan.execution, recipe.noise.kind, run.path)
+        expected = estimate(plan.work, plan.execution, plan.noise, run.path)
         remaining = max(0, recipe.run.iterations - len(journal.records))
         print(f"{plan.summary(expected, remaining)}\n\n{plan.details(expected)}\n", flush=True)
         pace = Pace(expected.score_seconds, expected.update_seconds, recipe.run.minutes, began)
@@ -87,7 +87,7 @@ def train(recipe: Recipe, resume: bool = False, rebuild: bool = False) -> None:
             Console(recipe.run.iterations, len(journal.records)) as console,
             LocalEngine(recipe, origin, layout, store, plan.execution, run.lock, console.warn) as engine,
         ):
-            under_way = Run(recipe, fitness, dataset, engine, plan.execution, journal, store, console, pace)
+            under_way = Run(recipe, fitness, dataset, engine, plan.execution, plan.noise, journal, store, console, pace)
             milestones = Milestones(
                 recipe=recipe,
                 run=run,
@@ -128,12 +128,18 @@ class Run:
     dataset: Dataset
     engine: Engine
     execution: Execution
+    noise: NoiseKind
     journal: Journal
     store: Store
     console: Console
     pace: Pace
     examined_sigma: float | None = None
     """The last σ that was examined."""
+
+    @property
+    def theta(self) -> Perturbation:
+        """The unperturbed model, computed in the same way as the perturbed ones."""
+        return Perturbation(kind=self.noise.NAME, rank=self.noise.RANK)
 
     @property
     def done(self) -> int:
@@ -156,9 +162,9 @@ class Run:
         items = self.dataset.draw(t)
         signs = (1, -1) if es.antithetic else (1,)
         pairs = range(es.population // len(signs))
-        perturbations = [Perturbation(seed, t, pair, sigma, signs, self.recipe.noise.kind) for pair in pairs]
+        perturbations = [Perturbation(seed, t, pair, sigma, signs, self.noise.NAME, self.noise.RANK) for pair in pairs]
         new_sigma = sigma != self.examined_sigma
-        means = self._score([*perturbations, UNPERTURBED] if new_sigma else perturbations, items).mean(axis=1)
+        means = self._score([*perturbations, self.theta] if new_sigma else perturbations, items).mean(axis=1)
         scores = means[: es.population]
         scored = time.perf_counter()
         if new_sigma:
@@ -173,7 +179,7 @@ class Run:
                 t,
                 scores,
                 seed=seed,
-                kind=self.recipe.noise.kind,
+                noise=self.noise,
                 sigma=sigma,
                 alpha=alpha,
                 shaping_kind=es.shaping,
@@ -208,7 +214,7 @@ class Run:
     def evaluate(self) -> float:
         """Mean score of θ on the held-out items; it does not depend on the number of workers."""
         with self.console.progress("evaluation") as progress:
-            return float(self.engine.score([UNPERTURBED], self.dataset.held_out(), progress).mean())
+            return float(self.engine.score([self.theta], self.dataset.held_out(), progress).mean())
 
     def memory(self) -> dict[str, float]:
         """Metrics of the memory in use."""
@@ -239,10 +245,8 @@ class Run:
         self.examined_sigma = sigma
         advice = [diagnosis.collapse_advice(self.fitness, centre, scores, sigma)]
         if self.execution.compute == "bf16":
-            noise = kind_of(self.recipe.noise.kind)
-            advice.append(
-                diagnosis.rounding_advice(diagnosis.share_moved(self.store.files, noise, sigma, self.recipe.run.seed), sigma)
-            )
+            moved = diagnosis.share_moved(self.store.files, self.noise, sigma, self.recipe.run.seed)
+            advice.append(diagnosis.rounding_advice(moved, sigma))
         for text in filter(None, advice):
             self.console.warn(text)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import tomllib
 import typing
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -67,3 +68,22 @@ def _value(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
     elif isinstance(value, float) and not math.isfinite(value):
         problems.append(f"{where} = {value!r}: expected a finite number")
     return value
+
+
+def override(document: dict, setting: str, problems: list[str]) -> None:
+    """Applies `setting`, table.key=value, to a TOML document; appends to `problems` what is wrong with it."""
+    name, equals, text = setting.partition("=")
+    *tables, last = name.strip().split(".")
+    if not (equals and tables and last):
+        problems.append(f"--set {setting}: expected table.key=value, for instance es.sigma=2e-3")
+        return
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # a bare word is a string: --set run.dir=runs/mine
+    for part in tables:
+        document = document.setdefault(part, {})
+        if not isinstance(document, dict):
+            problems.append(f"--set {setting}: {part} is not a table")
+            return
+    document[last] = value

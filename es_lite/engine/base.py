@@ -81,6 +81,10 @@ class Execution:
     pass_samples: int
     """Items whose hidden states are in memory together, a multiple of fitness.micro_batch."""
     micro_batch: int
+    tile_members: int
+    """Members whose rows are multiplied together, if the noise is low-rank."""
+    group: int
+    """Perturbations that a worker scores together, if not folded: those of a tile."""
 
     @property
     def folded(self) -> bool:

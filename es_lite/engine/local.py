@@ -82,12 +82,13 @@ class LocalEngine:
         work_seconds = 2 * members * items.scored_tokens * self._layout.size / SLOWEST_FLOPS
         if self._execution.folded:
             return self._score_folded(perturbations, items, members, work_seconds, progress)
-        # A perturbation is a task; if there is only one, its items are divided among all workers.
+        # The perturbations of a tile are a task; if there is only one, its items are divided among all workers.
         execution, share = self._execution, len(items)
         if len(perturbations) == 1:
             share = -(-share // (execution.micro_batch * self.workers)) * execution.micro_batch
         parts = [items.part(low, min(low + share, len(items))) for low in range(0, len(items), share)]
-        tasks = [Score([perturbation], part, execution.pass_samples) for perturbation in perturbations for part in parts]
+        groups = [perturbations[low : low + execution.group] for low in range(0, len(perturbations), execution.group)]
+        tasks = [Score(group, part, execution.pass_samples) for group in groups for part in parts]
         values = self._pool.map(tasks, work_seconds, progress)
         count = len(parts)
         return np.concatenate([np.concatenate(values[i : i + count], axis=1) for i in range(0, len(values), count)])

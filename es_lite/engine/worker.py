@@ -111,6 +111,7 @@ class Worker:
                 DTYPES[execution.compute],
                 self._lanes,
                 execution.micro_batch,
+                execution.tile_members,
                 DEVICES[execution.device],
                 self._progress,
             )

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from es_lite.algorithm import formats
-from es_lite.algorithm.formats import NO_SCALES
 from es_lite.algorithm.noise.kinds import NoiseKind
 from es_lite.algorithm.noise.place import Place
 from es_lite.fitness.base import Fitness

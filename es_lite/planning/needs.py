@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 from es_lite import system
 from es_lite.algorithm.noise import on_device
 from es_lite.fitness.base import Fitness
-from es_lite.model.layout import Layout
+from es_lite.model.layout import Layer, Layout
 from es_lite.recipe import Recipe
 from es_lite.scoring.heads import VOCABULARY_BLOCK
 from es_lite.weights import working_copy
@@ -35,6 +35,10 @@ GPU."""
 
 UPDATE_BYTES = 4 * SLICE * 4
 """Buffers of the update."""
+
+TILE_TOKENS = 256
+"""Rows that a tile of low-rank noise has at least, if the population allows: fewer do not reach the processor's rate, because the
+weights come from memory for each tile; more are no faster (benchmarks/lowrank.md)."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +73,33 @@ class Needs:
         self.width, self.vocabulary = text.hidden_size, text.vocab_size
         self.samples = max(recipe.fitness.samples, recipe.eval.samples if recipe.eval.every else 0)
         self.item = fitness.memory(recipe, text, self.itemsize)
+        self.factored = recipe.noise.kind == "lowrank"
+        self.tile_members = self._tile_members()
+        self.group = max(1, self.tile_members // self.pair)
+        self.activations = self.tile_members * self.item.activations
 
-    def perturbed(self, pass_samples: int) -> int:
-        """Bytes of scratch for what is perturbed at a time: a block, a part of the head, rows of the embedding."""
-        rows = min(self.vocabulary, pass_samples * self.item.tokens)
-        largest = max(block.size for block in self.layout.blocks)
-        return self.pair * self.itemsize * max(largest, VOCABULARY_BLOCK * self.width, rows * self.width)
+    def _tile_members(self) -> int:
+        """Members that share a tile: 1 or those of whole perturbations, at most half of the population, so that two cores have
+        work. It depends on the recipe alone, because the bits of a product depend on how many rows it has."""
+        recipe, pair = self.recipe, self.pair
+        rows = min(recipe.fitness.micro_batch, recipe.fitness.samples) * self.item.tokens
+        wanted = -(-TILE_TOKENS // rows)
+        if not self.factored or wanted == 1:
+            return 1
+        return max(1, min(-(-wanted // pair), recipe.es.population // 2 // pair) * pair)
+
+    def scratch(self, pass_samples: int) -> dict[str, int]:
+        """Bytes for what is perturbed or converted at a time: a block, a part of the head, rows of the embedding."""
+        rows = min(self.vocabulary, pass_samples * self.item.tokens) * self.width
+        blocks = self.layout.blocks
+        if not self.factored:
+            largest = max(block.size for block in blocks)
+            return {"perturbed layer": self.pair * self.itemsize * max(largest, VOCABULARY_BLOCK * self.width, rows)}
+        found = {"perturbed rows": self.pair * self.itemsize * max(rows, *(_size(block, 3) for block in blocks))}
+        if self.recipe.memory.weights != self.compute:
+            largest = max(_size(block, 2) - _size(block, 3) for block in blocks)
+            found["converted layer"] = self.itemsize * max(largest, VOCABULARY_BLOCK * self.width)
+        return found
 
     def resident(self, limit: int) -> Parts:
         """One working copy for all, and what each worker scores with; limit: bytes that are available."""
@@ -86,24 +111,25 @@ class Needs:
         }
         if self.device:
             return self._with_device(copy | {"worker": WORKER_BYTES}, limit)
-        hidden = self.pair * self.item.hidden
+        members = max(self.pair, self.tile_members)
+        hidden = members * self.item.hidden
         pass_samples = min(max(1, HIDDEN_BYTES // hidden // micro), -(-self.samples // micro)) * micro
         worker = {
             "workers": WORKER_BYTES,
-            "perturbed layer": self.perturbed(pass_samples),
+            **self.scratch(pass_samples),
             "hidden states": pass_samples * hidden,
-            "activations": self.item.activations,
+            "activations": self.activations,
             "update buffers": UPDATE_BYTES,
         }
 
         def total(workers: int) -> int:
             return sum(copy.values()) + workers * sum(worker.values())
 
-        workers = self._workers(self.tasks)
+        workers = self._workers(-(-self.tasks // self.group))
         if self.recipe.workers.count == "auto":
             workers = next((n for n in range(workers, 0, -1) if total(n) <= limit), 1)
         memory = copy | {f"{name} ({workers}x)": workers * size for name, size in worker.items()}
-        return Parts(memory, workers, self.pair, pass_samples)
+        return Parts(memory, workers, members, pass_samples)
 
     def streamed(self, limit: int) -> Parts:
         """Buffers that layers pass through, and one process that scores all members, in as few passes as fit."""
@@ -115,17 +141,18 @@ class Needs:
         }
         if weights != self.recipe.memory.storage:
             parts = [section.parts for file in self.files for section in sections_of(file, self.layout)]
-            passing["converted layer"] = max(sum(dtype_of(t, weights).itemsize * n for t, _, n in part) for part in parts)
+            passing["rounded layer"] = max(sum(dtype_of(t, weights).itemsize * n for t, _, n in part) for part in parts)
         if self.device:
             return self._with_device(passing, limit)
-        lanes = self._workers(self.pair * -(-self.recipe.fitness.samples // self.recipe.fitness.micro_batch))
+        tiles = max(self.pair, self.recipe.es.population // self.tile_members if self.factored else 0)
+        lanes = self._workers(tiles * -(-self.recipe.fitness.samples // self.recipe.fitness.micro_batch))
 
         def memory(pass_samples: int) -> dict[str, int]:
             return {
                 **passing,
-                "perturbed layer": self.perturbed(pass_samples),
+                **self.scratch(pass_samples),
                 "hidden states": pass_samples * self._population * self.item.hidden,
-                f"activations ({lanes}x)": lanes * self.item.activations,
+                f"activations ({lanes}x)": lanes * self.activations,
                 "update buffers": UPDATE_BYTES,
             }
 
@@ -145,10 +172,10 @@ class Needs:
         def there(pass_samples: int) -> dict[str, int]:
             return {
                 "copied layers": 2 * layer,
-                "perturbed layer": self.perturbed(pass_samples),
+                **self.scratch(pass_samples),
                 "noise": 20 * 8 * on_device.CHUNK // 8 + 8 * on_device.CHUNK * 4,
                 "hidden states": pass_samples * self._population * self.item.hidden,
-                "activations": self.item.activations,
+                "activations": self.activations,
             }
 
         if self.recipe.workers.device == "torch":  # the device is the host
@@ -172,3 +199,8 @@ class Needs:
         if self.recipe.workers.count != "auto":
             return int(self.recipe.workers.count)
         return max(1, min(system.cores() // self.threads, useful))
+
+
+def _size(layer: Layer, dimensions: int) -> int:
+    """Elements of the layer's tensors that have at least so many dimensions."""
+    return sum(tensor.size for tensor in layer.tensors if len(tensor.shape) >= dimensions)

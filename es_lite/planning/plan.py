@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from es_lite import system
+from es_lite.algorithm.noise.kinds import NoiseKind, kind_of
 from es_lite.engine.base import Execution
 from es_lite.errors import UserError
 from es_lite.fitness.base import Fitness
@@ -14,7 +15,7 @@ from es_lite.model.layout import Layout
 from es_lite.planning.needs import Needs
 from es_lite.planning.rates import Estimate, Work
 from es_lite.quantities import GIB, count, duration
-from es_lite.recipe import Recipe
+from es_lite.recipe import NoiseTable, Recipe
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Plan:
     """How often a step goes through the layers."""
     tokens: int
     """The most that a step scores: N members, M samples of full length."""
+    noise: NoiseKind
     work: Work
 
     @classmethod
@@ -49,6 +51,8 @@ class Plan:
         text = config.get_text_config()
         if recipe.workers.device == "cuda" and not system.gpu_memory():
             raise UserError('workers.device = "cuda": torch finds no GPU here; set it to "cpu", or install torch for your GPU')
+        _check_rank(recipe.noise, layout)
+        noise = kind_of(recipe.noise.kind, recipe.noise.rank_number)
         needs = Needs(recipe, fitness, text, layout)
         length = needs.item.tokens
         longest = getattr(text, "max_position_embeddings", None) or length
@@ -73,6 +77,7 @@ class Plan:
         passes = -(-recipe.fitness.samples // parts.pass_samples)
         tokens = recipe.es.population * recipe.fitness.samples * (length - 1)
         multiplied = layout.size - sum(t.size for t in layout.layers[0].tensors if t.vocabulary and not layout.tied)
+        converts = needs.factored and recipe.memory.weights != needs.compute
         return cls(
             recipe=recipe,
             layout=layout,
@@ -86,6 +91,8 @@ class Plan:
                 members=parts.members,
                 pass_samples=parts.pass_samples,
                 micro_batch=recipe.fitness.micro_batch,
+                tile_members=needs.tile_members,
+                group=needs.group,
             ),
             memory=parts.memory,
             limit=limit,
@@ -96,10 +103,15 @@ class Plan:
             export_bytes=export,
             passes=passes,
             tokens=tokens,
+            noise=noise,
             work=Work(
                 flops=2.0 * multiplied * tokens,
-                scoring_noise=layout.size * needs.tasks * passes,
-                update_noise=layout.size * (needs.tasks + (recipe.memory.master == "none")),
+                scoring_noise=sum(noise.drawn(t.shape) for t in layout.tensors) * needs.tasks * passes,
+                converted=layout.size * passes * (1 if streamed else -(-needs.tasks // needs.group)) * converts,
+                size=layout.size,
+                pairs=needs.tasks,
+                update_noise=sum(noise.drawn(t.shape, update=True) for t in layout.tensors) * needs.tasks,
+                rounded=layout.size if recipe.memory.master == "none" else 0,
                 read_bytes=stored * (passes if streamed else 1),
                 written_bytes=stored,
                 hidden=text.hidden_size,
@@ -161,7 +173,7 @@ class Plan:
                 self.parts(),
                 f"a step reads {work.read_bytes / GIB:.2f} GiB and writes {work.written_bytes / GIB:.2f} GiB, "
                 f"scores up to {self.tokens:,} tokens ({work.flops / 1e12:.1f} TFLOP), "
-                f"draws {(work.scoring_noise + work.update_noise) / 1e9:.1f} G elements of noise",
+                f"draws {(work.scoring_noise + work.update_noise + work.rounded) / 1e9:.1f} G elements of noise",
                 f"estimated from {estimate.rates}",
             ]
         )
@@ -193,6 +205,26 @@ class Plan:
         if not found:
             found = [f"  {run.dir}/journal.jsonl: from it, `es-lite replay {run.dir} --out DIR` makes the model ({size})"]
         return ["at the end:", *found]
+
+
+def _check_rank(noise: NoiseTable, layout: Layout) -> None:
+    """Raises UserError if a matrix is too small for the rank, or no matrix is perturbed."""
+    if noise.kind != "lowrank":
+        return
+    matrices = [t for t in layout.tensors if len(t.shape) == 2 and t.sigma_factor]
+    if not matrices:
+        raise UserError(
+            'noise.kind = "lowrank": the model has no matrix that is perturbed (es.groups may freeze them all); '
+            'set noise.kind = "gaussian"'
+        )
+    smallest = min(matrices, key=lambda tensor: min(tensor.shape))
+    most = min(smallest.shape)
+    if noise.rank_number > most:
+        height, width = smallest.shape
+        raise UserError(
+            f"noise.rank = {noise.rank}: {smallest.name} is {height} x {width}, so its noise has a rank of at most {most}; "
+            "lower noise.rank, or freeze this tensor with es.groups"
+        )
 
 
 def _table(name: str, parts: dict[str, int], of: str) -> list[str]:

@@ -12,10 +12,14 @@ import torch
 from torch.nn import functional
 
 from es_lite import system
-from es_lite.algorithm.noise.kinds import kind_of
+from es_lite.algorithm import formats
+from es_lite.algorithm.noise import gaussian
+from es_lite.algorithm.noise.kinds import NoiseKind
+from es_lite.algorithm.noise.lowrank import LowRank
 from es_lite.algorithm.noise.place import Place
 from es_lite.engine.base import Execution
 from es_lite.files import open_file, write_fully
+from es_lite.scoring.shared import Factors
 
 DISK_BYTES = 256 * 2**20
 """Bytes written and read back to measure a disk."""
@@ -36,6 +40,14 @@ class Work:
     scoring_noise: int
     """Noise elements drawn while scoring; likewise in the update."""
     update_noise: int
+    converted: int
+    """Elements converted to the compute type for all members together."""
+    size: int
+    """Parameters."""
+    pairs: int
+    """Whose noise the update sums."""
+    rounded: int
+    """Elements that the update rounds stochastically."""
     read_bytes: int
     """Read from the layers' files (from the disk, or from its cache if memory has room)."""
     written_bytes: int
@@ -58,9 +70,10 @@ class Estimate:
         return self.score_seconds + self.update_seconds
 
 
-def estimate(work: Work, execution: Execution, noise: str, run_dir: Path) -> Estimate:
-    """A step's duration on this machine; measuring takes about a second. noise: its kind."""
-    scoring, drawing = scoring_rate(work, execution), noise_rate(noise)
+def estimate(work: Work, execution: Execution, noise: NoiseKind, run_dir: Path) -> Estimate:
+    """A step's duration on this machine; measuring takes about a second."""
+    scoring, drawing = scoring_rate(work, execution, noise.RANK), noise_rate(noise)
+    summing, converting, rounding = sum_seconds(noise, work.pairs), conversion_rate(), noise_rate(gaussian)
     system.trim_memory()
     lanes = execution.workers * execution.threads
     words = f"scoring {scoring / 1e9:.0f} GFLOP/s per worker, noise {drawing / 1e6:.0f} M elements/s per thread"
@@ -68,8 +81,8 @@ def estimate(work: Work, execution: Execution, noise: str, run_dir: Path) -> Est
     if execution.device != "cpu":
         perturbing = device_noise_rate(noise, execution.device)
         words += f" and {perturbing / 1e6:.0f} on the device"
-    score = work.flops / (scoring * execution.workers) + work.scoring_noise / perturbing
-    update = work.update_noise / (drawing * lanes)
+    score = work.flops / (scoring * execution.workers) + work.scoring_noise / perturbing + work.converted / (converting * lanes)
+    update = (work.size * summing + work.rounded / rounding) / lanes
     if execution.direct:
         try:
             read, write = disk_rates(run_dir)
@@ -84,20 +97,34 @@ def estimate(work: Work, execution: Execution, noise: str, run_dir: Path) -> Est
     return Estimate(score, update, words)
 
 
-def scoring_rate(work: Work, execution: Execution) -> float:
-    """FLOP/s of one worker, measured on an MLP of the model's width with norm and activation."""
+def scoring_rate(work: Work, execution: Execution, rank: int) -> float:
+    """FLOP/s of one worker, measured on an MLP of the model's width with norm and activation.
+
+    rank: of the noise; its corrections count as time, not as FLOP.
+    """
     torch.set_num_threads(execution.threads)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[execution.compute]
     device = torch_device(execution.device)
     width, rows = min(work.hidden, MATRIX // 64), min(work.rows, ROWS)
     inner = max(1, min(work.intermediate, MATRIX // width))
-    states = torch.randn(rows, width, device=device).to(dtype)
-    gate, up, down = (torch.randn(shape, device=device).to(dtype) for shape in ((inner, width), (inner, width), (width, inner)))
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device).to(dtype)
+
+    states, shapes = random(rows, width), ((inner, width), (inner, width), (width, inner))
+    matrices = [random(*shape) for shape in shapes]
+    factors = [Factors(random(1, shape[1], rank), random(1, rank, shape[0])) for shape in shapes]
+
+    def linear(which: int, x: torch.Tensor) -> torch.Tensor:
+        y = functional.linear(x, matrices[which])
+        if rank:
+            factors[which].add(y, factors[which].project(x, (1,)))
+        return y
 
     def mlp() -> None:
         normed = functional.rms_norm(states.float(), (width,)).to(dtype)
-        inside = functional.silu(functional.linear(normed, gate)) * functional.linear(normed, up)
-        (states + functional.linear(inside, down))[0, 0].item()  # waits for a GPU
+        inside = functional.silu(linear(0, normed)) * linear(1, normed)
+        (states + linear(2, inside))[0, 0].item()  # waits for a GPU
 
     with torch.inference_mode():
         rate = 6 * rows * width * inner / _fastest(mlp)
@@ -106,20 +133,40 @@ def scoring_rate(work: Work, execution: Execution) -> float:
     return rate
 
 
-def noise_rate(noise: str) -> float:
-    """Elements per second that one thread perturbs, in bfloat16."""
+def noise_rate(noise: NoiseKind) -> float:
+    """Elements of noise per second that one thread draws for a perturbation, applied to bfloat16 if they are drawn in full."""
+    shape, place = (2**11, 2**10), Place(0, 0, 0, 0)
+    if isinstance(noise, LowRank):
+        many = (2**20 // noise.RANK, 2**20 // noise.RANK)
+        return noise.drawn(many) / _fastest(lambda: noise.factors(place, many))
     weights, out = np.zeros(2**21, np.uint16), np.empty(2**21, np.uint16)
-    kind, place = kind_of(noise), Place(0, 0, 0, 0)
-    return out.size / _fastest(
-        lambda: kind.perturb(out, None, weights, place, 1e-3, (2**11, 2**10))
-    )
+    return out.size / _fastest(lambda: noise.perturb(out, None, weights, place, 1e-3, shape))
 
 
-def device_noise_rate(noise: str, device: str) -> float:
-    """Elements per second that a device draws."""
-    kind, place = kind_of(noise), Place(0, 0, 0, 0)
-    elements = torch.arange(2**20, device=torch_device(device))
-    return elements.numel() / _fastest(lambda: kind.epsilon_on_device(elements, place)[0].item())  # item() waits for a GPU
+def sum_seconds(noise: NoiseKind, pairs: int) -> float:
+    """Seconds that one thread takes per parameter for the update's sum over so many pairs."""
+    shape, place, some = (2**10, 2**10), Place(0, 0, 0, 0), min(pairs, 8)
+    out = np.empty(noise.block(shape), np.float32)
+    numbers, coefficients = np.arange(some, dtype=np.uint32), np.ones(some, np.float32)
+    seconds = _fastest(lambda: noise.weighted_sum(out, place, numbers, coefficients, shape))
+    return seconds / out.size * pairs / some
+
+
+def conversion_rate() -> float:
+    """Elements per second that one thread converts from int8 to bfloat16."""
+    stored, out, scales = np.zeros(2**21, np.int8), np.empty(2**21, np.uint16), np.ones(2**11, np.float32)
+    return out.size / _fastest(lambda: formats.dequantise(out, stored, scales=scales, width=2**10, start=0))
+
+
+def device_noise_rate(noise: NoiseKind, device: str) -> float:
+    """Elements of noise per second that a device draws."""
+    place, there = Place(0, 0, 0, 0), torch_device(device)
+    if isinstance(noise, LowRank):
+        many = (2**20 // noise.RANK, 2**10)
+        seconds = _fastest(lambda: noise.factors_on_device(place, many, there)[0][0, 0].item())  # item() waits for a GPU
+        return noise.drawn(many) / seconds
+    elements = torch.arange(2**20, device=there)
+    return elements.numel() / _fastest(lambda: noise.epsilon_on_device(elements, place, (2**20,))[0].item())
 
 
 def torch_device(device: str) -> torch.device:

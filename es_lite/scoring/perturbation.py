@@ -33,8 +33,8 @@ class Perturbation:
 
     @property
     def factored(self) -> bool:
-        """Whether linear maps are perturbed without their weights being touched: the noise is low-rank, or there is none."""
-        return self.sigma == 0 or self.rank > 0
+        """Whether linear maps are perturbed without their weights being touched: the noise is low-rank."""
+        return self.rank > 0
 
     @property
     def noise(self) -> NoiseKind:

@@ -1,8 +1,8 @@
 """Proxies, which replace a model's modules that own parameters and run them on perturbed tensors, tile by tile.
 
-Under noise that is drawn in full, a proxy makes its layer's perturbed tensors once per perturbation, runs its module on them, and
-frees them. Under low-rank noise, and without noise, it runs the module on the unperturbed weights with corrections (`shared`). The
-members of all perturbations are folded into the batch dimension: row `member * samples + sample`.
+Under noise that is drawn in full, a proxy makes its layer's perturbed tensors once per perturbation, runs its module on them,
+and frees them. Under low-rank noise, it runs the module on the unperturbed matrices, with corrections (`shared`). The members of
+all perturbations are folded into the batch dimension: row `member * samples + sample`.
 
 Shapes: G members of all perturbations, B samples, T the longest sample.
 """

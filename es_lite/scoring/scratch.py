@@ -24,7 +24,7 @@ class Scratch:
         self._compute = compute
         self._threads = threads
         self._buffers: list[np.ndarray] = [np.empty(0, self._numpy_type) for _ in range(2)]
-        self._base_buffer = np.empty(0, self._numpy_type)
+        self._base_buffer: np.ndarray = np.empty(0, self._numpy_type)
         self._base: dict[str, torch.Tensor] = {}
         self._based: Mapping[str, Part] | None = None
         """What `_base` holds."""
@@ -35,12 +35,14 @@ class Scratch:
 
     def tensors(self, perturbation: Perturbation, parts: Mapping[str, Part]) -> list[dict[str, torch.Tensor]]:
         """For each member: name → tensor of the compute type. The noise of a pair is drawn once for both."""
-        return self._tensors(self._reserve(perturbation.members, sum(part.data.size for part in parts.values())), perturbation, parts)
+        return self._tensors(
+            self._reserve(perturbation.members, sum(part.data.size for part in parts.values())), perturbation, parts
+        )
 
     def kept(self, perturbation: Perturbation, parts: Mapping[str, Part]) -> list[dict[str, torch.Tensor]]:
         """The same in new memory, for small tensors: valid for as long as it is held."""
         size = sum(part.data.size for part in parts.values())
-        buffers = [np.empty(size, self._numpy_type) for _ in perturbation.signs]
+        buffers: list[np.ndarray] = [np.empty(size, self._numpy_type) for _ in perturbation.signs]
         return self._tensors(buffers, perturbation, parts)
 
     def base(self, parts: Mapping[str, Part]) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Tiles: the rows that are multiplied together. Which rows these are depends on the perturbations and the batch alone.
+"""Tiles: the rows that are multiplied together. Which rows they are depends on the perturbations and the batch alone.
 
 Shapes: G members of all perturbations, B samples, T the longest sample.
 """

@@ -182,8 +182,8 @@ def weighted_sum(
     _weighted_sum(out, start, pairs, coefficients, table(), tensor, step, k0, k1)
 
 
-def drawn(shape: tuple[int, ...]) -> int:
-    """Elements of noise that are drawn for a tensor of this shape and a pair."""
+def drawn(shape: tuple[int, ...], *, update: bool = False) -> int:
+    """Elements of noise that are drawn for a tensor of this shape and a pair: to perturb it, or to update it."""
     return math.prod(shape)
 
 

@@ -16,9 +16,13 @@ class NoiseKind(Protocol):
     Every function takes the tensor's shape, on which ε may depend.
     """
 
-    NAME: str
-    RANK: int
-    """The rank of "lowrank"; 0 for the other kinds."""
+    @property
+    def NAME(self) -> str: ...
+
+    @property
+    def RANK(self) -> int:
+        """The rank of "lowrank"; 0 for the other kinds."""
+        ...
 
     def epsilon(self, place: Place, shape: tuple[int, ...], start: int, count: int) -> np.ndarray:
         """The definition of ε, in numpy."""
@@ -75,8 +79,8 @@ class NoiseKind(Protocol):
         """out = Σ_p c_p ε_p, for a slice of a tensor."""
         ...
 
-    def drawn(self, shape: tuple[int, ...]) -> int:
-        """Elements of noise that are drawn for a tensor and a pair."""
+    def drawn(self, shape: tuple[int, ...], *, update: bool = ...) -> int:
+        """Elements of noise that are drawn for a tensor and a pair, to perturb it or to update it."""
         ...
 
 

@@ -1,9 +1,9 @@
 """Low-rank noise, the kind "lowrank": of a matrix [out, in], E = A Bᵀ/√r with A [out, r] and B [in, r] gaussian (EGGROLL,
 arXiv 2511.16652). A tensor that is not a matrix gets gaussian noise.
 
-The factors are gaussian noise of the tensor's place: A[o, k] is element o·r + k, B[i, k] element (out + i)·r + k. A linear map under
-such a perturbation is x Wᵀ + (σ/√r)(x B)Aᵀ, so E is never made (`factors`). What is not a plain linear map is perturbed element by
-element, by the same definition (`perturb`).
+The factors are gaussian noise of the tensor's place: A[o, k] is element o·r + k, B[i, k] element (out + i)·r + k. A linear map
+under such a perturbation is x Wᵀ + (σ/√r)(x B)Aᵀ, so E is never made (`factors`). What is not a plain linear map is perturbed
+element by element, by the same definition (`perturb`).
 
 Arithmetic is plain IEEE float32, without fused multiply-add or fastmath.
 """
@@ -268,5 +268,9 @@ class LowRank:
         size = (*shape, self.RANK, self.root)
         _weighted_sum(out, start, *size, pairs, coefficients, gaussian.table(), tensor, step, k0, k1)
 
-    def drawn(self, shape: tuple[int, ...]) -> int:
-        return self.RANK * (shape[0] + shape[1]) if len(shape) == 2 else gaussian.drawn(shape)
+    def drawn(self, shape: tuple[int, ...], *, update: bool = False) -> int:
+        """As `gaussian.drawn`; the update draws B once per BLOCK_ROWS rows."""
+        if len(shape) != 2:
+            return gaussian.drawn(shape)
+        times = -(-shape[0] // BLOCK_ROWS) if update else 1
+        return self.RANK * (shape[0] + times * shape[1])

@@ -149,6 +149,6 @@ def weighted_sum(
     _weighted_sum(out, start, pairs, coefficients, tensor, step, k0, k1)
 
 
-def drawn(shape: tuple[int, ...]) -> int:
+def drawn(shape: tuple[int, ...], *, update: bool = False) -> int:
     """As `gaussian.drawn`."""
     return math.prod(shape)

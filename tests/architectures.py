@@ -2,12 +2,14 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from es_lite.algorithm.jit import Threads
+from es_lite.algorithm.noise.kinds import NoiseKind
 from es_lite.algorithm.noise.place import Place
 from es_lite.data.batch import Batch
 from es_lite.model.layout import Factors, Layout, skeleton
@@ -34,6 +36,7 @@ COMMON = {
     "max_position_embeddings": 64,
 }
 GPT2 = {"vocab_size": 300, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 64, "bos_token_id": 0, "eos_token_id": 0}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 SLIDING = {
     "sliding_window": 5,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
@@ -58,6 +61,35 @@ ARCHITECTURES = {
     "smollm3": ("smollm3", {}),
     "olmo2": ("olmo2", {}),
     "phi": ("phi", {}),  # its head has a bias
+    "gpt_neox": ("gpt_neox", {}),  # one matrix for queries, keys and values
+    "mpt": ("mpt", {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}),  # positions are biases of attention
+    "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),  # a convolution
+    "mixtral": ("mixtral", EXPERTS),
+    "qwen3_moe": ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}),
+    "gpt_oss": (  # vectors beside linear maps, biases of experts
+        "gpt_oss",
+        {
+            **EXPERTS,
+            **{"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 50.0},
+        },
+    ),
+    "deepseek_v3": (  # latent attention; the second block has experts
+        "deepseek_v3",
+        {
+            **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "n_shared_experts": 1},
+            **{"moe_intermediate_size": 48, "first_k_dense_replace": 1, "num_key_value_heads": 4},
+            **{"q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "head_dim": 8, "qk_nope_head_dim": 16},
+            "v_head_dim": 16,
+        },
+    ),
+    "jamba": (  # a state-space block, and one with attention and experts
+        "jamba",
+        {
+            **{"num_experts": 4, "num_experts_per_tok": 2, "expert_layer_period": 2, "expert_layer_offset": 1},
+            **{"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 8},
+        },
+    ),
 }
 
 
@@ -68,6 +100,11 @@ def config_of(name: str, tied: bool = True, attention: str | None = None, **chan
     config = AutoConfig.for_model(kind, **{"pad_token_id": None, **keys}, tie_word_embeddings=tied)
     config._attn_implementation = attention
     return config
+
+
+def of_kind(perturbation: Perturbation, noise: NoiseKind) -> Perturbation:
+    """The same perturbation with this kind of noise."""
+    return replace(perturbation, kind=noise.NAME, rank=noise.RANK)
 
 
 def batch_of(lengths: Sequence[int] = LENGTHS, vocabulary: int = 300) -> Batch:
@@ -129,7 +166,7 @@ class Tiny:
         return np.stack([self.hugging_face(self.perturbed(perturbation, sign), batch, dtype) for sign in perturbation.signs])
 
     def model(self, compute: torch.dtype = torch.float32, threads: int = 1, micro_batch: int = 3, **options) -> PerturbedModel:
-        """options: `device` and `progress`, as PerturbedModel takes them."""
+        """options: `tile_members`, `device` and `progress`, as PerturbedModel takes them."""
         lanes = Lanes(1, threads)
         return PerturbedModel(skeleton(self.config), self.layout, self.working, compute, lanes, micro_batch, **options)
 
@@ -141,9 +178,10 @@ class Tiny:
         threads: int = 1,
         micro_batch: int = 3,
         pass_samples: int = 0,
+        tile_members: int = 1,
     ) -> np.ndarray:
         """The scores of a fresh PerturbedModel; pass_samples: 0 is the whole batch."""
-        model = self.model(compute, threads, micro_batch)
+        model = self.model(compute, threads, micro_batch, tile_members=tile_members)
         return model.log_probabilities([perturbation], batch, pass_samples or len(batch))
 
 

@@ -99,13 +99,16 @@ class Arrays:
 
 
 def records(count: int) -> list[Record]:
-    """Steps 0 … count - 1: antithetic or not, with weight decay or without; in each, one member has the coefficient 0."""
+    """Steps 0 … count - 1, each with another kind of noise: antithetic or not, with weight decay or without; in each, one member
+    has the coefficient 0."""
     out = []
+    kinds = list(plain.KINDS.values())[::-1]  # low-rank noise, which depends on a tensor's shape, is in the first steps
     for step in range(count):
         coefficients = 2e-3 * np.random.default_rng(step).standard_normal(6).astype(np.float32)
         coefficients[step % 6] = 0
         decay = float(np.float32(1e-2 if step % 3 else 0))
-        out.append(Record(step, 2**63 + step // 2, 1e-2, bool(step % 2), decay, tuple(float(c) for c in coefficients)))
+        noise, members = kinds[step % len(kinds)], tuple(float(c) for c in coefficients)
+        out.append(Record(step, 2**63 + step // 2, 1e-2, bool(step % 2), decay, members, noise.NAME, noise.RANK))
     return out
 
 
@@ -121,9 +124,9 @@ def expected(layer: Layer, theta_0: Arrays, storage: Storage, history: Sequence[
             coefficients *= np.float32(tensor.coefficient_factor)
             decay = np.float32(record.decay) * np.float32(tensor.decay_factor)
             if coefficients.any() or decay:
-                pairs = np.arange(coefficients.size)
                 place = {"seed": record.seed, "step": record.step, "tensor": tensor.number}
-                stored, scales = plain.advanced(stored, scales, **place, pairs=pairs, coefficients=coefficients, decay=decay)
+                noise = {"noise": record.noise, "shape": tensor.shape, "pairs": np.arange(coefficients.size)}
+                stored, scales = plain.advanced(stored, scales, **place, **noise, coefficients=coefficients, decay=decay)
         out[tensor.name] = stored, scales
     return out
 

@@ -1,10 +1,26 @@
 """Reference implementations of the formats and of the update in plain numpy float32: the kernels must equal them bit for bit."""
 
+import math
+from collections.abc import Iterator
+
 import numpy as np
+import pytest
 import torch
 
-from es_lite.algorithm.noise import gaussian, philox
+from es_lite.algorithm.noise import gaussian, philox, rademacher
+from es_lite.algorithm.noise.kinds import NoiseKind
+from es_lite.algorithm.noise.lowrank import LowRank
 from es_lite.algorithm.noise.place import ROUNDING, Place
+
+KINDS: dict[str, NoiseKind] = {
+    "gaussian": gaussian,
+    "rademacher": rademacher,
+    "lowrank 1": LowRank(1),
+    "lowrank 3": LowRank(3),
+}
+"""Every kind of noise, low-rank noise with two ranks."""
+
+EVERY_KIND = pytest.mark.parametrize("noise", KINDS.values(), ids=KINDS)
 
 
 def same_bits(left: np.ndarray, right: np.ndarray) -> bool:
@@ -71,6 +87,44 @@ def grown(scales: np.ndarray, top: np.ndarray) -> np.ndarray:
     return scales
 
 
+def terms(
+    noise: NoiseKind, place: Place, coefficient: float, shape: tuple[int, ...], start: int, count: int
+) -> Iterator[np.ndarray]:
+    """What one pair adds to elements start … of a tensor of this shape, one after the other: float32 [count] each.
+
+    This is c·ε but for matrices under low-rank noise, where it is (A[o, k]·(c·(1/√r)))·B[i, k] for each k.
+    """
+    rank, factor = noise.RANK, np.float32(coefficient)
+    if not rank:
+        yield factor * noise.epsilon(place, shape, start, count)
+    elif len(shape) != 2:
+        yield factor * gaussian.epsilon(place, shape, start, count)
+    else:
+        height, width = shape
+        drawn = gaussian.epsilon(place, (), 0, (height + width) * rank).reshape(-1, rank)
+        rows, columns = np.divmod(np.arange(start, start + count), width)
+        for k in range(rank):
+            yield drawn[rows, k] * (factor * np.float32(1 / math.sqrt(rank))) * drawn[height + columns, k]
+
+
+def weighted_sum(
+    noise: NoiseKind,
+    place: Place,
+    pairs: np.ndarray,
+    coefficients: np.ndarray,
+    shape: tuple[int, ...],
+    start: int,
+    count: int,
+) -> np.ndarray:
+    """Σ_p c_p·ε_p of elements start …, float32 [count]: every term is rounded, then added, in the order given."""
+    total = np.zeros(count, np.float32)
+    for pair, coefficient in zip(pairs, coefficients, strict=True):
+        for term in terms(noise, place._replace(pair=int(pair)), coefficient, shape, start, count):
+            total = total + term
+    assert total.dtype == np.float32
+    return total
+
+
 def advanced(
     stored: np.ndarray,
     scales: np.ndarray,
@@ -82,12 +136,15 @@ def advanced(
     coefficients: np.ndarray,
     decay: float,
     start: int = 0,
+    noise: NoiseKind = gaussian,
+    shape: tuple[int, ...] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Elements start … of a tensor after a step, and their scales. int8: whole rows, and `scales` of these rows only."""
+    """Elements start … of a tensor after a step, and their scales. int8: whole rows, and `scales` of these rows only.
+
+    shape: the tensor's; only low-rank noise depends on it.
+    """
     width = stored.size // scales.size if scales.size else 1
-    total = np.zeros(stored.size, np.float32)
-    for pair, coefficient in zip(pairs, coefficients, strict=True):
-        total = total + np.float32(coefficient) * gaussian.epsilon(Place(seed, step, int(pair), tensor), start, stored.size)
+    total = weighted_sum(noise, Place(seed, step, 0, tensor), pairs, coefficients, shape, start, stored.size)
     values = as_float32(stored, scales, width)
     values = (values - np.float32(decay) * values) + total
     assert values.dtype == np.float32

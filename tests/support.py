@@ -50,6 +50,18 @@ RECIPE: dict[str, dict[str, Any]] = {
 }
 
 
+NOISES: dict[str, dict[str, Any]] = {
+    "gaussian": {"kind": "gaussian"},
+    "rademacher": {"kind": "rademacher"},
+    "lowrank 1": {"kind": "lowrank"},
+    "lowrank 3": {"kind": "lowrank", "rank": 3},
+}
+"""The table `noise` of a recipe for every kind."""
+
+SHARED_TILES = {"population": 10}
+"""The table `es` with which two pairs of low-rank noise share a tile in the tiny recipe, and the fifth pair has one alone."""
+
+
 class Clock:
     """Seconds that pass only when the test says so."""
 

@@ -17,6 +17,7 @@ import numpy as np
 from _measuring import StepLoad
 
 from es_lite.algorithm.jit import Threads
+from es_lite.algorithm.noise import gaussian
 from es_lite.algorithm.record import Record
 from es_lite.engine.local import divide
 from es_lite.engine.messages import Advance, AdvanceSections, Check, Finish, Task
@@ -78,7 +79,7 @@ def record_of(step: int, population: int) -> Record:
     """A record in which every member counts."""
     scores = np.random.default_rng(step).standard_normal(population)
     return Record.from_scores(
-        step, scores, seed=0, kind="gaussian", sigma=1e-3, alpha=5e-4, shaping_kind="zscore", scale="standard",
+        step, scores, seed=0, noise=gaussian, sigma=1e-3, alpha=5e-4, shaping_kind="zscore", scale="standard",
         antithetic=True, weight_decay=0.0,
     )  # fmt: skip
 

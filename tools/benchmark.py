@@ -14,6 +14,7 @@ Prints Markdown for benchmarks/.
 
 import argparse
 import json
+import math
 import shlex
 import statistics
 import subprocess
@@ -52,16 +53,17 @@ def noise(arguments: argparse.Namespace) -> None:
     """Elements a second of one thread into bf16; an antithetic pair's two perturbations count as two."""
     print(HEADER)
     place = Place(seed=1, step=2, pair=3, tensor=4)
-    size = 2**24
+    shape = (2**12, 2**12)
+    size = math.prod(shape)
     weights = np.random.default_rng(0).integers(0x3C00, 0x3D00, size).astype(np.uint16)
     plus, minus, theta = np.empty_like(weights), np.empty_like(weights), np.zeros(size, np.float32)
     pairs = np.arange(4, dtype=np.uint32)
     coefficients = np.ones(4, np.float32)
     kind = kind_of(gaussian.NAME)
     cases = {
-        "one perturbation": (1, lambda: gaussian.perturb(plus, None, weights, place, 1e-3)),
-        "an antithetic pair": (2, lambda: gaussian.perturb(plus, minus, weights, place, 1e-3)),
-        "update, 4 pairs": (4, lambda: update_kernels.advance(theta, kind, place, pairs, coefficients, 0.0)),
+        "one perturbation": (1, lambda: gaussian.perturb(plus, None, weights, place, 1e-3, shape)),
+        "an antithetic pair": (2, lambda: gaussian.perturb(plus, minus, weights, place, 1e-3, shape)),
+        "update, 4 pairs": (4, lambda: update_kernels.advance(theta, kind, place, pairs, coefficients, 0.0, shape)),
     }
     for name, (count, work) in cases.items():
         print(row(name, [count * size / s / 1e6 for s in seconds_of(work)], "million elements/s/thread"))

@@ -26,6 +26,7 @@ import torch
 from es_lite import system
 from es_lite.algorithm.formats import Storage
 from es_lite.algorithm.jit import Threads
+from es_lite.algorithm.noise import gaussian
 from es_lite.algorithm.record import Record
 from es_lite.data import batch
 from es_lite.data.corpus import BUILTIN, Corpus, read_texts, split
@@ -109,7 +110,7 @@ def path(way: str, seed: int, steps: int) -> list[float]:
             step,
             scorer.log_probabilities(pairs, samples, SAMPLES).mean(axis=1),
             seed=seed,
-            kind="gaussian",
+            noise=gaussian,
             sigma=SIGMA,
             alpha=ALPHA,
             shaping_kind="zscore",

@@ -9,31 +9,49 @@ from es_lite.algorithm import formats
 from es_lite.algorithm.noise.kinds import NoiseKind
 from es_lite.algorithm.noise.place import Place
 from es_lite.fitness.base import Fitness
+from es_lite.model.layout import Tensor
 from es_lite.weights.layer_file import FileReader, LayerFile
 
-SAMPLED = 4096
-"""Elements of each tensor that are examined."""
+GROUPS, ROWS, ELEMENTS = 8, 16, 4096
+"""What is examined of a tensor: groups of consecutive rows, the least rows of each, and the least elements of all together."""
 
 SMALLEST_SHARE_MOVED = 0.5
 
 
 def share_moved(files: Sequence[LayerFile], noise: NoiseKind, sigma: float, seed: int) -> float:
-    """Share of the perturbed weights that σ changes in bfloat16, estimated from the first elements of each tensor."""
+    """Share of the perturbed weights that σ changes in bfloat16, estimated from some rows of each tensor.
+
+    Under low-rank noise a linear map's weights stay as they are, and what is rounded is its outputs; but whether σ is large
+    enough for bfloat16 is told as well by the weights as they would be.
+    """
     moved, perturbed = 0.0, 0
     for file in files:
         with contextlib.closing(FileReader(file)) as reader:
             for tensor in file.layer.tensors:
-                if tensor.sigma_factor == 0:
+                if tensor.sigma_factor == 0 or not tensor.size:
                     continue
-                rows = -(-min(SAMPLED, tensor.size) // max(1, tensor.width))
-                values = reader.part(tensor, 0, rows * tensor.width).float32()[:SAMPLED]
-                weights = np.empty(values.size, np.uint16)
-                formats.to_bf16(weights, values)
-                out, place = np.empty_like(weights), Place(seed, 0, 0, tensor.number)
-                noise.perturb(out, None, weights, place, sigma * tensor.sigma_factor, tensor.shape)
-                moved += tensor.size * float(np.mean(out != weights))
+                place, changed, examined = Place(seed, 0, 0, tensor.number), 0, 0
+                for start, count in examined_rows(tensor):
+                    weights = np.empty(count, np.uint16)
+                    formats.to_bf16(weights, reader.part(tensor, start, count).float32())
+                    out = np.empty_like(weights)
+                    noise.perturb(out, None, weights, place, sigma * tensor.sigma_factor, tensor.shape, start=start)
+                    changed += int(np.count_nonzero(out != weights))
+                    examined += count
+                moved += tensor.size * changed / examined
                 perturbed += tensor.size
     return moved / max(1, perturbed)
+
+
+def examined_rows(tensor: Tensor) -> list[tuple[int, int]]:
+    """(start, count) of the elements that are examined: groups of whole rows, from the first to the last; or all elements.
+
+    Many rows, as all elements of a row share what low-rank noise draws for it; groups of them, as reads are slow.
+    """
+    rows = max(ROWS, -(-ELEMENTS // (GROUPS * tensor.width)))
+    if GROUPS * rows >= tensor.rows:
+        return [(0, tensor.size)]
+    return [(group * (tensor.rows - rows) // (GROUPS - 1) * tensor.width, rows * tensor.width) for group in range(GROUPS)]
 
 
 def rounding_advice(moved: float, sigma: float) -> str | None:
@@ -41,8 +59,9 @@ def rounding_advice(moved: float, sigma: float) -> str | None:
     if moved >= SMALLEST_SHARE_MOVED:
         return None
     return (
-        f"es.sigma = {sigma:g} changes only {moved:.0%} of the bf16 weights; the others round back to what they were, so scores "
-        'mostly measure rounding: raise es.sigma (a tenth of the size of the weights is a lot), or set workers.compute = "fp32"'
+        f"es.sigma = {sigma:g} is too small for bf16, in which only {moved:.0%} of the perturbed weights would differ from what "
+        "they were, so scores mostly measure rounding: raise es.sigma (a tenth of the size of the weights is a lot), or set "
+        'workers.compute = "fp32"'
     )
 
 

@@ -28,6 +28,14 @@ VOCABULARY_BLOCK = 2048
 """Rows of the head that are perturbed and multiplied at a time; sections of a stream are multiples of it."""
 
 
+@dataclass
+class BodyOutput(BaseModelOutputWithPastAndCrossAttentions):
+    """What models read of their body's output."""
+
+    router_logits: tuple[torch.Tensor, ...] | None = None
+    """Of models with experts."""
+
+
 @dataclass(frozen=True)
 class LogitTransform:
     """What the model does with its logits: logits·scale, or cap·tanh(logits/cap) if cap is not 0."""
@@ -42,8 +50,8 @@ class LogitTransform:
         """Determined by giving the model known logits. Raises UserError if it does anything else with them."""
 
         class Body(nn.Module):
-            def forward(self, *_: Any, **__: Any) -> BaseModelOutputWithPastAndCrossAttentions:
-                return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=torch.zeros(1, 1, 1))
+            def forward(self, *_: Any, **__: Any) -> BodyOutput:
+                return BodyOutput(last_hidden_state=torch.zeros(1, 1, 1))
 
         class Head(nn.Module):
             def forward(self, _: torch.Tensor) -> torch.Tensor:

@@ -62,13 +62,13 @@ class ScoringState:
         return sum(perturbation.members for perturbation in self.perturbations)
 
     def groups(self) -> Iterator[Group]:
-        """The perturbations in order, in groups: factored ones that share tiles, and each other one alone."""
+        """The perturbations in order, in groups: factored ones of the same signs and rank, which share tiles; others alone."""
         first, low = 0, 0
         while low < len(self.perturbations):
             head, high = self.perturbations[low], low + 1
             if head.factored and head.sigma:
                 most = max(1, self.tile_members // head.members)
-                while high < min(low + most, len(self.perturbations)) and self.perturbations[high].sigma:
+                while high < min(low + most, len(self.perturbations)) and _alike(head, self.perturbations[high]):
                     high += 1
             group = Group(first, self.perturbations[low:high])
             yield group
@@ -82,6 +82,11 @@ class ScoringState:
             for member in range(0, group.members, each):
                 batch = self.members, self.samples
                 yield Tile(group, range(member, member + each), slice(low, high), int(self.lengths[low]), batch)
+
+
+def _alike(one: Perturbation, other: Perturbation) -> bool:
+    """Whether the members of both can share a tile."""
+    return (one.signs, one.rank) == (other.signs, other.rank)
 
 
 @dataclass(frozen=True)

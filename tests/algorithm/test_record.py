@@ -4,14 +4,16 @@ import dataclasses
 
 import numpy as np
 import pytest
+from plain import EVERY_KIND
 
 from es_lite.algorithm import shaping
+from es_lite.algorithm.noise import gaussian
 from es_lite.algorithm.record import Record
 
 SCORES = np.array([-3.25, -3.5, -2.0, -9.75, -3.0, -1.25])
 OPTIONS = {
     "seed": 2**64 - 1,
-    "kind": "gaussian",
+    "noise": gaussian,
     "sigma": 0.125,
     "alpha": 0.3,
     "shaping_kind": "zscore",
@@ -40,8 +42,19 @@ def test_nes_coefficients_are_divided_by_sigma_too(kind):
 def test_it_holds_everything_that_the_step_needs():
     made = record(antithetic=True)
     assert (made.step, made.seed, made.sigma, made.antithetic, made.decay) == (4, 2**64 - 1, 0.125, True, 0.0)
-    assert made.kind == "gaussian" and record(kind="other").kind == "other"
     assert len(made.coefficients) == 6
+
+
+@EVERY_KIND
+def test_it_names_its_noise(noise):
+    made = record(noise=noise)
+    assert (made.kind, made.rank) == (noise.NAME, noise.RANK) and made.noise == noise
+
+
+@pytest.mark.parametrize(("kind", "rank"), [("cauchy", 0), ("lowrank", 0), ("gaussian", 1)])
+def test_a_record_of_noise_that_does_not_exist_cannot_be_applied(kind, rank):
+    with pytest.raises(ValueError, match=f"'{kind}'"):
+        _ = dataclasses.replace(record(), kind=kind, rank=rank).noise
 
 
 def test_coefficients_and_decay_are_float32_values_as_python_numbers():

@@ -3,13 +3,12 @@
 import numpy as np
 import plain
 import pytest
-from plain import same_bits
+from plain import EVERY_KIND, same_bits
 
 from es_lite.algorithm import update
 from es_lite.algorithm.formats import NO_SCALES
 from es_lite.algorithm.jit import Threads
 from es_lite.algorithm.noise import gaussian
-from es_lite.algorithm.noise.kinds import kind_of
 from es_lite.algorithm.noise.place import ROUNDING, Place
 
 PLACE = {"seed": 0xFEDCBA9876543210, "step": 11, "tensor": 290}
@@ -31,11 +30,11 @@ def normal(count: int) -> np.ndarray:
 
 
 def advance(stored: np.ndarray, scales: np.ndarray = NO_SCALES, *, start: int = 0, **changes) -> None:
-    """The update of `stored` and `scales` in place; `changes`: other coordinates, pairs, coefficients or decay."""
-    given = {**PLACE, **SUM, "decay": 0.0, **changes}
+    """The update of `stored` and `scales` in place; `changes`: other coordinates, pairs, coefficients, decay, noise or shape."""
+    given = {**PLACE, **SUM, "decay": 0.0, "noise": gaussian, "shape": (), **changes}
     place = Place(given["seed"], given["step"], 0, given["tensor"])
     moved = given["pairs"], given["coefficients"], given["decay"]
-    update.advance(stored, kind_of("gaussian"), place, *moved, start=start, scales=scales)
+    update.advance(stored, given["noise"], place, *moved, given["shape"], start=start, scales=scales)
 
 
 def expected(stored: np.ndarray, scales: np.ndarray = NO_SCALES, **changes) -> tuple[np.ndarray, np.ndarray]:
@@ -43,31 +42,38 @@ def expected(stored: np.ndarray, scales: np.ndarray = NO_SCALES, **changes) -> t
     return plain.advanced(stored, scales, **{**PLACE, **SUM, "decay": 0.0, **changes})
 
 
+@EVERY_KIND
 @STARTS
 @LENGTHS
 @DECAYS
-def test_bf16(start, length, decay):
-    stored = plain.bf16(normal(length))
+def test_bf16(noise, start, length, decay):
+    stored, given = plain.bf16(normal(length)), {"decay": decay, "start": start, "noise": noise, "shape": (1003, 1009)}
     out = stored.copy()
-    advance(out, decay=decay, start=start)
-    assert same_bits(out, expected(stored, decay=decay, start=start)[0])
+    advance(out, **given)
+    assert same_bits(out, expected(stored, **given)[0])
 
 
+@EVERY_KIND
 @WIDTHS
 @DECAYS
 @pytest.mark.parametrize(("first", "rows"), [(0, 1), (0, 5), (3, 4), (1001, 2)])
-def test_int8(width, decay, first, rows):
+def test_int8(noise, width, decay, first, rows):
     stored, scales = plain.quantised(normal(width * rows), width)
+    given = {"decay": decay, "start": first * width, "noise": noise, "shape": (1010, width)}
     out, out_scales = stored.copy(), scales.copy()
-    advance(out, out_scales, decay=decay, start=first * width)
-    after, scales_after = expected(stored, scales, decay=decay, start=first * width)
+    advance(out, out_scales, **given)
+    after, scales_after = expected(stored, scales, **given)
     assert same_bits(out, after) and same_bits(out_scales, scales_after)
 
 
-@pytest.mark.parametrize(("rows", "width"), [(40, 5003), (2, update.BLOCK + 9), (2 * update.BLOCK + 77, 1)])
-def test_tensors_longer_than_a_block_of_the_sum(rows, width):
-    """A block of int8 is whole rows, at least one."""
+@EVERY_KIND
+@pytest.mark.parametrize(("rows", "width"), [(150, 519), (2, 70_001), (200_001, 1)])
+def test_tensors_longer_than_a_block_of_the_sum(noise, rows, width):
+    """A block of int8 is whole rows, at least one; a block of low-rank noise is many rows, however long."""
+    shape = (rows + 5, width)
+    assert rows * width > noise.block(shape) or (noise.RANK and rows == 2)
     few = {"pairs": PAIRS[:2], "coefficients": COEFFICIENTS[4:6], "decay": 1.7e-3, "start": 3 * width}
+    few |= {"noise": noise, "shape": shape}
     stored, scales = plain.quantised(normal(width * rows), width)
     bits = plain.bf16(normal(width * rows))
     out, out_scales, out_bits = stored.copy(), scales.copy(), bits.copy()
@@ -78,41 +84,45 @@ def test_tensors_longer_than_a_block_of_the_sum(rows, width):
     assert same_bits(out_bits, expected(bits, **few)[0])
 
 
-def test_bf16_divided_anywhere_gets_the_same_bits():
-    stored = plain.bf16(normal(9001))
-    after = expected(stored, start=5)[0]
+@EVERY_KIND
+def test_bf16_divided_anywhere_gets_the_same_bits(noise):
+    stored, given = plain.bf16(normal(9001)), {"noise": noise, "shape": (10, 1009)}
+    after = expected(stored, start=5, **given)[0]
     for cuts in ([1, 2, 3], [8, 4096], [2047, 2049, 9000], [4500]):
         out = stored.copy()
         for low, high in zip([0, *cuts], [*cuts, 9001], strict=True):
-            advance(out[low:high], start=5 + low)
+            advance(out[low:high], start=5 + low, **given)
         assert same_bits(out, after)
 
 
+@EVERY_KIND
 @WIDTHS
-def test_int8_divided_between_any_rows_gets_the_same_bits(width):
-    stored, scales = plain.quantised(normal(width * 9), width)
-    after, scales_after = expected(stored, scales, start=2 * width)
+def test_int8_divided_between_any_rows_gets_the_same_bits(noise, width):
+    (stored, scales), given = plain.quantised(normal(width * 9), width), {"noise": noise, "shape": (11, width)}
+    after, scales_after = expected(stored, scales, start=2 * width, **given)
     for cuts in ([1], [4, 5], [3, 8], range(1, 9)):
         out, out_scales = stored.copy(), scales.copy()
         for low, high in zip([0, *cuts], [*cuts, 9], strict=True):
-            advance(out[low * width : high * width], out_scales[low:high], start=(2 + low) * width)
+            advance(out[low * width : high * width], out_scales[low:high], start=(2 + low) * width, **given)
         assert same_bits(out, after) and same_bits(out_scales, scales_after)
 
 
+@EVERY_KIND
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
-def test_the_bits_do_not_depend_on_the_threads(count):
+def test_the_bits_do_not_depend_on_the_threads(noise, count):
     width, rows = 333, 61
+    given = {"noise": noise, "shape": (rows, width)}
     bits, (stored, scales) = plain.bf16(normal(width * rows)), plain.quantised(normal(width * rows), width)
     out, out_bits, out_scales = stored.copy(), bits.copy(), scales.copy()
     threads = Threads(count)
-    threads.each(bits.size, lambda low, high: advance(out_bits[low:high], start=low), least=1001)
+    threads.each(bits.size, lambda low, high: advance(out_bits[low:high], start=low, **given), least=1001)
     threads.each(
         rows,
-        lambda low, high: advance(out[low * width : high * width], out_scales[low:high], start=low * width),
+        lambda low, high: advance(out[low * width : high * width], out_scales[low:high], start=low * width, **given),
         least=2,
     )
-    after, scales_after = expected(stored, scales)
-    assert same_bits(out_bits, expected(bits)[0])
+    after, scales_after = expected(stored, scales, **given)
+    assert same_bits(out_bits, expected(bits, **given)[0])
     assert same_bits(out, after) and same_bits(out_scales, scales_after)
 
 
@@ -145,7 +155,7 @@ def test_the_rounding_takes_the_bits_of_a_reserved_pair():
     assert ROUNDING == 2**32 - 1
     lanes = plain.random16(**PLACE, start=3, count=1000)
     quantiles = gaussian.table()[lanes].astype(np.float32) / np.float32(gaussian.QUANTUM)
-    assert same_bits(quantiles, gaussian.epsilon(Place(**PLACE, pair=ROUNDING), 3, 1000))
+    assert same_bits(quantiles, gaussian.epsilon(Place(**PLACE, pair=ROUNDING), (), 3, 1000))
 
 
 def test_int8_scales_grow_just_enough_and_never_shrink():

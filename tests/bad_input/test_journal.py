@@ -87,6 +87,16 @@ def unknown_kind_of_noise(documents: list[dict]) -> str:
     return "line 4: noise of the kind 'lattice', which this version of es_lite does not know"
 
 
+def rank_that_is_none(documents: list[dict]) -> str:
+    documents[3] |= {"kind": "lowrank", "rank": "4"}
+    return "line 4: noise of the kind 'lowrank' with rank '4': only 'lowrank' has a rank, a whole number of at least 1"
+
+
+def rank_of_another_kind(documents: list[dict]) -> str:
+    documents[3]["rank"] = 4
+    return "line 4: noise of the kind 'gaussian' with rank 4: only 'lowrank' has a rank"
+
+
 def another_version_of_the_noise(documents: list[dict]) -> str:
     documents[0]["noise"] = "philox4x32-10/table16/9"
     return "its noise is 'philox4x32-10/table16/9', but this version of es_lite makes"
@@ -94,7 +104,14 @@ def another_version_of_the_noise(documents: list[dict]) -> str:
 
 @pytest.mark.parametrize(
     "change",
-    [unknown_key_of_the_origin, unknown_key_of_a_record, unknown_kind_of_noise, another_version_of_the_noise],
+    [
+        unknown_key_of_the_origin,
+        unknown_key_of_a_record,
+        unknown_kind_of_noise,
+        rank_that_is_none,
+        rank_of_another_kind,
+        another_version_of_the_noise,
+    ],
     ids=lambda function: function.__name__,
 )
 def test_the_journal_of_another_version_is_refused_by_what_is_unknown(

@@ -4,13 +4,22 @@ from pathlib import Path
 
 import pytest
 from refusals import copy_of, disk, refused, refused_untouched, remount
-from support import contents, start
+from support import contents, start, train_here
 
 
 def test_the_run_of_another_recipe_is_refused(recipe: Path, run: Path) -> None:
     message = refused_untouched(recipe, run, "es.alpha=0.5", "run.seed=3")
     assert f"{run}: belongs to another recipe" in message
     assert "es.alpha: 0.02 -> 0.5" in message and "run.seed: 0 -> 3" in message
+
+
+def test_a_run_of_another_kind_of_noise_or_another_rank_is_refused(recipe: Path, run: Path, tmp_path: Path) -> None:
+    message = refused_untouched(recipe, run, "noise.kind=lowrank")
+    assert f"{run}: belongs to another recipe" in message and "noise.kind: 'gaussian' -> 'lowrank'" in message
+    low_rank, one_step = tmp_path / "low-rank", ("noise.kind=lowrank", "run.iterations=1")
+    assert train_here(recipe, low_rank, *one_step, "noise.rank=2").code == 0
+    message = refused_untouched(recipe, low_rank, *one_step, "noise.rank=3")
+    assert f"{low_rank}: belongs to another recipe" in message and "noise.rank: 2 -> 3" in message
 
 
 @pytest.mark.slow

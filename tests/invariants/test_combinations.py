@@ -1,33 +1,70 @@
-"""The invariants in every combination of weights, master and residency: workers, kills, replay, damage.
+"""The invariants in the combinations of noise, weights, master and residency: workers, kills, replay, damage.
 
-For each storage, one undisturbed resident run of one worker is the reference: its journal, layer files and exports are
-what all others must have, byte for byte.
+For each noise and storage, one undisturbed resident run of one worker is the reference: its journal, layer files and exports are
+what all others must have, byte for byte. Undisturbed runs are compared in all combinations; those in which something is killed,
+which takes seconds, have one kind of noise for each storage and residency, in turn.
 """
 
 import random
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
-from support import TINY, assert_same_run, digest, left, records, start, train_here, write_recipe
+from support import (
+    NOISES,
+    SHARED_TILES,
+    TINY,
+    assert_same_run,
+    digest,
+    left,
+    metrics,
+    records,
+    replayed,
+    start,
+    tensors,
+    train_here,
+    write_recipe,
+)
 
 from es_lite import replay
+from es_lite.fitness.kinds import fitness_of
+from es_lite.model.origin import Origin
+from es_lite.planning.plan import Plan
+from es_lite.recipe import Recipe
 
 pytestmark = pytest.mark.slow
 
 STEPS = 14
 KILLS = 2
 
-WEIGHTS = ("bf16", "int8")
-MASTERS = ("fp32", "none")
+STORAGES = [(weights, master) for weights in ("bf16", "int8") for master in ("fp32", "none")]
 RESIDENCIES = ("resident", "streamed")
+KINDS = ("lowrank 1", "gaussian", "rademacher")
+
+PLAIN: dict[str, dict[str, Any]] = {"workers": {"compute": "bf16"}}
+"""The working copy, if it is bf16, is multiplied as it is under low-rank noise."""
+CROWDED: dict[str, dict[str, Any]] = {
+    "workers": {"compute": "fp32"},
+    "noise": {"shared": True},
+    "es": {
+        "antithetic": False,
+        "scale": "nes",
+        "alpha": 1e-3,
+        "weight_decay": 0.5,
+        "groups": [{"pattern": "k_proj", "sigma": 0.0, "alpha": 0.0}, {"pattern": "mlp|norm", "sigma": 2.0, "alpha": 0.5}],
+    },
+}
+"""Everything in a recipe that changes what noise does: a frozen group, another with factors, and so on."""
 
 
 class Reference:
-    """A storage, its recipe, and the run to compare with."""
+    """A noise and a storage, a recipe with these, and the run to compare with."""
 
-    def __init__(self, folder: Path, weights: str, master: str) -> None:
-        self.name = folder.name
+    def __init__(self, folder: Path, noise: str, weights: str, master: str, settings: dict[str, dict[str, Any]]) -> None:
         # Untied if there is no master: the embedding is then a layer that passes by itself, after the head.
         config = TINY | {"tie_word_embeddings": master == "fp32"}
         self.recipe = write_recipe(
@@ -36,22 +73,92 @@ class Reference:
             model={"config": config},
             memory={"weights": weights, "master": master},
             eval={"every": 7, "samples": 4},
+            es=SHARED_TILES | settings.get("es", {}),
+            noise=NOISES[noise] | settings.get("noise", {}),
+            workers=settings["workers"],
         )
         self.run = folder / "reference"
         assert train_here(self.recipe, self.run, "memory.residency=resident", "workers.count=1").code == 0
 
 
-@pytest.fixture(scope="module", params=[(w, m) for w in WEIGHTS for m in MASTERS], ids="-".join)
-def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    return Reference(tmp_path_factory.mktemp("-".join(request.param)), *request.param)
+References = Callable[[str, str, str, bool], Reference]
 
 
-@pytest.mark.parametrize(("residency", "workers"), [("resident", 2), ("resident", 5), ("streamed", 2)])
-def test_killing_workers_at_random_moments_changes_no_bit(
-    reference: Reference, residency: str, workers: int, tmp_path: Path
+@pytest.fixture(scope="module")
+def references(tmp_path_factory: pytest.TempPathFactory) -> References:
+    """The reference of a noise and a storage, with plain or crowded settings, made when it is first asked for."""
+
+    @cache
+    def reference(noise: str, weights: str, master: str, crowded: bool) -> Reference:
+        return Reference(tmp_path_factory.mktemp("reference"), noise, weights, master, CROWDED if crowded else PLAIN)
+
+    return reference
+
+
+PLAIN_CASES = [(noise, *storage, False) for noise in KINDS for storage in STORAGES]
+CROWDED_CASES = [(noise, *storage, True) for noise, storage in zip(NOISES, STORAGES, strict=True)]
+EVERY_REFERENCE = pytest.mark.parametrize(
+    ("noise", "weights", "master", "crowded"),
+    [*PLAIN_CASES, *CROWDED_CASES],
+    ids=lambda value: ("plain", "crowded")[value] if isinstance(value, bool) else value,
+)
+
+
+def in_turn(*ways: tuple) -> list:
+    """(noise, weights, master, *way) for every storage and way: each way, and each storage, has other kinds of noise in turn."""
+    found = []
+    for s, storage in enumerate(STORAGES):
+        for w, way in enumerate(ways):
+            case = (KINDS[(s + w) % len(KINDS)], *storage, *way)
+            found.append(pytest.param(*case, id="-".join(map(str, case))))
+    return found
+
+
+def evaluations(run: Path) -> list[float | None]:
+    return [line["eval_score"] for line in metrics(run)]
+
+
+@EVERY_REFERENCE
+def test_many_workers_or_streamed_weights_change_no_bit(
+    references: References, noise: str, weights: str, master: str, crowded: bool, tmp_path: Path
 ) -> None:
-    """What a killed one had half done, such as a layer's file, is done again. Five share the blocks; streamed, two are lanes."""
-    moments, kills = random.Random(1), 0
+    """Nor do they change the score of an evaluation. Four workers share the blocks; streamed, two are lanes."""
+    reference = references(noise, weights, master, crowded)
+    for residency, workers in (("resident", 4), ("streamed", 2)):
+        run = tmp_path / residency
+        finished = train_here(reference.recipe, run, f"memory.residency={residency}", f"workers.count={workers}")
+        assert finished.code == 0, finished.err
+        assert_same_run(run, reference.run)
+        assert evaluations(run) == evaluations(reference.run)
+
+
+@pytest.mark.parametrize("noise", KINDS)
+def test_two_pairs_of_low_rank_noise_share_a_tile(references: References, noise: str) -> None:
+    """Or this file would say nothing of such tiles."""
+    recipe = Recipe.load(references(noise, *STORAGES[0], False).recipe)
+    model, layout = Origin.of_recipe(recipe).skeleton()
+    execution = Plan.of(recipe, fitness_of(recipe.fitness.kind), model.config, layout).execution
+    assert (execution.tile_members, execution.group) == ((4, 2) if noise == "lowrank 1" else (1, 1))
+
+
+@pytest.mark.parametrize(("noise", "weights", "master", "crowded"), [case for case in CROWDED_CASES if case[2] == "fp32"])
+def test_a_frozen_group_stays_as_it_was_and_all_else_moves(
+    references: References, noise: str, weights: str, master: str, crowded: bool, tmp_path: Path
+) -> None:
+    run = references(noise, weights, master, crowded).run
+    before, after = replayed(run, tmp_path / "before", "--step", "0"), tensors(run)
+    for name, values in before.items():
+        assert np.array_equal(values, after[name]) == ("k_proj" in name), name
+
+
+@pytest.mark.parametrize(
+    ("noise", "weights", "master", "residency", "workers"), in_turn(("resident", 2), ("resident", 5), ("streamed", 2))
+)
+def test_killing_workers_at_random_moments_changes_no_bit(
+    references: References, noise: str, weights: str, master: str, residency: str, workers: int, tmp_path: Path
+) -> None:
+    """What a killed one had half done, such as a layer's file, is done again."""
+    reference, moments, kills = references(noise, weights, master, False), random.Random(1), 0
     with start(reference.recipe, tmp_path / "run", f"memory.residency={residency}", f"workers.count={workers}") as live:
         while kills < KILLS:
             live.wait_for_records(live.records() + 1)  # so that no task loses three workers in a row
@@ -64,12 +171,13 @@ def test_killing_workers_at_random_moments_changes_no_bit(
     assert_same_run(tmp_path / "run", reference.run)
 
 
-@pytest.mark.parametrize("residency", RESIDENCIES)
+@pytest.mark.parametrize(("noise", "weights", "master", "residency"), in_turn(("resident",), ("streamed",)))
 def test_a_run_killed_at_random_moments_and_resumed_ends_with_the_same_bits(
-    reference: Reference, residency: str, tmp_path: Path
+    references: References, noise: str, weights: str, master: str, residency: str, tmp_path: Path
 ) -> None:
     """The first kill may fall while the files are made; the part before the last kill is run in the other residency."""
-    moments, run = random.Random(f"{reference.name} {residency}"), tmp_path / "run"
+    reference, run = references(noise, weights, master, False), tmp_path / "run"
+    moments = random.Random(f"{weights}-{master} {residency}")
     other = RESIDENCIES[residency == "resident"]
     for kill in range(KILLS):
         now = other if kill == KILLS - 1 else residency
@@ -89,15 +197,22 @@ def test_a_run_killed_at_random_moments_and_resumed_ends_with_the_same_bits(
     assert_same_run(run, reference.run)
 
 
-def test_the_journal_alone_gives_the_weights(reference: Reference, tmp_path: Path) -> None:
+@EVERY_REFERENCE
+def test_the_journal_alone_gives_the_weights(
+    references: References, noise: str, weights: str, master: str, crowded: bool, tmp_path: Path
+) -> None:
+    reference = references(noise, weights, master, crowded)
     journal, out = reference.run / "journal.jsonl", tmp_path / "out"
     assert replay.main([str(journal), "--out", str(out), "--dtype", "fp32"]) == 0
     assert (out / "model.safetensors").read_bytes() == (reference.run / "checkpoint/model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("residency", RESIDENCIES)
-def test_damaged_files_are_named_and_made_again(reference: Reference, residency: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("noise", "weights", "master", "residency"), in_turn(("resident",), ("streamed",)))
+def test_damaged_files_are_named_and_made_again(
+    references: References, noise: str, weights: str, master: str, residency: str, tmp_path: Path
+) -> None:
     """A layer file with one bit changed, one that is cut short, and one that is another layer's: refused, then rebuilt."""
+    reference = references(noise, weights, master, False)
     run, overrides = tmp_path / "run", (f"memory.residency={residency}", "run.iterations=3")
     assert train_here(reference.recipe, run, *overrides).code == 0
     files = {path.stem: path for path in (*run.glob("master/*"), *run.glob("weights/*"))}

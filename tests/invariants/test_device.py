@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import digest, export_digest, leftovers, records, train_here, write_recipe
+from support import NOISES, SHARED_TILES, digest, export_digest, leftovers, records, train_here, write_recipe
 
 from es_lite import replay
 
@@ -17,12 +17,14 @@ TORCH = "workers.device=torch"
 class Runs:
     """Runs of one recipe: on the device, resident and streamed, and two steps with the CPU's kernels."""
 
-    def __init__(self, folder: Path, weights: str, master: str) -> None:
+    def __init__(self, folder: Path, noise: str, weights: str, master: str) -> None:
         self.recipe = write_recipe(
             folder,
             run={"iterations": STEPS, "checkpoint_every": STEPS, "checkpoint_dtype": "fp32"},
             memory={"weights": weights, "master": master},
             workers={"compute": "fp32"},
+            es=SHARED_TILES,
+            noise=NOISES[noise],
             eval={"every": 2, "samples": 4},
         )
         self.resident = self.run(folder / "resident", TORCH, "memory.residency=resident")
@@ -36,9 +38,18 @@ class Runs:
         return run
 
 
-@pytest.fixture(scope="module", params=["bf16-fp32", "bf16-none", "int8-fp32", "int8-none"])
+CASES = [
+    *(("gaussian", "bf16", "fp32"), ("gaussian", "int8", "none")),
+    *(("rademacher", "bf16", "none"), ("rademacher", "int8", "fp32")),
+    *(("lowrank 1", "bf16", "fp32"), ("lowrank 1", "int8", "none")),
+    *(("lowrank 3", "bf16", "none"), ("lowrank 3", "int8", "fp32")),
+]
+"""Noise, weights and master: every kind with both weights, every storage with two kinds."""
+
+
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(tmp_path_factory.mktemp(request.param), *request.param.split("-"))
+    return Runs(tmp_path_factory.mktemp("runs"), *request.param)
 
 
 def scores(run: Path, step: int) -> np.ndarray:

@@ -7,18 +7,23 @@ import time
 from pathlib import Path
 
 import pytest
-from support import Live, assert_same_run, digest, left, records, start, train, train_here
+from support import NOISES, SHARED_TILES, Live, assert_same_run, digest, left, records, start, train, train_here, write_recipe
 
-KILLS = 20
+KILLS = 5
+STEPS = 60
 
 
 @pytest.mark.long  # test_combinations.py does the same with fewer kills
 @pytest.mark.slow
-def test_a_run_killed_at_random_moments_and_resumed_ends_with_the_same_bits(
-    recipe: Path, reference: Path, tmp_path: Path
-) -> None:
-    moments = random.Random(2)
-    run = tmp_path / "run"
+@pytest.mark.parametrize("noise", NOISES)
+def test_a_run_killed_at_random_moments_and_resumed_ends_with_the_same_bits(noise: str, tmp_path: Path) -> None:
+    exports = {"checkpoint_every": 3, "checkpoint_dtype": "fp32"}
+    recipe = write_recipe(
+        tmp_path, run={"iterations": STEPS} | exports, eval={"every": 10, "samples": 4}, es=SHARED_TILES, noise=NOISES[noise]
+    )
+    reference, run = tmp_path / "reference", tmp_path / "run"
+    assert train_here(recipe, reference).code == 0
+    moments = random.Random(noise)
     start_up = 0.0
     for kill in range(KILLS):
         workers = moments.choice((1, 2))  # may differ from one resumption to the next
@@ -35,8 +40,8 @@ def test_a_run_killed_at_random_moments_and_resumed_ends_with_the_same_bits(
             live.process.kill()
             live.process.wait()
             assert left(live.process.pid) == []
-    assert records(run) < records(reference)
-    finished = train(recipe, run, resume=True)
+    assert records(run) < STEPS
+    finished = train_here(recipe, run, resume=True)
     assert finished.code == 0, finished.err
     assert_same_run(run, reference)
 

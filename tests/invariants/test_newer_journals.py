@@ -14,6 +14,10 @@ OLD_RUN = ROOT / "tests/fixtures/old_runs/master-bf16"
 
 CHANGES = {
     "kind": (lambda lines: lines[3].update(kind="cauchy"), ["line 4", "'cauchy'", "does not know"]),
+    "rank": (
+        lambda lines: lines[3].update(kind="lowrank", rank=[2, 4]),
+        ["line 4", "'lowrank' with rank [2, 4]", "a whole number"],
+    ),
     "record": (lambda lines: lines[5].update(momentum=0.9), ["line 6", "momentum", "does not know"]),
     "origin": (lambda lines: lines[0]["origin"].update(adapter="x"), ["adapter", "does not know"]),
     "group": (lambda lines: lines[0]["origin"]["groups"][0].update(rank=4), ["rank", "does not know"]),

@@ -29,6 +29,7 @@ class Probe(NamedTuple):
 OTHER_TEXT = TEXT.replace("fox", "cat")
 EVALUATED = {"eval.every": 1}
 GROUPS = [{"pattern": "norm", "sigma": 0.5, "alpha": 2.0}]
+LOW_RANK = {"noise.kind": "lowrank"}
 
 PROBES = {
     "run.dir": Probe("elsewhere", "directory"),
@@ -59,6 +60,8 @@ PROBES = {
     "es.sigma_decay_every": Probe(1, "journal", {"es.sigma_decay": 0.5}),
     "es.weight_decay": Probe(0.1, "layers"),
     "es.groups": Probe(GROUPS, "layers"),
+    "noise.kind": Probe("rademacher", "journal"),
+    "noise.rank": Probe(2, "layers", LOW_RANK),
     "noise.shared": Probe(True, "layers"),
     "workers.count": Probe(2, "metrics"),
     "workers.threads": Probe(2, "plan"),
@@ -75,9 +78,18 @@ PROBES = {
     "eval.best": Probe(False, "exports", EVALUATED),
 }
 
+WITH_LOW_RANK = {
+    "noise.kind": Probe("rademacher", "layers", LOW_RANK),
+    "noise.shared": Probe(True, "layers", LOW_RANK),
+    "es.groups": Probe(GROUPS, "layers", LOW_RANK),
+    "es.scale": Probe("nes", "layers", LOW_RANK),
+    "es.antithetic": Probe(False, "layers", LOW_RANK),
+    "es.weight_decay": Probe(0.1, "layers", LOW_RANK),
+}
+"""Keys that also do something under low-rank noise, which is scored and applied by other code."""
+
 NOT_PROBED = {
     "fitness.kind": "has one value; another is refused by the recipe, and an unknown one by fitness_of",
-    "noise.kind": "has one value; another is refused by the recipe, and in a journal by its reader (test_journal.py)",
     "workers.deadline": "shows only when a worker hangs: test_workers.py stops one",
     "log.tensorboard": "shows only if the package is installed: test_metrics.py replaces it",
 }
@@ -159,9 +171,12 @@ def observed_with(materials: Path, tmp_path_factory: pytest.TempPathFactory):
     return observe_once
 
 
-@pytest.mark.parametrize("key", PROBES)
-def test_a_key_changes_what_can_be_observed(key: str, observed_with) -> None:
-    probe = PROBES[key]
+@pytest.mark.parametrize(
+    ("key", "probe"),
+    [*PROBES.items(), *WITH_LOW_RANK.items()],
+    ids=[*PROBES, *(f"{key} with low rank" for key in WITH_LOW_RANK)],
+)
+def test_a_key_changes_what_can_be_observed(key: str, probe: Probe, observed_with) -> None:
     before, after = observed_with(probe.base), observed_with(probe.base | {key: probe.value})
     assert getattr(before, probe.shows) != getattr(after, probe.shows)
 
@@ -171,6 +186,11 @@ def test_the_base_recipe_observed_twice_is_the_same(materials: Path, tmp_path: P
     first, second = (observe(tmp_path, materials, {"run.dir": name, "eval.every": 1}) for name in ("one", "two"))
     for part in ("plan", "journal", "layers", "exports", "metrics"):
         assert getattr(first, part) == getattr(second, part), part
+
+
+def test_a_rank_that_is_left_to_the_program_is_1(observed_with) -> None:
+    given, left_out = observed_with(LOW_RANK | {"noise.rank": 1}), observed_with(LOW_RANK)
+    assert (given.journal, given.layers) == (left_out.journal, left_out.layers)
 
 
 def test_every_key_is_probed_or_listed() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from safetensors import safe_open
-from support import TINY, assert_same_run, train_here, write_recipe
+from support import NOISES, SHARED_TILES, TINY, assert_same_run, train_here, write_recipe
 
 from es_lite.planning.plan import Plan
 
@@ -14,13 +14,24 @@ pytestmark = pytest.mark.slow
 STREAMED = "memory.residency=streamed"
 
 
-@pytest.fixture(params=["bf16-fp32", "bf16-none", "int8-fp32", "int8-none"])
+CASES = [
+    ("gaussian", "bf16", "fp32"),
+    ("rademacher", "bf16", "none"),
+    ("lowrank 1", "int8", "fp32"),
+    ("lowrank 3", "int8", "none"),
+    ("lowrank 1", "bf16", "fp32"),
+]
+"""Noise, weights and master."""
+
+
+@pytest.fixture(params=CASES, ids="-".join)
 def recipe(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A recipe of three steps, without an evaluation or a checkpoint."""
-    weights, master = request.param.split("-")
+    noise, weights, master = request.param
     # Untied if there is no master: the embedding is then a layer that passes by itself, after the head.
     model = {"config": TINY | {"tie_word_embeddings": master == "fp32"}}
-    return write_recipe(tmp_path, model=model, memory={"weights": weights, "master": master})
+    memory = {"weights": weights, "master": master}
+    return write_recipe(tmp_path, model=model, memory=memory, es=SHARED_TILES, noise=NOISES[noise])
 
 
 def steps(run: Path) -> set[int]:

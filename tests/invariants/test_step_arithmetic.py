@@ -7,16 +7,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import plain
 import pytest
-from support import TINY, finished_run, replayed, tensors, write_recipe
+from journals import documents_of, write_documents
+from plain import EVERY_KIND, KINDS
+from support import RECIPE, ROOT, TINY, finished_run, replayed, tensors, write_recipe
 from transformers import AutoConfig
 
+from es_lite.algorithm.formats import NO_SCALES
 from es_lite.algorithm.jit import Threads
-from es_lite.algorithm.noise.gaussian import epsilon
+from es_lite.algorithm.noise import gaussian
+from es_lite.algorithm.noise.kinds import NoiseKind, kind_of
+from es_lite.algorithm.noise.lowrank import LowRank
 from es_lite.algorithm.noise.place import Place
 from es_lite.algorithm.record import Record
 from es_lite.model.configuration import configuration
 from es_lite.model.layout import Factors, Layout, Tensor, skeleton
+from es_lite.model.origin import Origin
 from es_lite.weights.parts import Part
 
 SCORES = [-3.25, -3.5, -2.0, -9.75, -3.0, -1.25, -3.5, -2.75]
@@ -46,6 +53,7 @@ class Formula:
     antithetic: bool = True
     weight_decay: float = 0.02
     groups: tuple[Factors, ...] = ()
+    kind: NoiseKind = gaussian
 
     def record(self, scores: list[float]) -> Record:
         """The program's record of the step."""
@@ -53,7 +61,7 @@ class Formula:
             self.step,
             np.array(scores),
             seed=self.seed,
-            kind="gaussian",
+            noise=self.kind,
             sigma=self.sigma,
             alpha=self.alpha,
             shaping_kind=self.shaping,
@@ -62,10 +70,10 @@ class Formula:
             weight_decay=self.weight_decay,
         )
 
-    def moved(self, theta: np.ndarray, name: str, number: int, scores: list[float]) -> np.ndarray:
+    def moved(self, theta: np.ndarray, name: str, shape: tuple[int, ...], number: int, scores: list[float]) -> np.ndarray:
         """θ + α (or α/σ) · 1/N Σ w_j ε_j - α λ θ, in float64, with σ and α of the tensor's group.
 
-        number: the tensor's position among the model's parameters.
+        shape: the tensor's; number: its position among the model's parameters.
         """
         group = next((g for g in self.groups if re.search(g.pattern, name)), Factors("", 1, 1))
         alpha, sigma = self.alpha * group.alpha, self.sigma * group.sigma
@@ -73,12 +81,18 @@ class Formula:
         gradient = np.zeros(theta.size)
         for member, utility in enumerate(utilities):
             pair, sign = (member // 2, (1, -1)[member % 2]) if self.antithetic else (member, 1)
-            gradient += utility * sign * self.noise(pair, number, theta.size) / len(scores)
+            gradient += utility * sign * self.noise(pair, number, shape) / len(scores)
         step_size = 0.0 if alpha == 0 else alpha / sigma if self.scale == "nes" else alpha
         return theta + step_size * gradient - alpha * self.weight_decay * theta
 
-    def noise(self, pair: int, number: int, size: int) -> np.ndarray:
-        return epsilon(Place(self.seed, self.step, pair, number), 0, size).astype(np.float64)
+    def noise(self, pair: int, number: int, shape: tuple[int, ...]) -> np.ndarray:
+        """ε of a tensor; a matrix's is A Bᵀ/√r if the noise is low-rank, from numbers that are drawn for A, then for B."""
+        place, rank = Place(self.seed, self.step, pair, number), self.kind.RANK
+        if not rank or len(shape) != 2:
+            kind = gaussian if rank else self.kind
+            return kind.epsilon(place, shape, 0, math.prod(shape)).astype(np.float64)
+        drawn = gaussian.epsilon(place, (), 0, sum(shape) * rank).astype(np.float64).reshape(-1, rank)
+        return (drawn[: shape[0]] @ drawn[shape[0] :].T / math.sqrt(rank)).ravel()
 
 
 def zscores(scores: list[float]) -> list[float]:
@@ -111,13 +125,14 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
+@EVERY_KIND
 @pytest.mark.parametrize("shaping", ["zscore", "rank"])
 @pytest.mark.parametrize("scale", ["standard", "nes"])
 @pytest.mark.parametrize("antithetic", [False, True], ids=["members", "antithetic"])
 @pytest.mark.parametrize("groups", [(), GROUPS], ids=["alike", "groups"])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.02], ids=["", "decay"])
-def test_a_step_is_the_papers_formula(shaping, scale, antithetic, groups, weight_decay):
-    formula = Formula(shaping=shaping, scale=scale, antithetic=antithetic, groups=groups, weight_decay=weight_decay)
+def test_a_step_is_the_papers_formula(noise, shaping, scale, antithetic, groups, weight_decay):
+    formula = Formula(shaping=shaping, scale=scale, antithetic=antithetic, groups=groups, weight_decay=weight_decay, kind=noise)
     for scores in (SCORES, [*SCORES[:3], math.nan, *SCORES[4:]]):
         record = formula.record(scores)
         for number, tensor in enumerate(layout_of(groups, scale == "nes").tensors):
@@ -128,29 +143,38 @@ def test_a_step_is_the_papers_formula(shaping, scale, antithetic, groups, weight
             if "q_proj" in tensor.name and groups:
                 assert np.array_equal(found, theta)
                 continue
-            assert relative_error(found, formula.moved(theta.astype(np.float64), tensor.name, number, scores)) < 1e-6
+            assert (
+                relative_error(found, formula.moved(theta.astype(np.float64), tensor.name, tensor.shape, number, scores)) < 1e-6
+            )
             # The movement alone, from θ = 0, which does not hide it.
             movement = np.zeros(tensor.size, np.float32)
             Part(tensor, 0, movement).advance([record], ALONE)
-            assert relative_error(movement, formula.moved(np.zeros(tensor.size), tensor.name, number, scores)) < 1e-6
+            assert (
+                relative_error(movement, formula.moved(np.zeros(tensor.size), tensor.name, tensor.shape, number, scores)) < 1e-6
+            )
 
 
 def test_consecutive_steps_each_have_their_own_sizes_and_noise():
+    """Even if every step's noise is of another kind."""
     rng = np.random.default_rng(0)
-    formulas = [Formula(step=t, alpha=0.7 * 0.5**t, sigma=0.04 * 0.9**t, groups=GROUPS) for t in range(4)]
+    formulas = [
+        Formula(step=t, alpha=0.7 * 0.5**t, sigma=0.04 * 0.9**t, groups=GROUPS, kind=noise)
+        for t, noise in enumerate(KINDS.values())
+    ]
     steps = [(formula, rng.standard_normal(8).tolist()) for formula in formulas]
     history = [formula.record(scores) for formula, scores in steps]
     for number, tensor in enumerate(layout_of(GROUPS, nes=True).tensors):
         theta = initial(tensor)
         expected = theta.astype(np.float64)
         for formula, scores in steps:
-            expected = formula.moved(expected, tensor.name, number, scores)
+            expected = formula.moved(expected, tensor.name, tensor.shape, number, scores)
         Part(tensor, 0, theta).advance(history, ALONE)
         assert relative_error(theta, expected) < 1e-6
 
 
-def test_steps_at_once_or_one_by_one_or_in_slices_on_any_number_of_threads_give_the_same_bits():
-    history = [Formula(step=t).record(np.random.default_rng(t).standard_normal(8).tolist()) for t in range(3)]
+@EVERY_KIND
+def test_steps_at_once_or_one_by_one_or_in_slices_on_any_number_of_threads_give_the_same_bits(noise):
+    history = [Formula(step=t, kind=noise).record(np.random.default_rng(t).standard_normal(8).tolist()) for t in range(3)]
     tensor = max(layout_of(GROUPS, nes=True, vocab_size=4001).tensors, key=lambda tensor: tensor.size)
     theta = initial(tensor)
     together = theta.copy()
@@ -168,32 +192,36 @@ def test_steps_at_once_or_one_by_one_or_in_slices_on_any_number_of_threads_give_
     assert sliced.tobytes() == together.tobytes()
 
 
-def test_equal_scores_change_nothing_but_for_the_decay():
+@EVERY_KIND
+def test_equal_scores_change_nothing_but_for_the_decay(noise):
     tensor = layout_of().tensors[0]
     for weight_decay in (0.0, 0.02):
-        formula = Formula(weight_decay=weight_decay)
+        formula = Formula(weight_decay=weight_decay, kind=noise)
         theta = initial(tensor)
         before = theta.copy()
         Part(tensor, 0, theta).advance([formula.record([-2.5] * 8)], ALONE)
         assert np.array_equal(theta, before - np.float32(formula.alpha * weight_decay) * before)
 
 
-def test_weights_move_towards_a_better_member_and_away_from_a_worse_one():
-    tensor, formula = layout_of().tensors[0], Formula(weight_decay=0.0)
+@EVERY_KIND
+def test_weights_move_towards_a_better_member_and_away_from_a_worse_one(noise):
+    tensor, formula = layout_of().tensors[0], Formula(weight_decay=0.0, kind=noise)
     theta = np.zeros(tensor.size, np.float32)
     Part(tensor, 0, theta).advance([formula.record([1.0, 0.0, 0.0, 1.0])], ALONE)
-    better, worse = (formula.noise(pair, 0, theta.size) for pair in (0, 1))
+    better, worse = (formula.noise(pair, 0, tensor.shape) for pair in (0, 1))
     assert theta @ better > 0 > theta @ worse
 
 
-def test_the_update_is_the_gradient_of_a_linear_score():
+@EVERY_KIND
+def test_the_update_is_the_gradient_of_a_linear_score(noise):
     """For scores g·(σε_j) and NES, the expected step is along g: many members find it."""
-    number, tensor = next((i, tensor) for i, tensor in enumerate(layout_of().tensors) if tensor.name == "model.norm.weight")
-    formula = Formula(step=0, alpha=1.0, weight_decay=0.0)
+    number, first = next((i, tensor) for i, tensor in enumerate(layout_of().tensors) if len(tensor.shape) == 2)
+    tensor = replace(first, shape=(4, 6))  # few elements need fewer members
+    formula = Formula(step=0, alpha=1.0, weight_decay=0.0, kind=noise)
     g = np.random.default_rng(3).standard_normal(tensor.size)
     scores = []
     for pair in range(4000):
-        along = float(g @ formula.noise(pair, number, tensor.size)) * formula.sigma
+        along = float(g @ formula.noise(pair, number, tensor.shape)) * formula.sigma
         scores += [along, -along]
     theta = np.zeros(tensor.size, np.float32)
     Part(tensor, 0, theta).advance([formula.record(scores)], ALONE)
@@ -202,38 +230,74 @@ def test_the_update_is_the_gradient_of_a_linear_score():
     assert np.linalg.norm(theta) == pytest.approx(1 / formula.sigma, rel=0.03)
 
 
+def test_a_journal_of_every_kind_of_noise_replays_with_the_bits_of_plain_numpy(tmp_path: Path) -> None:
+    """Of a run that an earlier version made, with other kinds in its records: some tensors have factors, some are frozen."""
+    header, *documents = documents_of(ROOT / "tests/fixtures/old_runs/master-bf16/journal.jsonl")
+    for document, noise in zip(documents, list(KINDS.values())[1:], strict=False):
+        document |= {"kind": noise.NAME} | ({"rank": noise.RANK} if noise.RANK else {})
+    journal = tmp_path / "journal.jsonl"
+    write_documents(journal, [header, *documents])
+    assert {document["kind"] for document in documents} == {"gaussian", "rademacher", "lowrank"}
+
+    found, theta = replayed(journal, tmp_path / "after"), replayed(journal, tmp_path / "before", "--step", "0")
+    _, layout = Origin.of_header(header, journal).skeleton()
+    for tensor in layout.tensors:
+        expected = theta[tensor.name].ravel()
+        for document in documents:
+            coefficients = np.array(document["coefficients"], np.float32)
+            assert document["antithetic"]
+            coefficients = (coefficients[::2] - coefficients[1::2]) * np.float32(tensor.coefficient_factor)
+            expected, _ = plain.advanced(
+                expected,
+                NO_SCALES,
+                seed=document["seed"],
+                step=document["step"],
+                tensor=tensor.number,
+                pairs=np.arange(coefficients.size),
+                coefficients=coefficients,
+                decay=np.float32(document["decay"]) * np.float32(tensor.decay_factor),
+                noise=kind_of(document["kind"], document.get("rank", 0)),
+                shape=tensor.shape,
+            )
+        assert plain.same_bits(found[tensor.name].ravel(), expected), tensor.name
+        assert np.array_equal(expected, theta[tensor.name].ravel()) == ("k_proj" in tensor.name)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("es", "formula"),
+    ("tables", "formula"),
     [
-        ({}, Formula(scale="standard", sigma=2e-2, alpha=2e-2, weight_decay=0.0)),
+        ({}, Formula()),
         (
             {
-                "population": 5,
-                "antithetic": False,
-                "shaping": "rank",
-                "scale": "nes",
-                "alpha": 1e-3,
-                "weight_decay": 0.5,
-                "groups": [{"pattern": "mlp", "sigma": 2.0, "alpha": 0.5}],
+                "es": {
+                    "population": 5,
+                    "antithetic": False,
+                    "shaping": "rank",
+                    "scale": "nes",
+                    "alpha": 1e-3,
+                    "weight_decay": 0.5,
+                    "groups": [{"pattern": "mlp", "sigma": 2.0, "alpha": 0.5}],
+                },
+                "noise": {"kind": "lowrank", "rank": 3},
             },
-            Formula(
-                shaping="rank", antithetic=False, sigma=2e-2, alpha=1e-3, weight_decay=0.5, groups=(Factors("mlp", 2.0, 0.5),)
-            ),
+            Formula(shaping="rank", antithetic=False, groups=(Factors("mlp", 2.0, 0.5),), kind=LowRank(3)),
         ),
     ],
-    ids=["zscore", "rank-nes-groups-decay"],
+    ids=["zscore", "rank-nes-groups-decay-lowrank"],
 )
-def test_a_step_of_the_command_moves_the_model_as_the_formula_says(tmp_path: Path, es: dict, formula: Formula) -> None:
-    recipe = write_recipe(tmp_path, run={"iterations": 1, "seed": 7}, es=es)
+def test_a_step_of_the_command_moves_the_model_as_the_formula_says(tmp_path: Path, tables: dict, formula: Formula) -> None:
+    recipe = write_recipe(tmp_path, run={"iterations": 1, "seed": 7}, **tables)
     run = finished_run(recipe, tmp_path / "run")
     scores = json.loads((run / "journal.jsonl").read_text().splitlines()[1])["scores"]
     before, after = replayed(run, tmp_path / "before", "--step", "0"), tensors(run)
-    formula = replace(formula, seed=7, step=0)
+    es = RECIPE["es"] | {"scale": "standard", "weight_decay": 0.0} | tables.get("es", {})
+    sizes = {name: es[name] for name in ("scale", "sigma", "alpha", "weight_decay")}
+    formula = replace(formula, seed=7, step=0, **sizes)
     errors = updates = 0.0
-    for number, (name, _) in enumerate(skeleton(configuration("", TINY)).named_parameters()):
+    for number, (name, parameter) in enumerate(skeleton(configuration("", TINY)).named_parameters()):
         theta = before[name].astype(np.float64).ravel()
-        expected = formula.moved(theta, name, number, scores)
+        expected = formula.moved(theta, name, tuple(parameter.shape), number, scores)
         updates += float(np.sum(np.square(expected - theta)))
         errors += float(np.sum(np.square(after[name].ravel() - expected)))
     assert updates > 0

@@ -231,7 +231,7 @@ def test_a_matrix_is_the_noise_of_its_position_times_the_initial_range(shared):
     for position, tensor in enumerate(layout.tensors):
         if len(tensor.shape) > 1:
             place = Place(2**64 - 5, INITIALISATION, 0, position)
-            expected = np.float32(0.05) * gaussian.epsilon(place, 0, tensor.size)
+            expected = np.float32(0.05) * gaussian.epsilon(place, tensor.shape, 0, tensor.size)
             found = source.read(tensor, 0, tensor.size)
             assert found.dtype == np.float32 and found.tobytes() == expected.tobytes()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from journals import documents_of, write_documents
+from plain import KINDS
 
 from es_lite.algorithm.noise.philox import VERSION
 from es_lite.algorithm.record import Record
@@ -18,10 +19,11 @@ HEADER = {"origin": {"path": "", "seed": 2**64 - 1}, "fingerprint": {"weights": 
 SCORES = [-1.5, None, -2.25, 1e-300]
 
 
-def record(step: int) -> Record:
+def record(step: int, **noise) -> Record:
+    """noise: `kind` and `rank`."""
     coefficients = np.random.default_rng(step).standard_normal(4).astype(np.float32)
     coefficients[step % 4] = 0
-    return Record(step, 2**64 - 1, 0.1 / 3, bool(step % 2), float(np.float32(1e-5)), tuple(coefficients.tolist()))
+    return Record(step, 2**64 - 1, 0.1 / 3, bool(step % 2), float(np.float32(1e-5)), tuple(coefficients.tolist()), **noise)
 
 
 def make(path: Path, steps: int) -> Journal:
@@ -65,6 +67,41 @@ def test_the_file_is_as_documented(path):
             assert " ".join(document) == "step seed sigma antithetic decay coefficients kind scores check"
             assert document["step"] == number - 1
             assert document["scores"] == SCORES
+
+
+def test_every_kind_of_noise_is_read_as_it_was_written_and_only_low_rank_has_a_rank(path):
+    """A record of another kind is what versions write, and read, that know no rank."""
+    kinds = [{"kind": noise.NAME, "rank": noise.RANK} for noise in KINDS.values()]
+    journal = Journal.create(path, HEADER)
+    for step, noise in enumerate(kinds):
+        journal.append(record(step, **noise), SCORES)
+    found = Journal.open(path).records
+    assert found == journal.records == [record(step, **noise) for step, noise in enumerate(kinds)]
+    assert [each.noise for each in found] == list(KINDS.values())
+    for document, noise in zip(documents_of(path)[1:], kinds, strict=True):
+        rank = " rank" if noise["rank"] else ""
+        assert " ".join(document) == f"step seed sigma antithetic decay coefficients kind{rank} scores"
+        assert document["kind"] == noise["kind"] and document.get("rank", 0) == noise["rank"]
+
+
+@pytest.mark.parametrize("rank", ["1", 0, -1, 1.5, 2.0, True, None, [1], {}])
+def test_a_rank_that_is_none_is_refused_with_its_line(path, rank):
+    header, first, second = made_documents(path, 2)
+    before = write_documents(path, [header, first, second | {"kind": "lowrank", "rank": rank}])
+    with pytest.raises(UserError) as error:
+        Journal.open(path)
+    assert str(error.value) == (
+        f"{path}: line 3: noise of the kind 'lowrank' with rank {rank!r}: only 'lowrank' has a rank, a whole number of at least 1"
+    )
+    assert path.read_bytes() == before
+
+
+def test_low_rank_noise_without_a_rank_and_a_rank_of_another_kind_are_refused_with_their_line(path):
+    header, first = made_documents(path, 1)
+    for change in ({"kind": "lowrank"}, {"kind": "gaussian", "rank": 2}, {"kind": "rademacher", "rank": 1}):
+        write_documents(path, [header, first | change])
+        with pytest.raises(UserError, match=f"{path}: line 2: .*'{change['kind']}'.*only 'lowrank' has a rank"):
+            Journal.open(path)
 
 
 def test_a_record_is_on_disk_when_append_returns(path, monkeypatch):

@@ -37,8 +37,9 @@ def expected(tensor: Tensor, storage: Storage, count: int) -> tuple[np.ndarray, 
         pairs, coefficients = record.pairs()
         decay = np.float32(record.decay) * np.float32(tensor.decay_factor)
         place = {"seed": record.seed, "step": record.step, "tensor": tensor.number}
+        noise = {"noise": record.noise, "shape": tensor.shape, "pairs": pairs}
         moved = coefficients * np.float32(tensor.coefficient_factor)
-        stored, scales = plain.advanced(stored, scales, **place, pairs=pairs, coefficients=moved, decay=decay)
+        stored, scales = plain.advanced(stored, scales, **place, **noise, coefficients=moved, decay=decay)
     return stored, scales
 
 

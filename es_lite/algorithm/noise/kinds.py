@@ -89,12 +89,18 @@ FULL: dict[str, NoiseKind] = {gaussian.NAME: gaussian, rademacher.NAME: rademach
 
 
 def kind_of(name: str, rank: int = 0) -> NoiseKind:
-    """The kind of this name; rank: at least 1 if it is "lowrank", else 0. Raises ValueError if there is none."""
-    if name == LowRank.NAME and rank >= 1:
+    """The kind of this name; rank: at least 1 if it is "lowrank", else 0. Raises ValueError if there is none.
+
+    rank may come from a journal, and so be anything that JSON has.
+    """
+    whole = type(rank) is int  # which True is not
+    if name == LowRank.NAME and whole and rank >= 1:
         return LowRank(rank)
-    if name in FULL and rank == 0:
+    if name in FULL and whole and rank == 0:
         return FULL[name]
     known = (*FULL, LowRank.NAME)
     if name in known:
-        raise ValueError(f"noise of the kind {name!r} with rank {rank}: only {LowRank.NAME!r} has a rank, of at least 1")
+        raise ValueError(
+            f"noise of the kind {name!r} with rank {rank!r}: only {LowRank.NAME!r} has a rank, a whole number of at least 1"
+        )
     raise ValueError(f"noise of the kind {name!r}, which this version of es_lite does not know (it knows {', '.join(known)})")

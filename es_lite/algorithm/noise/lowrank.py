@@ -192,6 +192,7 @@ class LowRank:
             return gaussian.epsilon_on_device(elements, place, shape)
         left, right = self.factors_on_device(place, (shape[0], shape[1]), elements.device)
         left, rows, columns = left * float(self.root), elements // shape[1], elements % shape[1]
+        rows = rows.clamp(max=shape[0] - 1)  # the last group of 8 may end beyond the tensor
         total = left[rows, 0] * right[columns, 0]
         for k in range(1, self.RANK):
             total = total + left[rows, k] * right[columns, k]

@@ -4,8 +4,10 @@ import numpy as np
 import plain
 import pytest
 import torch
+from plain import EVERY_KIND
 
-from es_lite.algorithm.noise import gaussian, on_device, philox
+from es_lite.algorithm.noise import on_device, philox
+from es_lite.algorithm.noise.kinds import FULL, NoiseKind
 from es_lite.algorithm.noise.place import Place
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU that torch can use")
@@ -33,9 +35,11 @@ def arrays(compute: torch.dtype, count: int, size: int) -> list[np.ndarray]:
     return [np.empty(size, np.uint16 if compute == torch.bfloat16 else np.float32) for _ in range(count)]
 
 
-def perturbed_by_kernel(compute: torch.dtype, count: int, stored: np.ndarray, **slice_of) -> list[bytes]:
+def perturbed_by_kernel(
+    noise: NoiseKind, compute: torch.dtype, count: int, stored: np.ndarray, shape: tuple[int, ...], **slice_of
+) -> list[bytes]:
     outs = arrays(compute, count, stored.size)
-    gaussian.perturb(outs[0], outs[1] if count == 2 else None, stored, PLACE, SIGMA, **slice_of)
+    noise.perturb(outs[0], outs[1] if count == 2 else None, stored, PLACE, SIGMA, shape, **slice_of)
     return [bits(out) for out in outs]
 
 
@@ -57,9 +61,19 @@ def test_lanes(device, first):
 
 @DEVICES
 @FIRST
-def test_the_noise_equals_its_definition(device, first):
+@pytest.mark.parametrize("noise", FULL.values(), ids=FULL)
+def test_the_noise_equals_its_definition(device, first, noise):
     elements = torch.arange(first, first + 8 * 77, device=device)
-    assert bits(gaussian.epsilon_on_device(elements, PLACE)) == bits(gaussian.epsilon(PLACE, first, 8 * 77))
+    assert bits(noise.epsilon_on_device(elements, PLACE, ())) == bits(noise.epsilon(PLACE, (), first, 8 * 77))
+
+
+@DEVICES
+@EVERY_KIND
+@pytest.mark.parametrize("shape", [(77, 56), (56, 77), (4312,), (11, 7, 56)], ids=str)
+def test_the_noise_of_a_tensor_equals_its_definition(device, noise, shape):
+    for first, count in ((0, 4312), (8, 8), (1504, 800)):
+        elements = torch.arange(first, first + count, device=device)
+        assert bits(noise.epsilon_on_device(elements, PLACE, shape)) == bits(noise.epsilon(PLACE, shape, first, count))
 
 
 @DEVICES
@@ -73,43 +87,58 @@ def test_as_float32(device, width, first):
 
 
 @DEVICES
+@EVERY_KIND
 @COMPUTE
 @SIGNS
-@pytest.mark.parametrize(("start", "length"), [(0, 8), (13, 5003), (2047, 1), (8, 4096)])
-def test_perturbed_bfloat16_equals_the_kernels(device, compute, count, start, length, monkeypatch):
+@pytest.mark.parametrize(
+    ("shape", "start", "length"),
+    [
+        ((9, 10, 61), 0, 8),
+        ((90, 61), 0, 5490),
+        ((90, 61), 13, 5003),
+        ((3, 1830), 2047, 1),
+        ((3, 1830), 8, 4096),
+        ((5490,), 13, 5003),
+    ],
+    ids=str,
+)
+def test_perturbed_bfloat16_equals_the_kernels(device, noise, compute, count, shape, start, length, monkeypatch):
+    """Chunks, and the slice, begin and end within rows and within groups of 8."""
     monkeypatch.setattr(on_device, "CHUNK", 1000)
     stored = plain.bf16(normal(length))
     outs = [torch.empty(length, dtype=compute, device=device) for _ in range(count)]
     there = torch.from_numpy(stored).view(torch.bfloat16).to(device)
-    on_device.perturb(outs, there, None, length, start, gaussian.epsilon_on_device, PLACE, SIGMA)
-    assert [bits(out) for out in outs] == perturbed_by_kernel(compute, count, stored, start=start)
+    on_device.perturb(outs, there, None, shape, start, noise.epsilon_on_device, PLACE, SIGMA)
+    assert [bits(out) for out in outs] == perturbed_by_kernel(noise, compute, count, stored, shape, start=start)
 
 
 @DEVICES
+@EVERY_KIND
 @COMPUTE
 @SIGNS
 @pytest.mark.parametrize("width", [1, 24, 27, 1003])
 @pytest.mark.parametrize("row", [0, 3])
-def test_perturbed_int8_equals_the_kernels(device, compute, count, width, row, monkeypatch):
+def test_perturbed_int8_equals_the_kernels(device, noise, compute, count, width, row, monkeypatch):
     """Whole rows from some row on, with their scales only; chunks end within rows."""
     monkeypatch.setattr(on_device, "CHUNK", 1000)
     values = normal(60 * width).reshape(60, width) * np.geomspace(0.1, 10, 60, dtype=np.float32)[:, None]
     stored, scales = plain.quantised(values.ravel(), width)
-    start = row * width
+    start, shape = row * width, (60, width)
     outs = [torch.empty(stored.size - start, dtype=compute, device=device) for _ in range(count)]
     there = torch.from_numpy(stored[start:]).to(device), torch.from_numpy(scales[row:]).to(device)
-    on_device.perturb(outs, *there, width, start, gaussian.epsilon_on_device, PLACE, SIGMA)
-    expected = perturbed_by_kernel(compute, count, stored[start:], start=start, scales=scales, width=width)
+    on_device.perturb(outs, *there, shape, start, noise.epsilon_on_device, PLACE, SIGMA)
+    expected = perturbed_by_kernel(noise, compute, count, stored[start:], shape, start=start, scales=scales)
     assert [bits(out) for out in outs] == expected
-    wrong = perturbed_by_kernel(compute, count, stored[start:], start=start, scales=np.roll(scales, 1), width=width)
+    wrong = perturbed_by_kernel(noise, compute, count, stored[start:], shape, start=start, scales=np.roll(scales, 1))
     assert expected != wrong, "the rows' scales must differ for this test to have power"
 
 
 @DEVICES
+@EVERY_KIND
 @COMPUTE
 @SIGNS
 @pytest.mark.parametrize("storage", ["bf16", "int8"])
-def test_perturbed_rows_equal_the_kernels(device, compute, count, storage, monkeypatch):
+def test_perturbed_rows_equal_the_kernels(device, noise, compute, count, storage, monkeypatch):
     """The elements of some rows, in any order, one of them twice."""
     monkeypatch.setattr(on_device, "CHUNK", 40)  # a chunk ends within a row
     width, rows = 24, np.array([49, 0, 3, 4, 3], np.int64)
@@ -124,9 +153,9 @@ def test_perturbed_rows_equal_the_kernels(device, compute, count, storage, monke
     numbers = torch.from_numpy(some.ravel())
     numbers = (numbers if storage == "int8" else numbers.view(torch.bfloat16)).to(device)
     outs = [torch.empty(rows.size * width, dtype=compute, device=device) for _ in range(count)]
-    on_device.perturb(outs, numbers, there, width, elements, gaussian.epsilon_on_device, PLACE, SIGMA)
+    on_device.perturb(outs, numbers, there, (50, width), elements, noise.epsilon_on_device, PLACE, SIGMA)
 
     expected = [array.reshape(rows.size, width) for array in arrays(compute, count, rows.size * width)]
     minus = expected[1] if count == 2 else None
-    gaussian.perturb_rows(expected[0], minus, some, rows, PLACE, SIGMA, scales=scales)
+    noise.perturb_rows(expected[0], minus, some, rows, PLACE, SIGMA, (50, width), scales=scales)
     assert [bits(out) for out in outs] == [bits(out) for out in expected]

@@ -68,6 +68,7 @@ def train(recipe: Recipe, resume: bool = False, rebuild: bool = False) -> None:
             journal = Journal.open(run.journal)
             origin.check(journal.header, journal.path, layout, theta_0)
             check_data(journal, header, recipe)
+            journal.check_noise(plan.noise)
         else:
             if resume:
                 print(f"nothing to resume in {run.path}: starting at step 0", flush=True)

@@ -43,8 +43,10 @@ def _value(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
         base, check = typing.get_args(hint)
         before = len(problems)
         value = _value(base, value, where, problems)
-        if len(problems) == before and not check.holds(value):
-            problems.append(f"{where} = {value!r}: expected {check.expected}")
+        typed = len(problems) == before
+        union = len(typing.get_args(base)) > 1  # whose check says better than its types what is expected
+        if not check.holds(value) if typed else union:
+            problems[before:] = [f"{where} = {value!r}: expected {check.expected}"]
         return value
     if typing.get_origin(hint) is Literal:
         choices = typing.get_args(hint)

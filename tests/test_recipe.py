@@ -37,7 +37,7 @@ DEFAULTS = {
         "weight_decay": 0.0,
         "groups": (),
     },
-    "noise": {"kind": "gaussian", "shared": False},
+    "noise": {"kind": "gaussian", "rank": "auto", "shared": False},
     "workers": {"count": "auto", "threads": "auto", "deadline": 0.0, "compute": "auto", "device": "cpu"},
     "memory": {"limit": "", "weights": "bf16", "master": "fp32", "residency": "auto"},
     "eval": {"path": "", "fraction": 0.05, "every": 0, "samples": 64, "best": True},
@@ -184,6 +184,8 @@ def test_all_contradictions_are_reported_at_once(problems):
         [eval]
         every = 1
         fraction = 0
+        [noise]
+        rank = 2
     """)
     assert [line.partition(":")[0] for line in found] == [
         "model",
@@ -191,6 +193,7 @@ def test_all_contradictions_are_reported_at_once(problems):
         "data.tokenizer",
         "es.groups[0].pattern",
         "es.groups[1]",
+        "noise.rank = 2",
         "eval.fraction = 0",
     ]
 
@@ -209,8 +212,11 @@ def test_all_contradictions_are_reported_at_once(problems):
         ("[es]\ngroups = [3]", "es.groups[0]: expected a table, got 3"),
         ("[es]\nshaping = 1", "es.shaping = 1: expected 'zscore' or 'rank'"),
         ("[run]\ndir = 5", "run.dir = 5: expected a string"),
-        ("[workers]\ncount = true", "workers.count = True: expected a whole number or a string"),
-        ("[workers]\ncount = 1.5", "workers.count = 1.5: expected a whole number or a string"),
+        ("[workers]\ncount = true", 'workers.count = True: expected "auto" or a whole number of at least 1'),
+        ("[workers]\ncount = 1.5", 'workers.count = 1.5: expected "auto" or a whole number of at least 1'),
+        ("[noise]\nrank = true", 'noise.rank = True: expected "auto" or a whole number of at least 1'),
+        ("[noise]\nrank = 1.5", 'noise.rank = 1.5: expected "auto" or a whole number of at least 1'),
+        ("[noise]\nkind = 1", "noise.kind = 1: expected 'gaussian' or 'rademacher' or 'lowrank'"),
         ("[memory]\nlimit = 8", "memory.limit = 8: expected a string"),
         ("[data]\ntokenizer = ['bpe']", "data.tokenizer = ['bpe']: expected a string"),
         ("es = 5", "es: expected a table, got 5"),
@@ -249,6 +255,18 @@ def test_a_wrong_type_is_refused(problems, text, expected):
         ("[data]\nlines = -1", "data.lines = -1: expected at least 0"),
         ("[workers]\ncount = 0", 'workers.count = 0: expected "auto" or a whole number of at least 1'),
         ("[workers]\nthreads = 'all'", "workers.threads = 'all': expected \"auto\" or a whole number of at least 1"),
+        (
+            "[noise]\nkind = 'low-rank'",
+            "noise.kind = 'low-rank': expected 'gaussian' or 'rademacher' or 'lowrank'; did you mean \"lowrank\"?",
+        ),
+        ("[noise]\nrank = 0", 'noise.rank = 0: expected "auto" or a whole number of at least 1'),
+        ("[noise]\nkind = 'lowrank'\nrank = -1", 'noise.rank = -1: expected "auto" or a whole number of at least 1'),
+        ("[noise]\nrank = 'one'", "noise.rank = 'one': expected \"auto\" or a whole number of at least 1"),
+        ("[noise]\nrank = 1", 'noise.rank = 1: only noise.kind = "lowrank" has a rank, not "gaussian"'),
+        (
+            "[noise]\nkind = 'rademacher'\nrank = 4",
+            'noise.rank = 4: only noise.kind = "lowrank" has a rank, not "rademacher"',
+        ),
         ("[workers]\ndeadline = -1", "workers.deadline = -1.0: expected at least 0"),
         ("[memory]\nlimit = '0 GiB'", 'memory.limit = \'0 GiB\': expected a size such as "8 GiB" or "512 MiB", or "" for none'),
         ("[memory]\nlimit = 'lots'", 'memory.limit = \'lots\': expected a size such as "8 GiB" or "512 MiB", or "" for none'),
@@ -293,12 +311,29 @@ def test_an_impossible_value_is_refused(problems, text, expected):
         "[run]\niterations = 0",
         "[fitness]\nmax_length = 2",
         "[data]\nvocab_size = 257",
+        "[noise]\nkind = 'rademacher'\nrank = 'auto'",
         "[eval]\nfraction = 0",
         "[eval]\nevery = 2\nfraction = 0\npath = 'held-out.txt'",
     ],
 )
 def test_values_at_the_edge_are_accepted(loads, text):
     loads(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "rank"),
+    [
+        ("", "gaussian", 0),
+        ("kind = 'rademacher'", "rademacher", 0),
+        ("kind = 'lowrank'", "lowrank", 1),
+        ("kind = 'lowrank'\nrank = 'auto'", "lowrank", 1),
+        ("kind = 'lowrank'\nrank = 16", "lowrank", 16),
+    ],
+)
+def test_only_low_rank_noise_has_a_rank(loads, text, kind, rank):
+    """As a number: 0 stands for none."""
+    noise = loads(f"[noise]\n{text}").noise
+    assert (noise.kind, noise.rank_number) == (kind, rank)
 
 
 @pytest.mark.parametrize(
@@ -385,6 +420,7 @@ def test_a_missing_recipe_is_refused_by_name(tmp_path):
         f"[run]\nseed = {2**64 - 1}\ndir = 'ü \\ \" x'",
         "[model.config]\nmodel_type = 'qwen3'\nrope = {theta = 1e6, kinds = ['a', 'b']}\ntie = true\n[data]\ntokenizer = 'bpe'",
         "[workers]\ncount = 3\ndeadline = 0.30000000000000004",
+        "[noise]\nkind = 'lowrank'\nrank = 3",
     ],
 )
 def test_a_dumped_recipe_loads_as_the_same(loads, tmp_path, text):

@@ -21,6 +21,9 @@ from es_lite.runs.journal import Journal
 
 REPEATS = 5
 
+HEADER = "| what | median | spread | |\n|---|---|---|---|"
+"""Of a table of rows."""
+
 
 @dataclass(frozen=True)
 class StepLoad:

@@ -1,7 +1,9 @@
 """The project's figures, each measured in one run of one program: medians with their spread.
 
-    python tools/benchmark.py noise                    elements a second and thread, fused with σ, addition and rounding
+    python tools/benchmark.py noise                    elements a second and thread, fused with σ, addition and rounding, by kind
     python tools/benchmark.py scoring                  FLOP/s of scoring, compared with the GEMM rate of the same thread
+    python tools/benchmark.py plain                    scoring compared with plain inference, with low-rank and gaussian noise
+    python tools/benchmark.py kinds                    a step, its scoring and its update by kind of noise, and the peak PSS
     python tools/benchmark.py workers                  scoring on one worker and on two
     python tools/benchmark.py update                   the update on one worker and on two, and on paper on 8 and on 64
     python tools/benchmark.py step [--against COMMAND] a step of the real command and its peak PSS, compared with another loop
@@ -20,37 +22,29 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import _scoring
 import _update
 import numpy as np
-import torch
-from _measuring import Finished, StepLoad, add_load, provenance, row, run, seconds_of, spread, table
+from _measuring import HEADER, Finished, StepLoad, add_load, provenance, row, run, seconds_of, spread, table
 
-from es_lite import system
 from es_lite.algorithm import update as update_kernels
-from es_lite.algorithm.noise import gaussian
-from es_lite.algorithm.noise.kinds import kind_of
+from es_lite.algorithm.noise.kinds import NoiseKind, kind_of
 from es_lite.algorithm.noise.place import Place
-from es_lite.data.batch import Batch
-from es_lite.model.origin import Origin
 from es_lite.planning.rates import disk_rates
-from es_lite.scoring.lanes import Lanes
-from es_lite.scoring.model import PerturbedModel
-from es_lite.scoring.perturbation import UNPERTURBED, Perturbation
-from es_lite.weights import working_copy
-from es_lite.weights.parts import Part, slices
 
-HEADER = "| what | median | spread | |\n|---|---|---|---|"
+KINDS = {"gaussian": ("gaussian", 0), "rademacher": ("rademacher", 0), "lowrank": ("lowrank", 1)}
+"""Kinds of noise that are measured, with their ranks."""
 
 ON_PAPER = (1, 2, 8, 64)
 """Workers that the update is computed for."""
 
 
 def noise(arguments: argparse.Namespace) -> None:
-    """Elements a second of one thread into bf16; an antithetic pair's two perturbations count as two."""
+    """Elements a second of one thread into bf16, by kind; an antithetic pair's two perturbations count as two."""
     print(HEADER)
     place = Place(seed=1, step=2, pair=3, tensor=4)
     shape = (2**12, 2**12)
@@ -59,59 +53,40 @@ def noise(arguments: argparse.Namespace) -> None:
     plus, minus, theta = np.empty_like(weights), np.empty_like(weights), np.zeros(size, np.float32)
     pairs = np.arange(4, dtype=np.uint32)
     coefficients = np.ones(4, np.float32)
-    kind = kind_of(gaussian.NAME)
-    cases = {
-        "one perturbation": (1, lambda: gaussian.perturb(plus, None, weights, place, 1e-3, shape)),
-        "an antithetic pair": (2, lambda: gaussian.perturb(plus, minus, weights, place, 1e-3, shape)),
-        "update, 4 pairs": (4, lambda: update_kernels.advance(theta, kind, place, pairs, coefficients, 0.0, shape)),
-    }
-    for name, (count, work) in cases.items():
-        print(row(name, [count * size / s / 1e6 for s in seconds_of(work)], "million elements/s/thread"))
 
+    def cases(kind: NoiseKind) -> dict[str, tuple[int, Callable[[], None]]]:
+        return {
+            "one perturbation": (1, lambda: kind.perturb(plus, None, weights, place, 1e-3, shape)),
+            "an antithetic pair": (2, lambda: kind.perturb(plus, minus, weights, place, 1e-3, shape)),
+            "update, 4 pairs": (4, lambda: update_kernels.advance(theta, kind, place, pairs, coefficients, 0.0, shape)),
+        }
 
-def scoring(arguments: argparse.Namespace) -> None:
-    """Matrix FLOP/s of scoring (2 a weight and token, without attention), and its share of the GEMM rate of 2048×1024×4096."""
-    print(HEADER)
-    lanes = Lanes(1, arguments.threads)
-    origin = Origin(path="", config=arguments.config, seed=0, groups=(), nes=False, shared_noise=False)
-    model, layout = origin.skeleton()
-    copy = working_copy.WorkingCopy(layout, "bf16", working_copy.allocate(layout, "bf16"))
-    theta_0 = origin.source(model, layout, lanes.threads)
-    for tensor in layout.tensors:
-        for start, count in slices(tensor):
-            copy.write(Part(tensor, start, theta_0.read(tensor, start, count)), lanes.threads)
-    compute = {"bf16": torch.bfloat16, "fp32": torch.float32}[system.compute_dtype("auto")]
-    scorer = PerturbedModel(model, layout, copy, compute, lanes, arguments.micro_batch)
-    samples, length = arguments.tokens // 256, 256
-    vocabulary = min(8192, model.config.get_text_config().vocab_size)
-    tokens = np.random.default_rng(0).integers(0, vocabulary, (samples, length)).astype(np.int32)
-    batch = Batch(tokens, np.full(samples, length, np.int32))
-    a, b = torch.randn(2048, 1024, dtype=compute), torch.randn(4096, 1024, dtype=compute)
-    flops = 2 * layout.size * samples * (length - 1)
-    cases = {
-        "unperturbed": UNPERTURBED,
-        "one member": Perturbation(1, 0, 0, 1e-3, (1,)),
-        "an antithetic pair": Perturbation(1, 0, 0, 1e-3, (1, -1)),
-    }
-    gemm_flops = 2 * 2048 * 1024 * 4096
-    for name, perturbation in cases.items():
-        rates, ratios = [], []
-        for _ in range(arguments.repeats):
-            gemm = gemm_flops / statistics.median(seconds_of(lambda: torch.nn.functional.linear(a, b), 20))
-            start = time.perf_counter()
-            scorer.log_probabilities([perturbation], batch, samples)
-            rates.append(perturbation.members * flops / (time.perf_counter() - start) / 1e9)
-            ratios.append(rates[-1] * 1e9 / gemm)
-        print(row(f"{name}, {arguments.tokens} tokens a member", rates, "GFLOP/s"))
-        print(row(f"{name}, share of the GEMM rate ({gemm / 1e9:.0f} GFLOP/s)", ratios, ""))
+    by_kind = {name: cases(kind_of(*kind)) for name, kind in KINDS.items()}
+    rates: dict[tuple[str, str], list[float]] = {(name, case): [] for name in by_kind for case in by_kind[name]}
+    for _ in range(arguments.repeats):
+        for name, case in rates:
+            count, work = by_kind[name][case]
+            rates[name, case] += [count * size / seconds / 1e6 for seconds in seconds_of(work)]
+    for (name, case), values in rates.items():
+        print(row(f"{name}, {case}", values, "million elements/s/thread"))
 
 
 def run_on(
-    workers: int, steps: int, arguments: argparse.Namespace, weights: str = "bf16", residency: str = "resident"
+    workers: int,
+    steps: int,
+    arguments: argparse.Namespace,
+    weights: str = "bf16",
+    residency: str = "resident",
+    noise: str = "gaussian",
 ) -> Finished:
-    """A fresh run of the real command on that many workers of one thread."""
-    memory = {"weights": weights, "master": arguments.master, "residency": residency}
-    return run(StepLoad.of(arguments), steps, arguments.directory, workers={"count": workers, "threads": 1}, memory=memory)
+    """A fresh run of the real command on that many workers of one thread; noise: of KINDS."""
+    kind, rank = KINDS[noise]
+    tables: dict[str, dict[str, Any]] = {
+        "memory": {"weights": weights, "master": arguments.master, "residency": residency},
+        "noise": {"kind": kind} | ({"rank": rank} if rank else {}),
+        "workers": {"count": workers, "threads": 1},
+    }
+    return run(StepLoad.of(arguments), steps, arguments.directory, **tables)
 
 
 def workers(arguments: argparse.Namespace) -> None:
@@ -188,6 +163,24 @@ def int8(arguments: argparse.Namespace) -> None:
     print(row("int8 over bf16", [b / a for a, b in zip(*seconds.values(), strict=True)], "times as long"))
 
 
+def kinds(arguments: argparse.Namespace) -> None:
+    """A step on two workers, its scoring and its update, and its peak PSS, by kind; the first step of a run is left out."""
+    print(HEADER)
+    metrics = {"score_seconds": "scoring", "update_seconds": "update", "step_seconds": "step"}
+    found: dict[str, list[Finished]] = {name: [] for name in KINDS}
+    for _ in range(arguments.repeats):
+        for name, runs in found.items():
+            runs.append(run_on(2, 3, arguments, arguments.weights, noise=name))
+    for name, runs in found.items():
+        for metric, words in metrics.items():
+            print(row(f"{name}, {words}", [finished.median(metric) for finished in runs], "s"))
+        print(row(f"{name}, peak PSS of all processes", [finished.peak_gib for finished in runs], "GiB"))
+    for name, runs in list(found.items())[1:]:
+        for metric, words in metrics.items():
+            ratios = [own.median(metric) / first.median(metric) for own, first in zip(runs, found["gaussian"], strict=True)]
+            print(row(f"{name} over gaussian, {words}", ratios, "times as long"))
+
+
 def streaming(arguments: argparse.Namespace) -> None:
     """A streamed step (from the second on, which also writes), compared with a resident one and with its transfers alone."""
     print(HEADER)
@@ -211,7 +204,9 @@ def streaming(arguments: argparse.Namespace) -> None:
 
 COMMANDS = {
     "noise": noise,
-    "scoring": scoring,
+    "scoring": _scoring.scoring,
+    "plain": _scoring.plain,
+    "kinds": kinds,
     "workers": workers,
     "update": update,
     "step": step,
@@ -225,8 +220,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("what", choices=tuple(COMMANDS))
     add_load(parser)
     parser.add_argument("--tokens", type=int, default=4096, help="scoring: tokens a member, in samples of 256")
-    parser.add_argument("--threads", type=int, default=1, help="scoring: threads")
-    parser.add_argument("--weights", default="bf16", choices=("bf16", "int8"), help="streaming: what is scored from")
+    parser.add_argument("--threads", type=int, default=1, help="scoring, plain: threads")
+    parser.add_argument("--weights", default="bf16", choices=("bf16", "int8"), help="kinds, streaming: what is scored from")
     parser.add_argument("--master", default="fp32", choices=("fp32", "none"))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--against", help="step: the command of another loop")

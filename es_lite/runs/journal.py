@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from es_lite.algorithm.noise.kinds import kind_of
+from es_lite.algorithm.noise.kinds import NoiseKind, kind_of
 from es_lite.algorithm.noise.philox import VERSION
 from es_lite.algorithm.record import Record
 from es_lite.errors import RunError, UserError
@@ -81,6 +81,15 @@ class Journal:
         journal.scores = [document["scores"] for document in lines[1:]]
         return journal
 
+    def check_noise(self, noise: NoiseKind) -> None:
+        """Raises UserError if a step's noise is of another kind or rank."""
+        for record in self.records:
+            if (record.kind, record.rank) != (noise.NAME, noise.RANK):
+                raise UserError(
+                    f"{self.path}: this is the journal of another run (its noise is {_words(record.noise)} in step "
+                    f"{record.step + 1}, the recipe's {_words(noise)}); restore the run's own journal"
+                )
+
     def append(self, record: Record, scores: list[float | None]) -> None:
         """Adds the record of the next step; it is on disk when this returns. scores: for people and for metrics.
 
@@ -110,6 +119,10 @@ class Journal:
         except OSError as error:
             raise RunError(f"{self.path}: cannot be written ({error.strerror}); no weight has changed") from None
         self._check, self._size = check, self._size + len(line)
+
+
+def _words(noise: NoiseKind) -> str:
+    return f"{noise.NAME!r} of rank {noise.RANK}" if noise.RANK else repr(noise.NAME)
 
 
 def _line(document: dict[str, Any], check: int) -> tuple[bytes, int]:

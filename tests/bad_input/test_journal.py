@@ -31,6 +31,18 @@ def test_the_journal_of_another_model_is_refused(recipe: Path, run: Path, overri
     assert f"{journal}: this is the journal of another model" in message and words in message
 
 
+@pytest.mark.parametrize(
+    ("noise", "words"), [({"kind": "rademacher"}, "'rademacher'"), ({"kind": "lowrank", "rank": 2}, "'lowrank' of rank 2")]
+)
+def test_a_journal_with_another_kind_of_noise_is_refused(recipe: Path, run: Path, noise: dict, words: str) -> None:
+    """As the recipe is the run's, the journal must be another run's."""
+    journal = run / "journal.jsonl"
+    header, *records = documents_of(journal)
+    write_documents(journal, [header, records[0], *(record | noise for record in records[1:])])
+    message = refused_untouched(recipe, run)
+    assert f"{journal}: this is the journal of another run (its noise is {words} in step 2, the recipe's 'gaussian')" in message
+
+
 def one_bit_flipped(lines: list[bytes]) -> None:
     lines[2] = lines[2].replace(b'"sigma":0.02', b'"sigma":0.03')
 

@@ -19,7 +19,7 @@ def test_all_mistakes_of_a_recipe_are_listed_at_once(tmp_path: Path) -> None:
     assert 'es.sigmma: unknown key; did you mean "sigma"?' in message
     assert "es.alpha = 'fast': expected a number" in message
     assert 'fittness: unknown table; did you mean "fitness"?' in message
-    assert "noise.kind = 'gausian': expected 'gaussian'; did you mean \"gaussian\"?" in message
+    assert "noise.kind = 'gausian': expected 'gaussian' or 'rademacher' or 'lowrank'; did you mean \"gaussian\"?" in message
     assert 'workers.cont: unknown key; did you mean "count"?' in message
     assert "es.sigma = 0.0: expected greater than 0" in message
     assert not (tmp_path / "run").exists()
@@ -45,6 +45,11 @@ def test_all_mistakes_of_a_recipe_are_listed_at_once(tmp_path: Path) -> None:
         ("fitness.samples=0", "fitness.samples = 0"),
         ("fitness.max_length=1", "fitness.max_length = 1"),
         ("fitness.micro_batch=0", "fitness.micro_batch = 0"),
+        ("noise.kind=low_rank", "noise.kind = 'low_rank'"),
+        ("noise.rank=0", "noise.rank = 0"),
+        ("noise.rank=1.5", 'noise.rank = 1.5: expected "auto" or a whole number of at least 1'),
+        ("noise.rank=one", "noise.rank = 'one'"),
+        ("noise.rank=2", 'noise.rank = 2: only noise.kind = "lowrank" has a rank'),
         ("data.vocab_size=256", "data.vocab_size = 256"),
         ("workers.count=0", "workers.count = 0"),
         ("workers.count=many", "workers.count = 'many'"),
@@ -89,3 +94,19 @@ def test_a_group_that_matches_no_parameter_is_refused(recipe: Path, tmp_path: Pa
 def test_an_override_inside_something_that_is_not_a_table_is_refused(recipe: Path, tmp_path: Path) -> None:
     overrides = ("model.config=qwen3-0.5b", "model.config.hidden_size=32")
     assert "config is not a table" in refused(recipe, tmp_path / "run", *overrides)
+
+
+def test_a_rank_that_a_matrix_is_too_small_for_is_refused(recipe: Path, tmp_path: Path) -> None:
+    """The matrix is named with its shape, and so is what to change."""
+    message = refused(recipe, tmp_path / "run", "noise.kind=lowrank", "noise.rank=17")
+    assert "noise.rank = 17: model.layers.0.self_attn.k_proj.weight is 16 x 32, so its noise has a rank of at most 16" in message
+    assert "lower noise.rank, or freeze this tensor with es.groups" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_low_rank_noise_without_a_matrix_to_perturb_is_refused(recipe: Path, tmp_path: Path) -> None:
+    groups = 'es.groups=[{pattern="norm"}, {pattern="proj|embed", sigma=0, alpha=0}]'
+    message = refused(recipe, tmp_path / "run", "noise.kind=lowrank", groups)
+    assert 'noise.kind = "lowrank": the model has no matrix that is perturbed (es.groups may freeze them all)' in message
+    assert 'set noise.kind = "gaussian"' in message
+    assert not (tmp_path / "run").exists()

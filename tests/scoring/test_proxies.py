@@ -1,34 +1,49 @@
-"""Proxies: which rows of an argument belong to a micro-batch, and which rows of the embedding are perturbed."""
+"""Proxies: which rows of the embedding are perturbed, and when members share a block's products or take turns."""
+
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from architectures import BOTH, Tiny, batch_of, close, config_of
+from architectures import ARCHITECTURES, BOTH, PLUS, Tiny, batch_of, close, config_of, of_kind
+from torch.nn import functional
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
-from es_lite.scoring.proxies import MicroBatch, ScoringState
+from es_lite.algorithm.noise.lowrank import LowRank
+from es_lite.model.layout import Factors, skeleton
+from es_lite.scoring.lanes import Lanes
+from es_lite.scoring.model import PerturbedModel
+from es_lite.scoring.perturbation import Perturbation
+from es_lite.scoring.proxies import Proxy
+
+LOW = of_kind(BOTH, LowRank(2))
+TURNS = {
+    "lfm2": {"block-000"},
+    "mixtral": {"block-000", "block-001"},
+    "qwen3_moe": {"block-000", "block-001"},
+    "gpt_oss": {"block-000", "block-001"},
+    "deepseek_v3": {"block-001"},
+    "jamba": {"block-000", "block-001"},
+}
+"""Blocks with a convolution, a state-space model or experts: members take turns there."""
 
 
-def test_micro_batches_cover_the_rows_of_every_member():
-    run = ScoringState(None, None, None, micro_batch=2, perturbations=(BOTH, BOTH), lengths=np.array([9, 7, 4], np.int32))
-    assert [(first, perturbation) for first, perturbation in run.folded()] == [(0, BOTH), (2, BOTH)]
-    found = [rows for member in range(run.members) for rows in run.micro_batches(member)]
-    assert [row for rows in found for row in range(12)[rows.rows]] == list(range(12))
-    assert [sample for rows in found for sample in range(3)[rows.samples]] == [0, 1, 2] * 4
-    assert [(rows.length, rows.total) for rows in found] == [(9, 12), (4, 12)] * 4
+@pytest.fixture
+def ways(monkeypatch) -> dict[str, list[str]]:
+    """The layers that were run in each way, by its name, in order."""
+    found: dict[str, list[str]] = {"_full": [], "_together": [], "_one_by_one": [], "_each_member": []}
+    for way in found:
+        method = getattr(Proxy, way)
+
+        def recorded(self, *args, method=method, way=way):
+            found[way].append(self.wrapped.layer.name)
+            return method(self, *args)
+
+        monkeypatch.setattr(Proxy, way, recorded)
+    return found
 
 
-def test_an_argument_is_cut_to_the_rows_of_a_micro_batch():
-    rows = MicroBatch(slice(4, 6), slice(1, 3), length=3, total=8)
-    states = torch.arange(8 * 5 * 2).view(8, 5, 2)
-    assert torch.equal(rows.cut(states), states[4:6, :3])
-    positions = torch.arange(5)[None]
-    assert torch.equal(rows.cut(positions), positions[:, :3])  # the same for all samples
-    mask = torch.arange(8 * 5 * 5).view(8, 1, 5, 5)
-    assert torch.equal(rows.cut(mask), mask[4:6, :, :3, :3])
-    assert torch.equal(rows.cut(mask[:1]), mask[:1, :, :3, :3])
-    nested = rows.cut({"rotary": (positions, states), "cache": None, "scale": torch.tensor(2.0), "flag": True})
-    assert torch.equal(nested["rotary"][0], positions[:, :3]) and torch.equal(nested["rotary"][1], states[4:6, :3])
-    assert (nested["cache"], nested["scale"], nested["flag"]) == (None, torch.tensor(2.0), True)
+# The embedding
 
 
 @pytest.mark.parametrize("name", ["qwen3", "llama", "gemma3", "gpt2"])
@@ -48,5 +63,89 @@ def test_only_the_rows_of_the_embedding_that_a_batch_uses_are_asked_for(monkeypa
         return rows_of(tensor, rows)
 
     monkeypatch.setattr(tiny.working, "rows", rows)
-    tiny.score(BOTH, batch)
-    assert asked == [("model.embed_tokens.weight", sorted(set(batch.tokens.ravel().tolist())))]
+    for perturbation in (BOTH, LOW):
+        tiny.score(perturbation, batch, tile_members=2)
+        assert asked.pop() == ("model.embed_tokens.weight", sorted(set(batch.tokens.ravel().tolist())))
+    assert asked == []
+
+
+# Members together, or in turns
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_members_share_the_products_of_all_blocks_but_those_that_mix_rows(ways, name):
+    """A block in which they take turns scores the same, but no faster than one member after the other: no score shows it."""
+    tiny, turns = Tiny(config_of(name)), TURNS.get(name, set())
+    tiny.score(LOW, batch_of([5, 3]), tile_members=2)
+    blocks = {layer.name for layer in tiny.layout.blocks}
+    assert set(ways["_together"]) & blocks == blocks - turns
+    assert set(ways["_one_by_one"]) == turns
+    assert ways["_full"] == []
+    tiny.score(BOTH, batch_of([5, 3]), tile_members=2)
+    assert blocks <= set(ways["_full"])
+
+
+def test_a_tile_of_several_members_is_one_product(monkeypatch):
+    """Of the unperturbed weights: as many as there are matrices in the blocks, and one for the head."""
+    tiny, rows = Tiny(config_of("qwen3")), []
+    linear = functional.linear
+
+    def counted(x, weight, bias=None):
+        rows.append(x[..., 0].numel())
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(functional, "linear", counted)
+    model = tiny.model(tile_members=4, micro_batch=2)
+    model.log_probabilities([LOW, Perturbation(5, 1, 3, 0.01, (1, -1), "lowrank", 2)], batch_of([6, 4]), 2)
+    assert rows == [4 * 2 * 6] * 14 + [4 * (5 + 3)]
+
+
+def transposed(self, x):
+    """The MLP with time before batch, so that rows of members are not together."""
+    x = x.transpose(0, 1)
+    return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)).transpose(0, 1)
+
+
+def repeated(self, x):
+    """The MLP on more rows than there are."""
+    return self.down_proj(self.act_fn(self.gate_proj(torch.cat([x, x[:1]]))) * self.up_proj(torch.cat([x, x[:1]])))[: len(x)]
+
+
+def reading(self, x):
+    """The MLP, with a product of its own."""
+    return self.down_proj(self.act_fn(functional.linear(x, self.gate_proj.weight, self.gate_proj.bias)) * self.up_proj(x))
+
+
+@pytest.mark.parametrize("forward", [transposed, repeated, reading])
+@pytest.mark.parametrize("device", [None, torch.device("cpu")], ids=["kernels", "device"])
+def test_members_take_turns_if_a_block_turns_out_to_mix_rows(ways, monkeypatch, forward: Callable, device):
+    """Blocks that look as if members could share their products. What was computed before that was found out is not used."""
+    tiny, batch = Tiny(config_of("qwen3")), batch_of([12, 9, 2])
+    others = [Perturbation(5, 1, pair, 0.01, (1, -1), "lowrank", 2) for pair in range(2)]
+    expected = [tiny.expected(perturbation, batch) for perturbation in (LOW, *others)]  # of the plain MLP
+    monkeypatch.setattr(Qwen3MLP, "forward", forward)
+    found = tiny.model(tile_members=4, device=device).log_probabilities([LOW, *others], batch, 3)
+    assert close(found, np.concatenate(expected))
+    # For each group; the second has one pair only.
+    assert ways["_one_by_one"] == ["block-000", "block-000", "block-001", "block-001"]
+
+
+@pytest.mark.parametrize("noise", [LowRank(1), LowRank(3)], ids=["rank 1", "rank 3"])
+def test_a_frozen_matrix_is_multiplied_as_it_is(noise):
+    """Together with others that are perturbed, in blocks that members share and in blocks where they take turns."""
+    groups = [Factors("q_proj|down_proj|experts.down|norm", 0, 0)]
+    for name in ("qwen3", "mixtral"):
+        tiny, batch, low = Tiny(config_of(name), groups), batch_of([7, 3]), of_kind(BOTH, noise)
+        assert close(tiny.score(low, batch, tile_members=2), tiny.expected(low, batch))
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "mixtral"])
+def test_lanes_change_no_bit(name, compute):
+    """Each has its own copy of the block, with operands of its own."""
+    tiny, batch, scores = Tiny(config_of(name)), batch_of(), []
+    perturbations = [LOW, of_kind(PLUS, LowRank(1)), BOTH]
+    for lanes in (1, 3):
+        model = PerturbedModel(skeleton(tiny.config), tiny.layout, tiny.working, compute, Lanes(lanes, 1), 2, 2)
+        scores.append(model.log_probabilities(perturbations, batch, 6).tobytes())
+    assert scores[0] == scores[1]

@@ -5,8 +5,10 @@ import re
 import sys
 from collections import Counter
 
+import _scoring
 import _update
 import benchmark
+import numpy as np
 import pytest
 from _measuring import Finished, StepLoad
 from _update import Rates, makespan
@@ -15,6 +17,8 @@ from support import TINY
 from es_lite.engine.messages import Advance, AdvanceSections, Finish
 from es_lite.model.layout import Layout
 from es_lite.model.origin import Origin
+from es_lite.scoring.lanes import Lanes
+from es_lite.scoring.perturbation import UNPERTURBED
 from es_lite.weights.store import SECTION_BYTES, Store
 
 RATES = Rates(advance=1e-9, advance_sections=2e-9, check=1e-10, finish=1e-10)
@@ -93,6 +97,13 @@ def test_the_rates_are_measured_on_real_layers(tmp_path, vocab_size, steps):
         assert not file.exists() or file.check() is None
 
 
+def test_plain_inference_is_what_scoring_is_compared_with(config):
+    """It computes the same scores from the same weights."""
+    loaded = _scoring.Loaded(StepLoad(config, 4, 3, 32, 2), Lanes(1, 1), tile_members=2)
+    tokens = loaded.plain()().reshape(3, 31)
+    assert np.allclose(tokens.mean(axis=1), loaded.scores([UNPERTURBED])[0], atol=0.02)  # the tensors may be bfloat16
+
+
 def fake_run(load: StepLoad, steps: int, directory: str | None, **tables: dict) -> Finished:
     """As many seconds as step and workers say."""
     share = 12.0 / tables["workers"]["count"]
@@ -102,7 +113,24 @@ def fake_run(load: StepLoad, steps: int, directory: str | None, **tables: dict) 
 
 
 ROWS = {
-    "noise": ["one perturbation", "an antithetic pair", "update, 4 pairs"],
+    "noise": [
+        f"{kind}, {what}"
+        for kind in ("gaussian", "rademacher", "lowrank")
+        for what in ("one perturbation", "an antithetic pair", "update, 4 pairs")
+    ],
+    "plain": [
+        *(f"{name}, 8 members" for name in ("plain inference", "low rank 1", "low rank 4", "gaussian")),
+        "members in a tile of low-rank noise",
+        *(f"{name}, speed over plain inference" for name in ("low rank 1", "low rank 4", "gaussian")),
+    ],
+    "kinds": [
+        *(
+            f"{kind}, {what}"
+            for kind in ("gaussian", "rademacher", "lowrank")
+            for what in ("scoring", "update", "step", "peak PSS of all processes")
+        ),
+        *(f"{kind} over gaussian, {what}" for kind in ("rademacher", "lowrank") for what in ("scoring", "update", "step")),
+    ],
     "scoring": [
         f"{who}, {what}"
         for who in ("unperturbed", "one member", "an antithetic pair")

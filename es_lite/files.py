@@ -71,6 +71,36 @@ def next_to(path: Path) -> Path:
     return path.with_name(path.name + NEXT)
 
 
+class Spare:
+    """A file that this process has replaced, at most one, kept to be written over.
+
+    Allocating disk blocks and pages of the page cache for a new file, and freeing those of the old one, takes several times as
+    long as copying the bytes. `remove_unfinished` removes it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / f"spare-{os.getpid()}{NEXT}"
+
+    def take(self, path: Path, size: int) -> bool:
+        """Renames the file to `path` if it has this size, else removes it. Whether it was renamed. Raises OSError."""
+        try:
+            status = self._path.stat()
+        except FileNotFoundError:
+            return False
+        # If a replacement failed after `keep`, this is another name of a file that is in use.
+        if status.st_size != size or status.st_nlink > 1:
+            self._path.unlink()
+            return False
+        self._path.rename(path)
+        return True
+
+    def keep(self, path: Path) -> None:
+        """Gives the file `path`, which the caller replaces next, a second name, where the file system allows it."""
+        with contextlib.suppress(OSError):
+            self._path.unlink(missing_ok=True)
+            self._path.hardlink_to(path)
+
+
 class NewFile:
     """A new version of the file `path`, written next to it: `commit` puts it in place, `discard` removes it.
 
@@ -176,7 +206,7 @@ def finish_replacement(folder: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes incomplete new files that a killed process left in `folder`."""
+    """Removes incomplete new files, and spare ones, that processes have left in `folder`."""
     for path in folder.glob("*" + NEXT):
         path.unlink()
 

@@ -267,7 +267,7 @@ def _recipe(document: dict, problems: list[str]) -> Recipe:
 
 def _contradictions(recipe: Recipe) -> typing.Iterator[tuple[set[str], str]]:
     """(tables involved, message) for each contradiction."""
-    es, path, config = recipe.es, recipe.model.path, recipe.model.config
+    es, noise, path, config = recipe.es, recipe.noise, recipe.model.path, recipe.model.config
     if bool(path) == bool(config):
         yield {"model"}, "model: give one of model.path and model.config" + (", not both" if path else "")
     if es.antithetic and es.population % 2:
@@ -285,7 +285,7 @@ def _contradictions(recipe: Recipe) -> typing.Iterator[tuple[set[str], str]]:
                 {"es"},
                 f"es.groups[{index}]: sigma = 0 leaves nothing to learn from; set alpha = 0 too, which freezes the group",
             )
-    if recipe.noise.rank != "auto" and recipe.noise.kind != "lowrank":
-        yield {"noise"}, f'noise.rank = {recipe.noise.rank}: only noise.kind = "lowrank" has a rank, not "{recipe.noise.kind}"'
+    if noise.rank != "auto" and noise.kind != "lowrank":
+        yield {"noise"}, f'noise.rank = {noise.rank}: "{noise.kind}" noise has no rank; remove it, or set noise.kind = "lowrank"'
     if recipe.eval.every and not recipe.eval.path and recipe.eval.fraction == 0:
         yield {"eval"}, "eval.fraction = 0: nothing is held out for eval.every; give eval.path or a fraction"

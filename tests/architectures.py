@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from es_lite.algorithm.formats import Storage
 from es_lite.algorithm.jit import Threads
 from es_lite.algorithm.noise.kinds import NoiseKind
 from es_lite.algorithm.noise.place import Place
 from es_lite.data.batch import Batch
-from es_lite.model.layout import Factors, Layout, skeleton
+from es_lite.model.layout import Factors, Layout, Tensor, skeleton
 from es_lite.scoring.lanes import Lanes
 from es_lite.scoring.model import PerturbedModel
 from es_lite.scoring.perturbation import Perturbation
@@ -114,6 +115,20 @@ def batch_of(lengths: Sequence[int] = LENGTHS, vocabulary: int = 300) -> Batch:
     for row, length in zip(tokens, lengths, strict=True):
         row[:length] = random.integers(0, vocabulary, length)
     return Batch(tokens, np.array(lengths, np.int32))
+
+
+def part_of(shape: tuple[int, ...], storage: Storage, number: int = 3, sigma_factor: float = 1.0) -> Part:
+    """A whole tensor of random values."""
+    tensor = Tensor(f"tensor {number}", shape, number, sigma_factor, 1.0, 1.0)
+    part = Part.empty(tensor, 0, tensor.size, storage)
+    part.put(0.05 * np.random.default_rng(number).standard_normal(tensor.size, np.float32), Threads(1))
+    return part
+
+
+def bits(values: torch.Tensor) -> bytes:
+    """The bytes of float32 or bfloat16 values, wherever they are."""
+    values = values.cpu().contiguous()
+    return (values.view(torch.uint16) if values.dtype == torch.bfloat16 else values).numpy().tobytes()
 
 
 class Tiny:

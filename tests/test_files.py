@@ -15,6 +15,7 @@ from es_lite import files
 from es_lite.files import (
     ALIGNMENT,
     NewFile,
+    Spare,
     aligned,
     finish_replacement,
     new_folder,
@@ -255,6 +256,48 @@ def test_a_durable_commit_waits_for_the_disk(path, monkeypatch, durable):
     new.commit(durable=durable)
     assert synced == ([(b"new", b"old"), ("folder", b"new")] if durable else [])
     assert path.read_bytes() == b"new" and open_files() == descriptors - 1
+
+
+# Spare files
+
+
+def test_a_replaced_file_can_be_written_over(path):
+    spare, inode = Spare(path.parent), path.stat().st_ino
+    spare.keep(path)
+    write_durably(path, "new")
+    other = path.with_name("other")
+    assert spare.take(other, 3)
+    assert (other.stat().st_ino, other.read_bytes()) == (inode, b"old")
+    assert found_in(path.parent) == {"file.txt": b"new", "other": b"old"}
+    assert not spare.take(other, 3)
+
+
+def test_a_spare_file_of_another_size_is_removed(path):
+    spare = Spare(path.parent)
+    spare.keep(path)
+    write_durably(path, "new")
+    assert not spare.take(path.with_name("other"), 4)
+    assert found_in(path.parent) == {"file.txt": b"new"}
+
+
+def test_a_file_that_was_not_replaced_after_all_is_never_written_over(path):
+    spare = Spare(path.parent)
+    spare.keep(path)
+    assert not spare.take(path.with_name("other"), 3)
+    assert found_in(path.parent) == {"file.txt": b"old"}
+
+
+def test_there_is_one_spare_file_or_none_and_it_counts_as_unfinished(path, monkeypatch):
+    spare = Spare(path.parent)
+    for text in ("new", "newer"):
+        spare.keep(path)
+        write_durably(path, text)
+    assert sorted(found_in(path.parent).values()) == [b"new", b"newer"]
+    remove_unfinished(path.parent)
+    assert found_in(path.parent) == {"file.txt": b"newer"}
+    monkeypatch.setattr(Path, "hardlink_to", os.mkdir)  # a file system without links refuses
+    spare.keep(path)
+    assert found_in(path.parent) == {"file.txt": b"newer"}
 
 
 def test_text_is_written_durably(path, monkeypatch):

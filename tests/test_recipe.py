@@ -262,10 +262,10 @@ def test_a_wrong_type_is_refused(problems, text, expected):
         ("[noise]\nrank = 0", 'noise.rank = 0: expected "auto" or a whole number of at least 1'),
         ("[noise]\nkind = 'lowrank'\nrank = -1", 'noise.rank = -1: expected "auto" or a whole number of at least 1'),
         ("[noise]\nrank = 'one'", "noise.rank = 'one': expected \"auto\" or a whole number of at least 1"),
-        ("[noise]\nrank = 1", 'noise.rank = 1: only noise.kind = "lowrank" has a rank, not "gaussian"'),
+        ("[noise]\nrank = 1", 'noise.rank = 1: "gaussian" noise has no rank; remove it, or set noise.kind = "lowrank"'),
         (
             "[noise]\nkind = 'rademacher'\nrank = 4",
-            'noise.rank = 4: only noise.kind = "lowrank" has a rank, not "rademacher"',
+            'noise.rank = 4: "rademacher" noise has no rank; remove it, or set noise.kind = "lowrank"',
         ),
         ("[workers]\ndeadline = -1", "workers.deadline = -1.0: expected at least 0"),
         ("[memory]\nlimit = '0 GiB'", 'memory.limit = \'0 GiB\': expected a size such as "8 GiB" or "512 MiB", or "" for none'),

@@ -42,11 +42,12 @@ MODES = {  # in the plot's order: what it is called, its colour
     "adamw": ("AdamW, fp32", "#d44c47"),
     "adamw-checkpointing": ("AdamW, fp32, gradient checkpointing", "#d9730d"),
     "bf16": ("es_lite, bf16 resident", "#0b6e99"),
+    "lowrank": ("es_lite, bf16 resident, low-rank noise", "#17a2a2"),
     "int8": ("es_lite, int8 resident", "#448361"),
     "streamed": ("es_lite, bf16 streamed", "#9065b0"),
 }
 SHORT = {mode: name.removeprefix("es_lite, ") for mode, (name, _) in MODES.items()}
-OURS = ("bf16", "int8", "streamed")
+OURS = ("bf16", "lowrank", "int8", "streamed")
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,7 @@ def recipe_for(model: Model, load: Load, mode: str, run: Path) -> Path:
         "data": {"path": load.text, "tokenizer": "bpe", "vocab_size": min(8192, model.config.vocab_size)},
         "fitness": {"samples": load.samples, "max_length": load.length, "micro_batch": load.micro_batch},
         "es": {"population": load.population, "antithetic": True},
+        "noise": {"kind": "lowrank" if mode == "lowrank" else "gaussian"},
         "workers": {"count": load.workers, "threads": 1},
         "memory": {"weights": "int8" if int8 else "bf16", "residency": "streamed" if streamed else "resident"},
         "log": {"tensorboard": False},

@@ -39,14 +39,14 @@ def draw(sizes: dict[str, dict[str, Figure]], memory_gib: float, load: Load, out
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch
 
-    grey, width = "#6b6b6b", 0.17
+    grey, width = "#6b6b6b", 0.86 / len(MODES)
     style = {"font.size": 10.5, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
     with plt.rc_context(style | {"figure.constrained_layout.use": True, "hatch.linewidth": 0.8}):
         figure, axes = plt.subplots(figsize=(max(9.0, 2.6 * len(sizes)), 8), dpi=100)
         top = max(f.best for figures in sizes.values() for f in figures.values()) / GIB
         for place, figures in enumerate(sizes.values()):
             for number, (mode, (_, colour)) in enumerate(MODES.items()):
-                x, f = place + (number - 2) * width, figures[mode]
+                x, f = place + (number - (len(MODES) - 1) / 2) * width, figures[mode]
                 solid = {"color": colour} if f.measured else {"facecolor": "white", "edgecolor": colour, "hatch": "////"}
                 axes.bar(x, f.best / GIB, 0.9 * width, linewidth=1, **solid)
                 axes.text(x, f.best / GIB * 1.04, f"{f.best / GIB:.3g}", ha="center", va="bottom", color=colour, fontsize=9)

@@ -19,6 +19,7 @@ from es_lite.engine.guard import Guard
 from es_lite.engine.messages import Advance, AdvanceSections, Check, Finish, Score, Task
 from es_lite.engine.pool import Pool, prepare
 from es_lite.engine.worker import Setup
+from es_lite.files import remove_unfinished
 from es_lite.fitness.base import Items
 from es_lite.model.layout import Layer, Layout
 from es_lite.model.origin import Origin
@@ -48,6 +49,7 @@ class LocalEngine:
         """lock: the run directory's; it stays held until the last worker is gone. warn: called for each lost worker."""
         self._layout = layout
         self._files = files.files
+        self._folder = files.folder
         self._execution = execution
         self._records: list[Record] = []
         self._at = min(files.steps())
@@ -119,6 +121,7 @@ class LocalEngine:
 
     def close(self) -> None:
         self._opened.close()
+        remove_unfinished(self._folder)
 
     def __enter__(self) -> "LocalEngine":
         return self

@@ -21,6 +21,7 @@ from es_lite.algorithm.formats import Storage
 from es_lite.engine.base import Execution
 from es_lite.engine.messages import Advance, AdvanceSections, Check, Done, Failed, Finish, Ready, Score, Task, Working
 from es_lite.errors import RunError, UserError
+from es_lite.files import Spare
 from es_lite.fitness.kinds import fitness_of
 from es_lite.model.layout import Layout
 from es_lite.model.origin import Origin
@@ -64,6 +65,7 @@ class Worker:
         self._told = 0.0
         self._lanes = Lanes(setup.execution.lanes, setup.execution.threads)
         self._files = Store(setup.folder, setup.layout, setup.origin.storage).files
+        self._spare = Spare(setup.folder)
         self._working: WorkingCopy | None = None
         self._stream: Stream | None = None
         if working_copy is not None:
@@ -85,7 +87,7 @@ class Worker:
             return None
         how = self._theta_0, task.records, task.step, self._working, self._lanes.all_threads
         if isinstance(task, Advance):
-            store.advance_layer(file, *how)
+            store.advance_layer(file, *how, self._spare)
         elif isinstance(task, AdvanceSections):
             store.advance_layer_sections(file, task.low, task.high, *how)
         else:

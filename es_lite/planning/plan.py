@@ -77,7 +77,10 @@ class Plan:
         passes = -(-recipe.fitness.samples // parts.pass_samples)
         tokens = recipe.es.population * recipe.fitness.samples * (length - 1)
         multiplied = layout.size - sum(t.size for t in layout.layers[0].tensors if t.vocabulary and not layout.tied)
-        converts = needs.factored and recipe.memory.weights != needs.compute
+        together = streamed or needs.device  # all members are scored in one task
+        conversions = 1 if together else -(-needs.tasks // needs.group)
+        if not needs.factored or recipe.memory.weights == needs.compute:
+            conversions = 0
         return cls(
             recipe=recipe,
             layout=layout,
@@ -107,7 +110,7 @@ class Plan:
             work=Work(
                 flops=2.0 * multiplied * tokens,
                 scoring_noise=sum(noise.drawn(t.shape) for t in layout.tensors) * needs.tasks * passes,
-                converted=layout.size * passes * (1 if streamed else -(-needs.tasks // needs.group)) * converts,
+                converted=layout.size * passes * conversions,
                 size=layout.size,
                 pairs=needs.tasks,
                 update_noise=sum(noise.drawn(t.shape, update=True) for t in layout.tensors) * needs.tasks,
@@ -116,7 +119,7 @@ class Plan:
                 written_bytes=stored,
                 hidden=text.hidden_size,
                 intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
-                rows=recipe.fitness.micro_batch * length,
+                rows=needs.tile_members * min(recipe.fitness.micro_batch, recipe.fitness.samples) * length,
             ),
         )
 
@@ -130,14 +133,15 @@ class Plan:
             )
         need, have = sum(self.memory.values()), self.limit.bytes
         if need > have:
-            first = (
-                "Set es.antithetic to false (half of the perturbed layer), "
-                if self.execution.streamed
-                else 'Set memory.residency = "streamed" or memory.weights = "int8", '
-            )
+            if not self.execution.streamed:
+                remedy = 'Set memory.residency = "streamed" or memory.weights = "int8", lower'
+            elif "perturbed layer" in self.memory:
+                remedy = 'Set noise.kind = "lowrank" (no perturbed layer) or es.antithetic to false (half of it), lower'
+            else:
+                remedy = "Lower"
             return (
                 f"does not fit: needs {need / GIB:.2f} GiB of memory, {have / GIB:.2f} are available ({self.limit.source}). "
-                f"{first}lower workers.count, fitness.micro_batch or fitness.max_length, or use a smaller model"
+                f"{remedy} workers.count, fitness.micro_batch or fitness.max_length, or use a smaller model"
             )
         need, have = sum(self.disk.values()), self.free_disk
         if need > have:

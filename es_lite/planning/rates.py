@@ -19,7 +19,7 @@ from es_lite.algorithm.noise.lowrank import LowRank
 from es_lite.algorithm.noise.place import Place
 from es_lite.engine.base import Execution
 from es_lite.files import open_file, write_fully
-from es_lite.scoring.shared import Factors
+from es_lite.scoring.shared import LowRankFactors
 
 DISK_BYTES = 256 * 2**20
 """Bytes written and read back to measure a disk."""
@@ -113,7 +113,7 @@ def scoring_rate(work: Work, execution: Execution, rank: int) -> float:
 
     states, shapes = random(rows, width), ((inner, width), (inner, width), (width, inner))
     matrices = [random(*shape) for shape in shapes]
-    factors = [Factors(random(1, shape[1], rank), random(1, rank, shape[0])) for shape in shapes]
+    factors = [LowRankFactors(random(1, shape[1], rank), random(1, rank, shape[0])) for shape in shapes]
 
     def linear(which: int, x: torch.Tensor) -> torch.Tensor:
         y = functional.linear(x, matrices[which])

@@ -16,7 +16,7 @@ from es_lite.algorithm.jit import Threads
 from es_lite.algorithm.noise import on_device
 from es_lite.model.layout import Tensor
 from es_lite.scoring.perturbation import Perturbation
-from es_lite.scoring.shared import Factors, factors_of
+from es_lite.scoring.shared import LowRankFactors, factors_of
 from es_lite.weights.parts import Part
 
 
@@ -90,7 +90,7 @@ class DeviceScratch:
 
     def factors(
         self, perturbations: Sequence[Perturbation], tensor: Tensor, first: int = 0, rows: int | None = None
-    ) -> Factors | None:
+    ) -> LowRankFactors | None:
         """The perturbations of a matrix (of rows first … first + rows - 1; default: all); None if it is not perturbed."""
         if perturbations[0].sigma_of(tensor) == 0:
             return None

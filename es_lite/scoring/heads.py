@@ -21,7 +21,7 @@ from es_lite.model.layout import Layer, Tensor
 from es_lite.scoring.device import DeviceLogSumExp
 from es_lite.scoring.logsumexp import RunningLogSumExp
 from es_lite.scoring.proxies import ScoringState
-from es_lite.scoring.tiles import Group, Tile
+from es_lite.scoring.tiles import PerturbationGroup, Tile
 from es_lite.weights.parts import Part
 
 VOCABULARY_BLOCK = 2048
@@ -103,7 +103,7 @@ class ScoredPositions:
     states: torch.Tensor
     running: RunningLogSumExp | DeviceLogSumExp
     projected: torch.Tensor | None
-    """The states projected on B of the head's low-rank perturbations (`Factors.project`)."""
+    """The states projected on B of the head's low-rank perturbations (`LowRankFactors.project`)."""
 
 
 class Head:
@@ -141,7 +141,7 @@ class Head:
         return np.stack([np.add.reduceat(value, starts) / counts for value in values])
 
     def _full(
-        self, group: Group, positions: Sequence[ScoredPositions], block: Part, offsets: torch.Tensor | None
+        self, group: PerturbationGroup, positions: Sequence[ScoredPositions], block: Part, offsets: torch.Tensor | None
     ) -> list[Callable[[int], None]]:
         """A block of the vocabulary, with the perturbed matrix of each member."""
         (perturbation,) = group.perturbations
@@ -155,7 +155,11 @@ class Head:
         return [partial(logits, part=part) for part in positions]
 
     def _shared(
-        self, group: Group, positions: Sequence[ScoredPositions], base: Mapping[str, Part], offsets: torch.Tensor | None
+        self,
+        group: PerturbationGroup,
+        positions: Sequence[ScoredPositions],
+        base: Mapping[str, Part],
+        offsets: torch.Tensor | None,
     ) -> list[Callable[[int], None]]:
         """The same with the unperturbed matrix for all members, and low-rank corrections. base: the block, by any name."""
         ((name, block),) = base.items()
@@ -180,7 +184,7 @@ class Head:
         first = block.start // block.tensor.width
         part.running.update(self._after(logits), first, self._state.lanes.threads)
 
-    def _offsets(self, group: Group, block: Part) -> torch.Tensor | None:
+    def _offsets(self, group: PerturbationGroup, block: Part) -> torch.Tensor | None:
         """The bias of the block's rows for each member of the group, [members, rows]; None if there is no bias."""
         if self._bias is None:
             return None
@@ -189,7 +193,7 @@ class Head:
         some = {"": Part(self._bias, first, whole.data[first : first + count])}
         return torch.stack([own[""] for p in group.perturbations for own in self._state.scratch.kept(p, some)])
 
-    def _positions(self, group: Group, hidden: torch.Tensor, tokens: np.ndarray) -> list[ScoredPositions]:
+    def _positions(self, group: PerturbationGroup, hidden: torch.Tensor, tokens: np.ndarray) -> list[ScoredPositions]:
         """The group's tiles."""
         state, found = self._state, []
         factored = group.perturbations[0].factored
@@ -203,7 +207,7 @@ class Head:
             found.append(ScoredPositions(tile, states, state.scratch.log_sum_exp(targets), projected))
         return found
 
-    def _values(self, group: Group, positions: Sequence[ScoredPositions]) -> np.ndarray:
+    def _values(self, group: PerturbationGroup, positions: Sequence[ScoredPositions]) -> np.ndarray:
         """The log-probabilities of all scored positions, float64 [members, positions]."""
         found: list[list[np.ndarray]] = [[] for _ in range(group.members)]
         for part in positions:

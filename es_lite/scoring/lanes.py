@@ -1,4 +1,4 @@
-"""Concurrent computations on the same weights in one process: micro-batches and members of a perturbed layer."""
+"""Concurrent computations on the same weights in one process: the tiles of a layer."""
 
 import queue
 from collections.abc import Callable, Sequence

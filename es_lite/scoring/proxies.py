@@ -24,7 +24,7 @@ from es_lite.scoring.lanes import Lanes
 from es_lite.scoring.perturbation import Perturbation
 from es_lite.scoring.scratch import Scratch
 from es_lite.scoring.shared import RowsMixed, Shared
-from es_lite.scoring.tiles import Group, Output, Tile
+from es_lite.scoring.tiles import Output, PerturbationGroup, Tile
 from es_lite.scoring.weights import Weights
 from es_lite.weights.parts import Part
 
@@ -61,7 +61,7 @@ class ScoringState:
     def members(self) -> int:
         return sum(perturbation.members for perturbation in self.perturbations)
 
-    def groups(self) -> Iterator[Group]:
+    def groups(self) -> Iterator[PerturbationGroup]:
         """The perturbations in order, in groups: factored ones of the same signs and rank, which share tiles; others alone."""
         first, low = 0, 0
         while low < len(self.perturbations):
@@ -70,11 +70,11 @@ class ScoringState:
                 most = max(1, self.tile_members // head.members)
                 while high < min(low + most, len(self.perturbations)) and _alike(head, self.perturbations[high]):
                     high += 1
-            group = Group(first, self.perturbations[low:high])
+            group = PerturbationGroup(first, self.perturbations[low:high])
             yield group
             first, low = first + group.members, high
 
-    def tiles(self, group: Group, apart: bool) -> Iterator[Tile]:
+    def tiles(self, group: PerturbationGroup, apart: bool) -> Iterator[Tile]:
         """The group's tiles; apart: of one member each."""
         each = 1 if apart or self.tile_members == 1 else group.members
         for low in range(0, self.samples, self.micro_batch):
@@ -147,7 +147,9 @@ class Proxy(nn.Module):
                 state.passed(len(group.perturbations) * sum(part.data.size for part in parts.values()))
         return output.result()
 
-    def _full(self, group: Group, parts: Mapping[str, Part], output: Output, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _full(
+        self, group: PerturbationGroup, parts: Mapping[str, Part], output: Output, args: tuple, kwargs: dict[str, Any]
+    ) -> None:
         """Runs the module on perturbed tensors of the group's only perturbation."""
         state, (perturbation,) = self.wrapped.state, group.perturbations
         members = state.scratch.tensors(perturbation, parts)
@@ -160,7 +162,7 @@ class Proxy(nn.Module):
 
     def _together(
         self,
-        group: Group,
+        group: PerturbationGroup,
         parts: Mapping[str, Part],
         linear: Mapping[str, Part],
         output: Output,
@@ -175,7 +177,7 @@ class Proxy(nn.Module):
 
     def _one_by_one(
         self,
-        group: Group,
+        group: PerturbationGroup,
         parts: Mapping[str, Part],
         linear: Mapping[str, Part],
         output: Output,
@@ -187,13 +189,13 @@ class Proxy(nn.Module):
         others = {name: part for name, part in parts.items() if name not in linear}
         first = group.first
         for perturbation in group.perturbations:
-            alone = Group(first, [perturbation])
+            alone = PerturbationGroup(first, [perturbation])
             self._shared(alone, linear, scratch.tensors(perturbation, others), output, args, kwargs, apart=True)
             first += perturbation.members
 
     def _shared(
         self,
-        group: Group,
+        group: PerturbationGroup,
         linear: Mapping[str, Part],
         made: Sequence[Mapping[str, torch.Tensor]],
         output: Output,

@@ -26,7 +26,7 @@ class RowsMixed(Exception):
 
 
 @dataclass(frozen=True)
-class Factors:
+class LowRankFactors:
     """A matrix's perturbations in factors."""
 
     right: torch.Tensor
@@ -34,13 +34,13 @@ class Factors:
     left: torch.Tensor
     """(σ/√r)·Aᵀ, [P, r, out]."""
 
-    def __getitem__(self, which: slice) -> "Factors":
+    def __getitem__(self, which: slice) -> "LowRankFactors":
         """Those of some perturbations."""
-        return Factors(self.right[which], self.left[which])
+        return LowRankFactors(self.right[which], self.left[which])
 
-    def transposed(self) -> "Factors":
+    def transposed(self) -> "LowRankFactors":
         """Of the transposed matrix."""
-        return Factors(self.left.transpose(1, 2), self.right.transpose(1, 2))
+        return LowRankFactors(self.left.transpose(1, 2), self.right.transpose(1, 2))
 
     def project(self, x: torch.Tensor, signs: Sequence[int]) -> torch.Tensor:
         """±x B, [P, S·R, r]; x: [P·S·R, in]."""
@@ -55,11 +55,11 @@ class Factors:
         y.view(projected.shape[0], -1, y.shape[-1]).baddbmm_(projected, self.left)
 
 
-def factors_of(each: Sequence[tuple[torch.Tensor, torch.Tensor, float]], compute: torch.dtype) -> Factors:
+def factors_of(each: Sequence[tuple[torch.Tensor, torch.Tensor, float]], compute: torch.dtype) -> LowRankFactors:
     """The factors in the compute type; each: A [out, r], B [in, r] and σ/√r of a perturbation, float32."""
     right = torch.stack([right for _, right, _ in each]).to(compute)
     left = torch.stack([left.T * scale for left, _, scale in each]).to(compute)
-    return Factors(right, left)
+    return LowRankFactors(right, left)
 
 
 @dataclass
@@ -73,7 +73,7 @@ class Operands:
     signs: Sequence[int] = ()
     base: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Unperturbed matrices of the linear maps, [out, in] ([in, out] if it is a Conv1D), by parameter name."""
-    factors: Mapping[str, Factors] = field(default_factory=dict)
+    factors: Mapping[str, LowRankFactors] = field(default_factory=dict)
     """Their perturbations; none of a matrix that is not perturbed."""
     made: Sequence[Mapping[str, torch.Tensor]] = ()
     """For each member of the tile: the perturbed tensors of all other parameters."""

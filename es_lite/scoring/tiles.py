@@ -14,7 +14,7 @@ from es_lite.scoring.perturbation import Perturbation
 
 
 @dataclass(frozen=True)
-class Group:
+class PerturbationGroup:
     """Perturbations whose members may share a tile."""
 
     first: int
@@ -30,7 +30,7 @@ class Group:
 class Tile:
     """The samples of one micro-batch for some members of a group, cut to the longest of these samples."""
 
-    group: Group
+    group: PerturbationGroup
     members: range
     """Numbers in the group: all of them, or one."""
     samples: slice
@@ -69,7 +69,8 @@ class Tile:
         Tensors are [G·B or 1, T, ...] states or positions, or [G·B or 1, heads or 1, T, T] masks; others stay as they are.
         """
         if isinstance(value, torch.Tensor):
-            if value.dim() and value.shape[0] == self.batch[0] * self.batch[1]:
+            rows = value.dim() and value.shape[0] == self.batch[0] * self.batch[1]
+            if rows and not (value.dim() == 3 and value.shape[1] == 1):  # that would be a bias of heads and positions
                 value = value.unflatten(0, self.batch)[self.rows].flatten(0, 1)
             if value.dim() == 4:
                 return value[..., : self.length, : self.length]

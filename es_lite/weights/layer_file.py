@@ -9,7 +9,7 @@ import numpy as np
 import xxhash
 
 from es_lite.errors import DamagedFile
-from es_lite.files import NewFile, aligned, open_file, read_fully, view_of
+from es_lite.files import NewFile, Spare, aligned, next_to, open_file, read_fully, view_of
 from es_lite.model.layout import Layer, Tensor
 from es_lite.weights.layer_format import Front, LayerFormat, Section
 from es_lite.weights.parts import Part
@@ -121,10 +121,15 @@ class FileReader:
 class FileWriter:
     """Writes a layer's new file section by section; `finish` puts it in place, `discard` leaves everything as it was."""
 
-    def __init__(self, file: LayerFile, direct: bool = False) -> None:
-        """direct: bypass the page cache if possible; memory to write must then be aligned. All methods raise OSError."""
-        self._format = file.format
-        self._new = NewFile(file.path, direct)
+    def __init__(self, file: LayerFile, direct: bool = False, spare: Spare | None = None) -> None:
+        """direct: bypass the page cache if possible; memory to write must then be aligned. spare: is written over, if it fits.
+
+        All methods raise OSError.
+        """
+        self._file = file
+        self._spare = spare
+        taken = spare is not None and spare.take(next_to(file.path), file.format.size)
+        self._new = NewFile(file.path, direct, keep=taken)
         self._hash = xxhash.xxh3_64()
 
     def write(self, section: Section, view: memoryview) -> None:
@@ -135,8 +140,10 @@ class FileWriter:
     def finish(self, front: Front, step: int) -> None:
         """Completes the file, with the layer at `step`, and replaces the old one."""
         front.step = step
-        front.checksum = self._format.checksum(self._hash, front)
-        commit_front(self._new, self._format, front)
+        front.checksum = self._file.format.checksum(self._hash, front)
+        if self._spare:
+            self._spare.keep(self._file.path)
+        commit_front(self._new, self._file.format, front)
 
     def discard(self) -> None:
         """Removes what was written."""

@@ -14,7 +14,7 @@ from es_lite.algorithm.formats import Storage
 from es_lite.algorithm.jit import Threads
 from es_lite.algorithm.record import Record
 from es_lite.errors import DamagedFile, RunError, UserError
-from es_lite.files import NewFile, read_fully, view_of
+from es_lite.files import NewFile, Spare, read_fully, view_of
 from es_lite.model.layout import Layer, Layout
 from es_lite.model.source import Source
 from es_lite.weights.layer_file import FileWriter, LayerFile, commit_front
@@ -69,18 +69,20 @@ def advance_layer(
     step: int,
     working: WorkingCopy | None,
     threads: Threads,
+    spare: Spare | None = None,
 ) -> None:
     """Brings the layer's file, and its part of the working copy if there is one, to `step`; verifies the checksum.
 
     theta_0: opens θ₀; called only if there is no file yet. records: lead from the file's step (0 if there is none) to `step`.
-    Calling it again changes nothing, so a worker's unfinished work is simply repeated. One section is in memory at a time.
+    spare: a file to write over. Calling it again changes nothing, so a worker's unfinished work is simply repeated. One section
+    is in memory at a time.
 
     Raises DamagedFile if the file is damaged, RunError if the disk is full; the file is then unchanged.
     """
     writer = None
     with LayerReader.of_either(file, theta_0, records, step, threads) as reader:
         try:
-            writer = FileWriter(file) if reader.needed or not file.exists() else None
+            writer = FileWriter(file, spare=spare) if reader.needed or not file.exists() else None
             for section in file.format.sections(SECTION_BYTES):
                 data = np.empty(section.bytes, np.uint8)
                 _copy(reader.section(section, data), working, threads)

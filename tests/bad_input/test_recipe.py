@@ -49,7 +49,7 @@ def test_all_mistakes_of_a_recipe_are_listed_at_once(tmp_path: Path) -> None:
         ("noise.rank=0", "noise.rank = 0"),
         ("noise.rank=1.5", 'noise.rank = 1.5: expected "auto" or a whole number of at least 1'),
         ("noise.rank=one", "noise.rank = 'one'"),
-        ("noise.rank=2", 'noise.rank = 2: only noise.kind = "lowrank" has a rank'),
+        ("noise.rank=2", 'noise.rank = 2: "gaussian" noise has no rank; remove it'),
         ("data.vocab_size=256", "data.vocab_size = 256"),
         ("workers.count=0", "workers.count = 0"),
         ("workers.count=many", "workers.count = 'many'"),

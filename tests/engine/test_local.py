@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from layers import IN_EVERY_STORAGE, TYPES, flip, records
 from support import TINY
+from torch.nn import functional
 
 from es_lite.algorithm.formats import Storage
 from es_lite.data.batch import Batch
@@ -28,6 +29,7 @@ from es_lite.weights.store import Store
 from es_lite.weights.working_copy import size_bytes
 
 PAIRS = [Perturbation(7, 0, pair, 0.02, (1, -1)) for pair in range(3)]
+LOW = [Perturbation(7, 0, pair, 0.02, (1, -1), "lowrank", 2) for pair in range(5)]
 MEMBERS, PASS_ITEMS, MICRO_BATCH = 6, 4, 2
 """As planned: hidden states of this many members for this many items are in memory together."""
 
@@ -87,7 +89,14 @@ def engine_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
 
     @contextmanager
     def make(
-        name: str, workers: int, storage: Storage = "fp32", weights: Storage = "bf16", streamed: bool = False, twice: bool = False
+        name: str,
+        workers: int,
+        storage: Storage = "fp32",
+        weights: Storage = "bf16",
+        streamed: bool = False,
+        twice: bool = False,
+        tile_members: int = 1,
+        compute: str = "fp32",
     ) -> Iterator[tuple[LocalEngine, InThisProcess]]:
         origin = Origin("", TINY, seed=5, groups=(), nes=False, shared_noise=False, storage=storage)
         _, layout = origin.skeleton()
@@ -95,12 +104,14 @@ def engine_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
             streamed=streamed,
             direct=False,
             device="cpu",
-            compute="fp32",
+            compute=compute,
             workers=workers,
             threads=1,
             members=MEMBERS,
             pass_samples=PASS_ITEMS,
             micro_batch=MICRO_BATCH,
+            tile_members=tile_members,
+            group=max(1, tile_members // 2),
         )
         pools = []
 
@@ -208,6 +219,48 @@ def test_the_items_of_one_perturbation_are_divided_among_all_workers(engine_of) 
             assert scores.shape == (sum(p.members for p in perturbations), 9) and scores.dtype == np.float64
             assert scores.tobytes() == one.score(perturbations, items(9), ignore).tobytes()
         assert [[len(task.items) for task in tasks] for tasks in pool.maps] == [[4, 4, 1], [4, 4, 1], [9, 9, 9]]
+
+
+def test_perturbations_that_share_a_tile_are_one_task(engine_of) -> None:
+    """In order; the last task has what is left. If there is one perturbation, its items are divided among all workers."""
+    with engine_of("layers", 3, tile_members=4) as (engine, pool):
+        engine.advance([], ignore)
+        pool.maps.clear()
+        for perturbations in (LOW, [*LOW, UNPERTURBED], LOW[:1], LOW[:2]):
+            scores = engine.score(perturbations, items(9), ignore)
+            assert scores.shape == (sum(p.members for p in perturbations), 9)
+        found = [[(list(task.perturbations), len(task.items)) for task in tasks] for tasks in pool.maps]
+    first, second = (LOW[:2], 9), (LOW[2:4], 9)
+    assert found == [
+        [first, second, (LOW[4:], 9)],
+        [first, second, ([LOW[4], UNPERTURBED], 9)],
+        [(LOW[:1], 4), (LOW[:1], 4), (LOW[:1], 1)],
+        [first],
+    ]
+
+
+@pytest.mark.parametrize("tile_members", [1, 4])
+@pytest.mark.parametrize(("storage", "weights", "compute"), [("fp32", "bf16", "fp32"), ("int8", "int8", "bf16")])
+def test_low_rank_scores_have_the_same_bits_however_the_machine_is_used(
+    engine_of, monkeypatch: pytest.MonkeyPatch, storage: Storage, weights: Storage, compute: str, tile_members: int
+) -> None:
+    """One worker or two, one lane or two, resident or streamed; after a step, with θ or without. Five pairs are no multiple of
+    the two that share a tile. The bits of a large product may depend on how many rows it has; those of these products do."""
+    linear = functional.linear
+    monkeypatch.setattr(functional, "linear", lambda x, *args: linear(x, *args) * (1 + x[..., 0].numel() / 256))
+    found: dict[str, list[bytes]] = {}
+    ways = {"one": (1, False), "two": (2, False), "streamed": (1, True), "lanes": (2, True)}
+    for name, (workers, streamed) in ways.items():
+        options = {"streamed": streamed, "tile_members": tile_members, "compute": compute}
+        with engine_of(name, workers, storage, weights, **options) as (engine, _):
+            engine.advance(records(1), ignore)
+            scores = [engine.score(some, items(5), ignore) for some in ([*LOW, UNPERTURBED], LOW, LOW[:1])]
+            assert [values.shape for values in scores] == [(11, 5), (10, 5), (2, 5)]
+            assert scores[0][:10].tobytes() == scores[1].tobytes()
+            assert len({row.tobytes() for row in scores[0]}) == 11, "every member has scores of its own"
+            assert (scores[2].tobytes() == scores[1][:2].tobytes()) == (tile_members == 1), "a pair has other products alone"
+            found[name] = [values.tobytes() for values in scores]
+    assert all(values == found["one"] for values in found.values())
 
 
 def test_streamed_layers_are_advanced_by_the_next_score_alone(engine_of) -> None:

@@ -33,6 +33,8 @@ EXECUTION = Execution(
     members=1,
     pass_samples=2,
     micro_batch=2,
+    tile_members=1,
+    group=1,
 )
 LAYERS = range(4)
 

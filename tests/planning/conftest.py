@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 
 from es_lite import system
 from es_lite.fitness.kinds import fitness_of
-from es_lite.model.layout import Layout
+from es_lite.model.layout import Factors, Layout
 from es_lite.model.origin import Origin
 from es_lite.planning.needs import Needs
 from es_lite.planning.plan import Plan
@@ -21,8 +21,8 @@ GIB = 2**30
 
 
 @functools.cache
-def model_of(config: str) -> tuple[PretrainedConfig, Layout]:
-    model, layout = Origin("", config, 0, (), False, False).skeleton()
+def model_of(config: str, groups: tuple[Factors, ...] = ()) -> tuple[PretrainedConfig, Layout]:
+    model, layout = Origin("", config, 0, groups, False, False).skeleton()
     return model.config, layout
 
 
@@ -53,7 +53,8 @@ def planned(machine, recipe_of) -> Callable[..., Plan]:
 
     def planned(*overrides: str) -> Plan:
         recipe = recipe_of(*overrides)
-        return Plan.of(recipe, fitness_of(recipe.fitness.kind), *model_of(recipe.model.config))
+        model = model_of(recipe.model.config, Origin.of_recipe(recipe).groups)
+        return Plan.of(recipe, fitness_of(recipe.fitness.kind), *model)
 
     return planned
 

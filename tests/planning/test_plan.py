@@ -6,6 +6,7 @@ import pytest
 from support import ROOT
 
 from es_lite import plan
+from es_lite.algorithm.noise.lowrank import BLOCK_ROWS, LowRank
 from es_lite.errors import UserError
 from es_lite.planning.rates import Estimate
 from es_lite.system import MemoryLimit
@@ -32,6 +33,10 @@ def test_there_are_no_more_workers_than_tasks(planned, machine):
     machine(cores=64)
     assert planned("es.population=6").execution.workers == 3
     assert planned("es.population=6", "es.antithetic=false").execution.workers == 6
+    # Perturbations that share a tile are one task.
+    shared = planned("noise.kind=lowrank", "fitness.max_length=64", "fitness.micro_batch=1", "es.population=10").execution
+    assert (shared.tile_members, shared.group, shared.workers) == (4, 2, 3)
+    assert (planned().execution.tile_members, planned().execution.group) == (1, 1)
 
 
 def test_workers_have_as_many_threads_as_the_recipe_says(planned):
@@ -67,7 +72,11 @@ def test_what_does_not_fit_is_said_in_numbers(planned):
 
 
 @pytest.mark.parametrize(
-    ("residency", "remedy"), [("resident", 'Set memory.residency = "streamed"'), ("streamed", "Set es.antithetic to false")]
+    ("residency", "remedy"),
+    [
+        ("resident", 'Set memory.residency = "streamed"'),
+        ("streamed", 'Set noise.kind = "lowrank" (no perturbed layer) or es.antithetic to false'),
+    ],
 )
 def test_what_to_change_depends_on_the_residency(planned, residency, remedy):
     short = dataclasses.replace(planned(f"memory.residency={residency}"), limit=MemoryLimit(1, "the test"))
@@ -118,10 +127,79 @@ def test_the_work_of_a_step(planned):
     assert plan.work.flops == 2 * size * plan.tokens  # tied: the embedding is multiplied as the head
     assert plan.work.scoring_noise == size * population // 2 * plan.passes
     assert plan.work.update_noise == size * population // 2
+    assert (plan.work.size, plan.work.pairs, plan.work.rounded, plan.work.converted) == (size, population // 2, 0, 0)
     assert plan.work.read_bytes == plan.passes * plan.work.written_bytes
-    assert planned("memory.master=none").work.update_noise == size * (population // 2 + 1)  # stochastic rounding
+    assert planned("memory.master=none").work.rounded == size
     untied = planned("model.config=qwen3-8b")
     assert untied.work.flops == 2 * (untied.layout.size - untied.layout.layers[0].size) * untied.tokens
+
+
+def drawn(plan, rank: int, blocks: bool = False) -> int:
+    """Factors of every matrix, B once for every BLOCK_ROWS rows or just once, and vectors."""
+    times = {t: -(-t.shape[0] // BLOCK_ROWS) if blocks else 1 for t in plan.layout.tensors if len(t.shape) == 2}
+    vectors = sum(t.size for t in plan.layout.tensors if len(t.shape) == 1)
+    return vectors + sum(rank * (t.shape[0] + times[t] * t.shape[1]) for t in times)
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_the_work_of_low_rank_noise_is_what_is_drawn_not_the_elements_it_perturbs(planned, rank):
+    overrides = ("noise.kind=lowrank", f"noise.rank={rank}", "memory.residency=streamed")
+    plan, full = planned(*overrides), planned("memory.residency=streamed")
+    assert plan.noise == LowRank(rank)
+    assert plan.work.scoring_noise == drawn(plan, rank) * 8 * plan.passes < full.work.scoring_noise / 100
+    assert plan.work.update_noise == drawn(plan, rank, blocks=True) * 8 < full.work.update_noise / 10
+    rest = {"scoring_noise": 0, "update_noise": 0}
+    assert dataclasses.replace(plan.work, **rest) == dataclasses.replace(full.work, **rest)
+    passes = planned(*overrides, "fitness.samples=5000", "eval.every=0")
+    assert passes.passes > 1 and passes.work.scoring_noise == drawn(plan, rank) * 8 * passes.passes
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
+def test_the_work_of_full_noise_is_every_element(planned, kind):
+    plan = planned(f"noise.kind={kind}")
+    assert (kind, 0) == (plan.noise.NAME, plan.noise.RANK)
+    assert plan.work.scoring_noise == plan.layout.size * 8 * plan.passes
+    assert plan.work.update_noise == plan.layout.size * 8
+
+
+def test_low_rank_noise_converts_the_weights_if_they_are_stored_in_another_type(planned):
+    """Once for all members as they stream, else once for each task."""
+    low, int8 = "noise.kind=lowrank", "memory.weights=int8"
+    size = planned(low).layout.size
+    assert planned(low).work.converted == planned(int8).work.converted == 0
+    streamed = planned(low, int8, "memory.residency=streamed")
+    assert streamed.work.converted == size * streamed.passes
+    assert planned(low, int8, "memory.residency=resident").work.converted == 8 * size
+    shared = planned(low, int8, "memory.residency=resident", "fitness.max_length=64", "fitness.micro_batch=1")
+    assert shared.execution.group == 2 and shared.work.converted == 4 * size * shared.passes
+
+
+# Ranks
+
+
+def test_a_rank_that_the_smallest_matrix_does_not_allow_is_refused(planned):
+    """Which it is, is said; one that is frozen has no noise."""
+    assert planned("noise.kind=lowrank", "noise.rank=512").noise == LowRank(512)
+    with pytest.raises(UserError) as error:
+        planned("noise.kind=lowrank", "noise.rank=513")
+    assert str(error.value) == (
+        "noise.rank = 513: model.layers.0.self_attn.k_proj.weight is 512 x 1024, so its noise has a rank of at most 512; "
+        "lower noise.rank, or freeze this tensor with es.groups"
+    )
+    frozen = 'es.groups=[{pattern="k_proj|v_proj", sigma=0, alpha=0}]'
+    assert planned("noise.kind=lowrank", "noise.rank=513", frozen).noise == LowRank(513)
+    with pytest.raises(UserError, match=r"noise\.rank = 1025: model\.embed_tokens\.weight is 151936 x 1024, .* at most 1024"):
+        planned("noise.kind=lowrank", "noise.rank=1025", frozen)
+
+
+def test_low_rank_noise_needs_a_matrix_that_is_perturbed(planned):
+    frozen = 'es.groups=[{pattern="proj|embed", sigma=0, alpha=0}]'
+    assert planned(frozen).noise.NAME == "gaussian"
+    with pytest.raises(UserError, match=r'noise\.kind = "lowrank": the model has no matrix that is perturbed .*"gaussian"'):
+        planned("noise.kind=lowrank", frozen)
+
+
+# What people are told
 
 
 def test_the_summary_says_whether_it_fits_how_long_it_takes_and_what_is_there_at_the_end(planned):

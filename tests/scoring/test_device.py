@@ -3,14 +3,17 @@
 The same code runs on the CPU everywhere, and on a GPU if there is one.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from architectures import BOTH, PLUS, Tiny, batch_of, config_of
+from architectures import BOTH, PLUS, Tiny, batch_of, bits, config_of, of_kind, part_of
+from plain import EVERY_KIND
 
 from es_lite.algorithm import formats
 from es_lite.algorithm.jit import Threads
-from es_lite.model.layout import Tensor
+from es_lite.algorithm.noise.lowrank import LowRank
 from es_lite.scoring.device import DeviceLogSumExp, DeviceScratch
 from es_lite.scoring.logsumexp import RunningLogSumExp
 from es_lite.scoring.perturbation import UNPERTURBED, Perturbation
@@ -23,27 +26,16 @@ COMPUTE = pytest.mark.parametrize("compute", [torch.bfloat16, torch.float32], id
 STORAGE = pytest.mark.parametrize("storage", ["bf16", "int8"])
 
 
-def part(shape: tuple[int, ...], storage: str, number: int = 0) -> Part:
-    """A whole tensor of random values."""
-    tensor = Tensor("matrix.weight", shape, number, 1.0, 1.0, 1.0)
-    stored = Part.empty(tensor, 0, tensor.size, storage)
-    stored.put(0.05 * np.random.default_rng(number).standard_normal(tensor.size, np.float32), Threads(1))
-    return stored
-
-
-def bits(values: torch.Tensor) -> bytes:
-    values = values.view(torch.uint16) if values.dtype == torch.bfloat16 else values
-    return values.cpu().contiguous().numpy().tobytes()
-
-
 @DEVICES
 @COMPUTE
 @STORAGE
 @pytest.mark.parametrize("width", [24, 27], ids=["counters-of-their-own", "counters-shared"])
 @pytest.mark.parametrize("perturbation", [UNPERTURBED, PLUS, BOTH], ids=["theta", "plus", "both"])
-def test_perturbed_tensors_are_the_kernels(device, compute, storage, width, perturbation):
+@EVERY_KIND
+def test_perturbed_tensors_are_the_kernels(device, compute, storage, width, perturbation, noise):
     """Whole, in blocks and by rows; with widths that are and are not a multiple of the 8 elements of one noise counter."""
-    matrix, vector = part((50, width), storage, 3), part((19,), storage, 4)
+    perturbation = of_kind(perturbation, noise)
+    matrix, vector = part_of((50, width), storage, 3), part_of((19,), storage, 4)
     here, there = Scratch(compute, Threads(1)), DeviceScratch(device, compute)
     ids = np.array([0, 3, 4, 49])
     block = Part(matrix.tensor, 10 * width, matrix.data[10 * width : 30 * width], matrix.scales)
@@ -57,9 +49,37 @@ def test_perturbed_tensors_are_the_kernels(device, compute, storage, width, pert
         assert [*map(bits, rows[0])] == [*map(bits, rows[1])]
 
 
+@DEVICES
+@COMPUTE
+@STORAGE
+def test_what_members_share_and_keep_is_the_kernels(device, compute, storage):
+    """Unperturbed matrices, whole and in blocks, factors, and small tensors; each in memory of its own."""
+    matrix, vector = part_of((50, 24), storage, 3), part_of((19,), storage, 4)
+    here, there = Scratch(compute, Threads(1)), DeviceScratch(device, compute)
+    group = [replace(of_kind(BOTH, LowRank(3)), pair=pair) for pair in range(2)]
+    parts = {"weight": matrix, "": Part(matrix.tensor, 10 * 24, matrix.data[10 * 24 : 30 * 24], matrix.scales)}
+    base, factors = there.base(parts), there.factors(group, matrix.tensor)
+    kept = [member["bias"] for perturbation in group for member in there.kept(perturbation, {"bias": vector})]
+    for _ in range(2):  # both staging buffers
+        there.tensors(group[1], {"weight": matrix, "bias": vector})
+        there.kept(group[1], {"bias": vector})
+    assert there.base(parts) is base, "copied once"
+    assert {name: bits(value) for name, value in base.items()} == {name: bits(value) for name, value in here.base(parts).items()}
+    assert base["weight"].shape == (50, 24) and base[""].shape == (20, 24)
+    expected = here.factors(group, matrix.tensor)
+    assert (bits(factors.left), bits(factors.right)) == (bits(expected.left), bits(expected.right))
+    some, expected = (scratch.factors(group, matrix.tensor, 7, 20) for scratch in (there, here))
+    assert (bits(some.left), bits(some.right)) == (bits(expected.left), bits(expected.right))
+    alone = [member["bias"] for perturbation in group for member in here.kept(perturbation, {"bias": vector})]
+    assert [*map(bits, kept)] == [*map(bits, alone)] and len({*map(bits, kept)}) == 4
+    other = {"weight": part_of((50, 24), storage, 5)}
+    assert bits(there.base(other)["weight"]) == bits(here.base(other)["weight"])
+    assert there.factors(group, replace(matrix.tensor, sigma_factor=0.0)) is None
+
+
 def test_the_scale_of_each_row_matters():
     """So the comparisons above would show if a row had another's scale."""
-    matrix = part((50, 24), "int8", 3)
+    matrix = part_of((50, 24), "int8", 3)
     assert len(set(matrix.scales.tolist())) == 50
     assert not np.array_equal(formats.as_float32(matrix.data, np.roll(matrix.scales, 1), 24), matrix.float32())
 
@@ -82,14 +102,16 @@ def test_log_sum_exp(device, compute):
 
 
 @DEVICES
-@pytest.mark.parametrize("name", ["qwen3", "llama-biases", "gemma2", "gpt2", "cohere"])
+@pytest.mark.parametrize("name", ["qwen3", "llama-biases", "gemma2", "gpt2", "cohere", "mixtral"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_scores_are_the_cpus(device, name, tied):
     """All members together, in several passes, score as the kernels do it one perturbation after the other."""
     tiny, batch = Tiny(config_of(name, tied)), batch_of()
-    here, there = tiny.model(micro_batch=2), tiny.model(micro_batch=2, device=device)
-    perturbations = [BOTH, UNPERTURBED, Perturbation(5, 1, 3, 0.01, (1, -1))]
+    here, there = tiny.model(micro_batch=2), tiny.model(micro_batch=2, device=device, tile_members=4)
+    other = Perturbation(5, 1, 3, 0.01, (1, -1))
+    low = [of_kind(perturbation, LowRank(2)) for perturbation in (BOTH, other, replace(other, pair=4))]
+    perturbations = [BOTH, UNPERTURBED, other, *low]
     expected = np.concatenate([here.log_probabilities([perturbation], batch, 6) for perturbation in perturbations])
     found = there.log_probabilities(perturbations, batch, 4)
-    assert found.shape == (5, 6)
+    assert found.shape == (11, 6)
     np.testing.assert_allclose(found, expected, rtol=2e-6 if device.type == "cpu" else 1e-4)

@@ -3,36 +3,51 @@
 import numpy as np
 import pytest
 import torch
-from architectures import BOTH, PLUS, Tiny, batch_of, close, config_of
+from architectures import BOTH, PLUS, Tiny, batch_of, close, config_of, of_kind
+from plain import KINDS
 
 from es_lite.errors import UserError
-from es_lite.model.layout import skeleton
+from es_lite.model.layout import Factors, skeleton
 from es_lite.scoring import heads
 from es_lite.scoring.heads import HeadInput, LogitTransform
 from es_lite.scoring.lanes import Lanes
 from es_lite.scoring.model import PerturbedModel
 
+NOISE = pytest.mark.parametrize("noise", [KINDS["gaussian"], KINDS["lowrank 3"]], ids=["gaussian", "lowrank"])
+"""The head's own path for each: perturbed blocks, or corrections."""
+
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma2", "granite", "gpt2"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_blocks_of_the_vocabulary_add_up(monkeypatch, name, tied):
-    tiny, batch = Tiny(config_of(name, tied)), batch_of()
-    whole = tiny.score(BOTH, batch)
+@NOISE
+def test_blocks_of_the_vocabulary_add_up(monkeypatch, name, tied, noise):
+    tiny, batch, both = Tiny(config_of(name, tied)), batch_of(), of_kind(BOTH, noise)
+    whole = tiny.score(both, batch, tile_members=2)
     monkeypatch.setattr(heads, "VOCABULARY_BLOCK", 64)
-    blocks = tiny.score(BOTH, batch)
+    blocks = tiny.score(both, batch, tile_members=2)
     assert close(blocks, whole)
-    assert close(blocks, tiny.expected(BOTH, batch))
+    assert close(blocks, tiny.expected(both, batch))
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_head_with_a_bias(monkeypatch, tied):
+@pytest.mark.parametrize("tile_members", [1, 2])
+@NOISE
+def test_a_head_with_a_bias(monkeypatch, tied, tile_members, noise):
     """In one block of the vocabulary, and in several."""
-    tiny, batch = Tiny(config_of("phi", tied)), batch_of()
+    tiny, batch, both = Tiny(config_of("phi", tied)), batch_of(), of_kind(BOTH, noise)
     assert any(tensor.name == "lm_head.bias" for tensor in tiny.layout.tensors)
-    expected = tiny.expected(BOTH, batch)
-    assert close(tiny.score(BOTH, batch), expected)
+    expected = tiny.expected(both, batch)
+    assert close(tiny.score(both, batch, tile_members=tile_members), expected)
     monkeypatch.setattr(heads, "VOCABULARY_BLOCK", 64)
-    assert close(tiny.score(BOTH, batch), expected)
+    assert close(tiny.score(both, batch, tile_members=tile_members), expected)
+
+
+@pytest.mark.parametrize("frozen", ["lm_head.weight", "lm_head.bias", "lm_head"])
+@NOISE
+def test_a_head_may_be_frozen_in_part(monkeypatch, frozen, noise):
+    tiny, batch, both = Tiny(config_of("phi", False), [Factors(frozen, 0, 0)]), batch_of(), of_kind(BOTH, noise)
+    monkeypatch.setattr(heads, "VOCABULARY_BLOCK", 64)
+    assert close(tiny.score(both, batch, tile_members=2), tiny.expected(both, batch))
 
 
 def test_the_hidden_states_are_taken_once():

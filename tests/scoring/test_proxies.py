@@ -76,12 +76,12 @@ def test_only_the_rows_of_the_embedding_that_a_batch_uses_are_asked_for(monkeypa
 def test_members_share_the_products_of_all_blocks_but_those_that_mix_rows(ways, name):
     """A block in which they take turns scores the same, but no faster than one member after the other: no score shows it."""
     tiny, turns = Tiny(config_of(name)), TURNS.get(name, set())
-    tiny.score(LOW, batch_of([5, 3]), tile_members=2)
+    tiny.score(LOW, batch_of([5, 3, 2]), tile_members=2)
     blocks = {layer.name for layer in tiny.layout.blocks}
     assert set(ways["_together"]) & blocks == blocks - turns
     assert set(ways["_one_by_one"]) == turns
     assert ways["_full"] == []
-    tiny.score(BOTH, batch_of([5, 3]), tile_members=2)
+    tiny.score(BOTH, batch_of([5, 3, 2]), tile_members=2)
     assert blocks <= set(ways["_full"])
 
 
@@ -120,7 +120,7 @@ def reading(self, x):
 @pytest.mark.parametrize("device", [None, torch.device("cpu")], ids=["kernels", "device"])
 def test_members_take_turns_if_a_block_turns_out_to_mix_rows(ways, monkeypatch, forward: Callable, device):
     """Blocks that look as if members could share their products. What was computed before that was found out is not used."""
-    tiny, batch = Tiny(config_of("qwen3")), batch_of([12, 9, 2])
+    tiny, batch = Tiny(config_of("qwen3")), batch_of([11, 9, 2])
     others = [Perturbation(5, 1, pair, 0.01, (1, -1), "lowrank", 2) for pair in range(2)]
     expected = [tiny.expected(perturbation, batch) for perturbation in (LOW, *others)]  # of the plain MLP
     monkeypatch.setattr(Qwen3MLP, "forward", forward)

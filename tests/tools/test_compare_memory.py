@@ -16,7 +16,7 @@ from support import ROOT, TEXT, TINY
 from transformers import AutoConfig, AutoModelForCausalLM
 
 TOOL = ROOT / "tools/compare_memory.py"
-MODES = ["adamw", "adamw-checkpointing", "bf16", "int8", "streamed"]
+MODES = ["adamw", "adamw-checkpointing", "bf16", "lowrank", "int8", "streamed"]
 SMALL = TINY | {"hidden_size": 96, "intermediate_size": 320, "num_attention_heads": 8, "num_key_value_heads": 2}
 
 

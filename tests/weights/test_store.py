@@ -31,7 +31,7 @@ from layers import (
 from es_lite.algorithm.jit import Threads
 from es_lite.algorithm.record import Record
 from es_lite.errors import DamagedFile, RunError
-from es_lite.files import next_to
+from es_lite.files import Spare, next_to, remove_unfinished
 from es_lite.weights import store
 from es_lite.weights.layer_file import LayerFile
 from es_lite.weights.store import Store
@@ -220,6 +220,37 @@ def test_damaged_files_are_removed_and_named_the_others_stay(tmp_path):
     for file in files:
         store.advance_layer(file, theta_0.open, records(1), 1, None, ALONE)
     assert bits_of(files) == before and theta_0.opened == 3
+
+
+@IN_EVERY_STORAGE
+def test_writing_over_spare_files_changes_no_bit(tmp_path, storage):
+    """Blocks are of one size: each is written over the file that the one before it replaced."""
+    layout = layout_of("tied")
+    folder = tmp_path / "over spare files"
+    files, spare = written(folder, layout, storage, 1), Spare(folder)
+    for step in range(2, STEPS + 1):
+        inodes = [file.path.stat().st_ino for file in files]
+        for file in files:
+            store.advance_layer(file, never, records(step), step, None, ALONE, spare)
+        assert files[2].path.stat().st_ino == inodes[1]
+        assert len(list(folder.iterdir())) == len(files) + 1
+    remove_unfinished(folder)
+    assert bits_of(files) == bits_of(written(tmp_path / "new files", layout, storage, STEPS))
+
+
+def test_a_layer_whose_replacement_failed_is_not_written_over(tmp_path, monkeypatch):
+    """The old file has its second name already when `replace` fails."""
+    files, spare = written(tmp_path, layout_of("tied"), "bf16", 1), Spare(tmp_path)
+    before = bits_of(files)
+    for target, name, call in (
+        (type(tmp_path), "replace", refused("replace")),
+        (os, "pwrite", FullDisk(files[1].format.size - 5000).pwrite),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, call)
+            with pytest.raises(RunError, match=str(files[1].path)):
+                store.advance_layer(files[1], never, records(2), 2, None, ALONE, spare)
+        assert {name: data for name, data in bits_of(files).items() if name in before} == before
 
 
 def test_what_a_killed_writer_left_is_overwritten(tmp_path):

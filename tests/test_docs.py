@@ -13,6 +13,7 @@ from support import ROOT, finished_run, write_recipe
 from test_floors import FLOORS
 
 from es_lite.algorithm.noise import kinds as noise_kinds
+from es_lite.algorithm.noise.lowrank import LowRank
 from es_lite.algorithm.record import Record
 from es_lite.fitness import kinds as fitness_kinds
 from es_lite.model.origin import Origin
@@ -52,9 +53,9 @@ def keys() -> dict[str, tuple[Any, Any]]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of the real command, with evaluations."""
+    """A run of the real command, with evaluations and low-rank noise, whose records have a rank."""
     folder = tmp_path_factory.mktemp("docs")
-    return finished_run(write_recipe(folder, run={"iterations": 2}, eval={"every": 1}), folder / "run")
+    return finished_run(write_recipe(folder, run={"iterations": 2}, eval={"every": 1}, noise={"kind": "lowrank"}), folder / "run")
 
 
 # docs/recipe.md
@@ -90,9 +91,11 @@ def test_every_metric_is_documented_and_every_documented_metric_is_written(run: 
 
 
 @pytest.mark.parametrize(
-    ("key", "known"), [("noise.kind", noise_kinds.KNOWN), ("fitness.kind", fitness_kinds.KNOWN)], ids=["noise", "fitness"]
+    ("key", "known"),
+    [("noise.kind", [*noise_kinds.FULL, LowRank.NAME]), ("fitness.kind", list(fitness_kinds.KNOWN))],
+    ids=["noise", "fitness"],
 )
-def test_a_recipe_takes_the_kinds_that_the_code_knows(key: str, known: dict[str, Any]) -> None:
+def test_a_recipe_takes_the_kinds_that_the_code_knows(key: str, known: list[str]) -> None:
     assert sorted(typing.get_args(keys()[key][0])) == sorted(known)
 
 

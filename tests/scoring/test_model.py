@@ -91,9 +91,9 @@ def test_the_window_of_gemma3_matters():
     assert np.abs(near - far)[0, 4:].max() < 1e-5
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gpt2", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "gemma3", "mpt"])
 @pytest.mark.parametrize("perturbation", [PLUS, BOTH], ids=["one", "two"])
-@pytest.mark.parametrize("lengths", [[2], [5], [4, 4], [4, 2], [8, 8, 3, 2], [3, 3, 2], [6] * 3])
+@pytest.mark.parametrize("lengths", [[2], [5], [4, 4], [4, 2], [5, 3], [8, 8, 3, 2], [3, 3, 2], [6] * 3])
 def test_batches_of_every_shape(name, perturbation, lengths):
     """Some have as many samples as tokens, heads or members, so that one dimension could be taken for another."""
     tiny, batch = Tiny(config_of(name)), batch_of(lengths)

@@ -1,7 +1,7 @@
 """Complete reads and writes, optionally bypassing the page cache, and safe replacement of files and folders.
 
-Nothing is changed in place: a new version is written next to the old one (its name plus ".next") and renamed over it, so a crash
-leaves one of the two, complete.
+No file is changed under its own name: a new version is written next to the old one (its name plus ".next") and renamed over it,
+so a crash leaves one of the two, complete.
 """
 
 import contextlib
@@ -93,6 +93,10 @@ class Spare:
             return False
         self._path.rename(path)
         return True
+
+    def remove(self) -> None:
+        with contextlib.suppress(OSError):
+            self._path.unlink(missing_ok=True)
 
     def keep(self, path: Path) -> None:
         """Gives the file `path`, which the caller replaces next, a second name, where the file system allows it."""
@@ -208,7 +212,7 @@ def finish_replacement(folder: Path) -> None:
 def remove_unfinished(folder: Path) -> None:
     """Removes incomplete new files, and spare ones, that processes have left in `folder`."""
     for path in folder.glob("*" + NEXT):
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

@@ -45,7 +45,8 @@ def _value(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
         value = _value(base, value, where, problems)
         typed = len(problems) == before
         union = len(typing.get_args(base)) > 1  # whose check says better than its types what is expected
-        if not check.holds(value) if typed else union:
+        wrong = not check.holds(value) if typed else union
+        if wrong:
             problems[before:] = [f"{where} = {value!r}: expected {check.expected}"]
         return value
     if typing.get_origin(hint) is Literal:

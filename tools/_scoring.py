@@ -33,6 +33,13 @@ RANKS = (1, 4)
 """Of the low-rank noise that is compared with plain inference."""
 
 
+TILE_ROWS = (32, 64, 128, 256, 512, 1024, 2048)
+"""Rows that a linear map is measured with."""
+
+COLD_MATRICES = 40
+"""Weights that are multiplied one after the other: of a model's size, no cache holds them."""
+
+
 @dataclass
 class Loaded:
     """A model with random weights in bf16, as a worker holds it, and samples of random tokens."""
@@ -139,6 +146,25 @@ def plain(arguments: argparse.Namespace) -> None:
         print(row(f"{name}, speed over plain inference", ratios, "times"))
 
 
+def tiles(arguments: argparse.Namespace) -> None:
+    """FLOP/s of one linear map of the model by the rows that are multiplied together, with weights that come from memory."""
+    print(HEADER)
+    config = configuration("", arguments.config).get_text_config()
+    width, inner = config.hidden_size, config.intermediate_size
+    compute = {"bf16": torch.bfloat16, "fp32": torch.float32}[system.compute_dtype("auto")]
+    torch.set_num_threads(arguments.threads)
+    matrices = [torch.randn(inner, width, dtype=compute) for _ in range(COLD_MATRICES)]
+    states = {rows: torch.randn(rows, width, dtype=compute) for rows in TILE_ROWS}
+    rates: dict[int, list[float]] = {rows: [] for rows in TILE_ROWS}
+    for turn in range(arguments.repeats + 1):
+        for rows, x in states.items():
+            took = _seconds(partial(_all_products, x, matrices))
+            if turn:  # the first warms up
+                rates[rows].append(2 * rows * width * inner * len(matrices) / took / 1e9)
+    for rows, values in rates.items():
+        print(row(f"{rows} rows", values, "GFLOP/s"))
+
+
 def tile_members_of(load: StepLoad) -> int:
     """Members that the plan lets share a tile under low-rank noise."""
     recipe = Recipe(
@@ -151,6 +177,11 @@ def tile_members_of(load: StepLoad) -> int:
     )
     model, layout = Origin.of_recipe(recipe).skeleton()
     return Plan.of(recipe, fitness_of("logprob"), model.config, layout).execution.tile_members
+
+
+def _all_products(x: torch.Tensor, matrices: Sequence[torch.Tensor]) -> None:
+    for matrix in matrices:
+        linear(x, matrix)
 
 
 def _seconds(work: Callable[[], object]) -> float:

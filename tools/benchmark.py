@@ -3,6 +3,7 @@
     python tools/benchmark.py noise                    elements a second and thread, fused with σ, addition and rounding, by kind
     python tools/benchmark.py scoring                  FLOP/s of scoring, compared with the GEMM rate of the same thread
     python tools/benchmark.py plain                    scoring compared with plain inference, with low-rank and gaussian noise
+    python tools/benchmark.py tiles                    FLOP/s of a linear map by the rows that are multiplied together
     python tools/benchmark.py kinds                    a step, its scoring and its update by kind of noise, and the peak PSS
     python tools/benchmark.py workers                  scoring on one worker and on two
     python tools/benchmark.py update                   the update on one worker and on two, and on paper on 8 and on 64
@@ -206,6 +207,7 @@ COMMANDS = {
     "noise": noise,
     "scoring": _scoring.scoring,
     "plain": _scoring.plain,
+    "tiles": _scoring.tiles,
     "kinds": kinds,
     "workers": workers,
     "update": update,
@@ -220,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("what", choices=tuple(COMMANDS))
     add_load(parser)
     parser.add_argument("--tokens", type=int, default=4096, help="scoring: tokens a member, in samples of 256")
-    parser.add_argument("--threads", type=int, default=1, help="scoring, plain: threads")
+    parser.add_argument("--threads", type=int, default=1, help="scoring, plain, tiles: threads")
     parser.add_argument("--weights", default="bf16", choices=("bf16", "int8"), help="kinds, streaming: what is scored from")
     parser.add_argument("--master", default="fp32", choices=("fp32", "none"))
     parser.add_argument("--repeats", type=int, default=3)

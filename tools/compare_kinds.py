@@ -40,7 +40,10 @@ def run(recipe: Path, settings: Sequence[str], folder: Path) -> list[tuple[int, 
     command = [sys.executable, "-m", "es_lite.train", str(recipe), "--resume", *words]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["eval_score"]) for line in lines if line.get("eval_score") is not None]
+    found = {line["step"]: line["eval_score"] for line in lines if line.get("eval_score") is not None}
+    if not found:
+        sys.exit(f"compare_kinds: {recipe}: evaluates nothing; set eval.every")
+    return sorted(found.items())
 
 
 def compare(recipe: Path, folder: Path, seeds: int, settings: Sequence[str]) -> str:

@@ -2,9 +2,10 @@
 them or computes on a GPU.
 
 Resident weights are advanced immediately, by all workers; streamed weights as they pass in the next `score`. A worker that
-streams or uses a GPU scores all members in one pass; the others take one perturbation at a time.
+streams or uses a GPU scores all members in one pass; the others take groups of perturbations that share tiles, one at a time.
 """
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -120,8 +121,11 @@ class LocalEngine:
         return system.io_bytes([os.getpid(), *self._pool.pids])
 
     def close(self) -> None:
-        self._opened.close()
-        remove_unfinished(self._folder)
+        try:
+            self._opened.close()
+        finally:
+            with contextlib.suppress(OSError):  # the next run removes them too
+                remove_unfinished(self._folder)
 
     def __enter__(self) -> "LocalEngine":
         return self

@@ -37,8 +37,8 @@ UPDATE_BYTES = 4 * SLICE * 4
 """Buffers of the update."""
 
 TILE_TOKENS = 256
-"""Rows that a tile of low-rank noise has at least, if the population allows: fewer do not reach the processor's rate, because the
-weights come from memory for each tile; more are no faster (benchmarks/lowrank.md)."""
+"""Rows that a tile of low-rank noise has at least, if half of the population has them. Fewer do not reach the processor's rate,
+because the weights come from memory for each tile; more are no faster (benchmarks/lowrank.md)."""
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ class _Staging:
 
 
 class DeviceScratch:
-    """`Scratch` with tensors on a device: what it returns is valid until the next call."""
+    """`Scratch` with tensors on a device: what `tensors`, `block` and `rows` return is valid until the next call of one."""
 
     def __init__(self, device: torch.device, compute: torch.dtype) -> None:
         self.device = device

@@ -2,7 +2,7 @@
 
 import queue
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
 
@@ -32,7 +32,10 @@ class Lanes:
             for call in work:
                 call(0)
             return
-        list(self._pool.map(self._call, work))
+        futures = [self._pool.submit(self._call, call) for call in work]
+        wait(futures)  # for all, also if one raises: they use what the caller then frees
+        for future in futures:
+            future.result()
 
     def _call(self, call: Callable[[int], None]) -> None:
         lane = self._free.get()

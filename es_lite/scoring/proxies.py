@@ -140,10 +140,7 @@ class Proxy(nn.Module):
                 elif self.wrapped.shared[0].mixes:
                     self._one_by_one(group, parts, linear, output, args, kwargs)
                 else:
-                    try:
-                        self._together(group, parts, linear, output, args, kwargs)
-                    except RowsMixed:
-                        self._one_by_one(group, parts, linear, output, args, kwargs)
+                    self._together(group, parts, linear, output, args, kwargs)
                 state.passed(len(group.perturbations) * sum(part.data.size for part in parts.values()))
         return output.result()
 
@@ -184,7 +181,7 @@ class Proxy(nn.Module):
         args: tuple,
         kwargs: dict[str, Any],
     ) -> None:
-        """The same for a module that mixes rows or owns other tensors, which are perturbed in scratch: a tile has one member."""
+        """The same for a module that owns other tensors, which are perturbed in scratch: a tile has one member."""
         scratch = self.wrapped.state.scratch
         others = {name: part for name, part in parts.items() if name not in linear}
         first = group.first
@@ -203,7 +200,10 @@ class Proxy(nn.Module):
         kwargs: dict[str, Any],
         apart: bool,
     ) -> None:
-        """Runs the group's tiles; made: for each of its members, the perturbed tensors of all but the linear maps' matrices."""
+        """Runs the group's tiles, and the members of a tile in turn if the module mixes its rows.
+
+        made: for each of the group's members, the perturbed tensors of all but the linear maps' matrices.
+        """
         state = self.wrapped.state
         base = state.scratch.base(linear)
         factors = {}
@@ -211,14 +211,26 @@ class Proxy(nn.Module):
             if found := state.scratch.factors(group.perturbations, part.tensor):
                 factors[name] = found
 
-        def run(lane: int, tile: Tile) -> None:
-            shared, members = self.wrapped.shared[lane], tile.members
-            operands = shared.operands
-            operands.rows, operands.tokens, operands.signs = tile.count, tile.count * tile.length, tile.signs
-            operands.base, operands.made = base, made[members.start : members.stop]
-            operands.factors = {name: each[tile.perturbations] for name, each in factors.items()}
-            operands.make = lambda name: state.scratch.kept(group.perturbations[0], {name: linear[name]})[members.start][name]
+        def run_tile(shared: Shared, tile: Tile) -> None:
+            members = tile.members
+
+            def make(name: str) -> torch.Tensor:
+                perturbation = group.perturbations[tile.perturbations.start]
+                return state.scratch.kept(perturbation, {name: linear[name]})[members.start % perturbation.members][name]
+
+            own = {name: each[tile.perturbations] for name, each in factors.items()}
+            shared.operands.set(tile, base, own, made[members.start : members.stop], make)
             output.put(tile, shared(tile.cut(args), tile.cut(kwargs)))
+
+        def run(lane: int, tile: Tile) -> None:
+            shared = self.wrapped.shared[lane]
+            try:
+                run_tile(shared, tile)
+            except RowsMixed:
+                for alone in tile.apart():
+                    run_tile(shared, alone)
+            finally:
+                shared.operands.clear()
 
         state.lanes.run([partial(run, tile=tile) for tile in state.tiles(group, apart)])
 

@@ -16,7 +16,7 @@ from es_lite.weights.parts import Part
 
 
 class Scratch:
-    """What it returns is valid until the next call."""
+    """What `tensors`, `block` and `rows` return is valid until the next call of one of them."""
 
     device = torch.device("cpu")
 
@@ -51,7 +51,9 @@ class Scratch:
         Valid until the next call with other `parts`, which are compared by identity.
         """
         if self._based is not parts:
-            self._based, self._base = parts, self._converted(parts)
+            self._based, self._base = None, {}  # or the buffer could not be freed
+            self._base = self._converted(parts)
+            self._based = parts
         return self._base
 
     def factors(

@@ -19,6 +19,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from es_lite.model.layout import Tensor
+from es_lite.scoring.tiles import Tile
 
 
 class RowsMixed(Exception):
@@ -64,12 +65,12 @@ def factors_of(each: Sequence[tuple[torch.Tensor, torch.Tensor, float]], compute
 
 @dataclass
 class Operands:
-    """What the shared modules of one copy compute with, set for each tile."""
+    """What the shared modules of one copy compute with, set for each tile and cleared after it."""
 
     rows: int = 0
     """Rows of the tile: members times samples."""
-    tokens: int = 0
-    """Rows times their length."""
+    length: int = 0
+    """Tokens of a row."""
     signs: Sequence[int] = ()
     base: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Unperturbed matrices of the linear maps, [out, in] ([in, out] if it is a Conv1D), by parameter name."""
@@ -77,8 +78,23 @@ class Operands:
     """Their perturbations; none of a matrix that is not perturbed."""
     made: Sequence[Mapping[str, torch.Tensor]] = ()
     """For each member of the tile: the perturbed tensors of all other parameters."""
-    make: Callable[[str], torch.Tensor] = field(default=lambda name: torch.empty(0))
+    make: Callable[[str], torch.Tensor] | None = None
     """Makes a linear map's perturbed matrix, if the tile has one member."""
+
+    def set(
+        self,
+        tile: Tile,
+        base: Mapping[str, torch.Tensor],
+        factors: Mapping[str, LowRankFactors],
+        made: Sequence[Mapping[str, torch.Tensor]],
+        make: Callable[[str], torch.Tensor],
+    ) -> None:
+        self.rows, self.length, self.signs = tile.count, tile.length, tile.signs
+        self.base, self.factors, self.made, self.make = base, factors, made, make
+
+    def clear(self) -> None:
+        """Forgets all tensors, so that a layer's do not stay in memory while others are computed."""
+        self.base, self.factors, self.made, self.make = {}, {}, (), None
 
     def only(self) -> Mapping[str, torch.Tensor]:
         """The tensors of the tile's only member. Raises RowsMixed if there are several."""
@@ -87,8 +103,11 @@ class Operands:
         return self.made[0]
 
     def check(self, value: torch.Tensor) -> None:
-        """Raises RowsMixed if the tile has several members and these are not its rows, in their order."""
-        if len(self.made) > 1 and value.shape[0] not in (self.rows, self.tokens):
+        """Raises RowsMixed if the tile has several members and these are not its rows, [rows, ... length ...], or its tokens."""
+        shape = value.shape
+        tokens = shape[:1] == (self.rows * self.length,)
+        rows = shape[:1] == (self.rows,) and self.length in shape[1:] and self.rows != self.length
+        if len(self.made) > 1 and not (tokens or rows):
             raise RowsMixed
 
 
@@ -120,6 +139,7 @@ class SharedLinear(nn.Module):
     def weight(self) -> torch.Tensor:
         """The perturbed matrix, for modules that read it; made each time it is read."""
         self._operands.only()
+        assert self._operands.make
         return self._operands.make(self._weight)
 
     @property
@@ -156,6 +176,8 @@ class MemberByMember(nn.Module):
                 self._operands.check(value)
         parts = [value.chunk(len(made)) if isinstance(value, torch.Tensor) else [value] * len(made) for value in args]
         results = [functional_call(self._module[0], own, tuple(part), kwargs) for own, *part in zip(values, *parts, strict=True)]
+        if not all(isinstance(result, torch.Tensor) for result in results):
+            raise RowsMixed
         return torch.cat(results)
 
 

@@ -4,8 +4,8 @@ Shapes: G members of all perturbations, B samples, T the longest sample.
 """
 
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -62,6 +62,10 @@ class Tile:
         """The signs of the tile's members of a perturbation."""
         signs = self.group.perturbations[0].signs
         return signs if len(self.members) > 1 else (signs[self.members.start % len(signs)],)
+
+    def apart(self) -> Iterator["Tile"]:
+        """The tile cut into tiles of one member each."""
+        return (replace(self, members=range(member, member + 1)) for member in self.members)
 
     def cut(self, value: Any) -> Any:
         """The part of a module's argument that belongs to the tile: [rows, ...], member by member.

@@ -146,8 +146,10 @@ class FileWriter:
         commit_front(self._new, self._file.format, front)
 
     def discard(self) -> None:
-        """Removes what was written."""
+        """Removes what was written, and the spare file, which may be another name of the old one."""
         self._new.discard()
+        if self._spare:
+            self._spare.remove()
 
 
 def commit_front(new: NewFile, format: LayerFormat, front: Front) -> None:

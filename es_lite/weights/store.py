@@ -1,7 +1,8 @@
 """The layers on disk: the fp32 master or, if there is none, the bf16 or int8 weights themselves.
 
-Files are never changed in place (`files`), so a crash leaves each layer complete at step t or t+1, and `advance_layer` continues
-from there. They are not fsynced: the checksum detects a file that a power cut tore, and it is rebuilt from θ₀ and the journal.
+A file is never changed under its own name (`files`), so a crash leaves each layer complete at step t or t+1, and `advance_layer`
+continues from there. Files are not fsynced: the checksum detects one that a power cut tore, and it is rebuilt from θ₀ and the
+journal.
 """
 
 import contextlib

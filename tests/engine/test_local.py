@@ -64,8 +64,8 @@ class InThisProcess:
         return values
 
     def files(self) -> dict[str, bytes]:
-        """All that is in the layers' folder."""
-        return {path.name: path.read_bytes() for path in self.setup.folder.iterdir()}
+        """The layers' files."""
+        return {path.name: path.read_bytes() for path in self.setup.folder.glob("*.safetensors")}
 
     def copy(self) -> bytes:
         """The working copy."""

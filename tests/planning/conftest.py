@@ -43,8 +43,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.fixture
 def recipe_of() -> Callable[..., Recipe]:
-    """The recipe with some keys overridden."""
-    return lambda *overrides: Recipe.load(RECIPE, overrides)
+    """The recipe, with gaussian noise, and some keys overridden."""
+    return lambda *overrides: Recipe.load(RECIPE, ("noise.kind=gaussian", *overrides))
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
 def operands(shared: Shared, members: Sequence[dict[str, torch.Tensor]], signs: Sequence[int] = (1, -1), **fields) -> None:
     """A tile with SAMPLES samples of LENGTH tokens for each of the members, with their vectors."""
     rows = len(members) * SAMPLES
-    for name, value in {"rows": rows, "tokens": rows * LENGTH, "signs": signs, "made": members, **fields}.items():
+    for name, value in {"rows": rows, "length": LENGTH, "signs": signs, "made": members, **fields}.items():
         setattr(shared.operands, name, value)
 
 
@@ -229,14 +229,20 @@ def test_the_other_arguments_of_an_owner_of_vectors_reach_every_member():
     gate = Gate()
     shared, x, beside = (
         Shared(gate, tensors_of(gate)),
-        whole_numbers(2 * SAMPLES, 2, INPUTS),
-        whole_numbers(2 * SAMPLES, 1, INPUTS),
+        whole_numbers(2 * SAMPLES, LENGTH, INPUTS),
+        whole_numbers(2 * SAMPLES, LENGTH, 1),
     )
     made = [{"vector": whole_numbers(INPUTS)}, {"vector": 1 + whole_numbers(INPUTS)}]
     operands(shared, made)
     vectors = torch.stack([own["vector"] for own in made]).repeat_interleave(SAMPLES, dim=0)[:, None]
     assert torch.equal(shared((x, beside, 2.0), {"shift": 1.0}), (x + beside) * vectors * 2 + 1)
-    for args, kwargs in (((x[:1], beside, 2.0), {}), ((x, beside[:1], 2.0), {}), ((x,), {"beside": beside, "factor": 2.0})):
+    transposed = x.transpose(0, 1)
+    for args, kwargs in (
+        ((x[:1], beside, 2.0), {}),
+        ((x, beside[:1], 2.0), {}),
+        ((transposed, beside, 2.0), {}),
+        ((x,), {"beside": beside, "factor": 2.0}),
+    ):
         with pytest.raises(RowsMixed):
             shared(args, kwargs)
     operands(shared, made[:1])

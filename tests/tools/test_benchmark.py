@@ -123,6 +123,7 @@ ROWS = {
         "members in a tile of low-rank noise",
         *(f"{name}, speed over plain inference" for name in ("low rank 1", "low rank 4", "gaussian")),
     ],
+    "tiles": [f"{rows} rows" for rows in (32, 64, 128, 256, 512, 1024, 2048)],
     "kinds": [
         *(
             f"{kind}, {what}"

@@ -100,8 +100,8 @@ class Spare:
 
     def keep(self, path: Path) -> None:
         """Gives the file `path`, which the caller replaces next, a second name, where the file system allows it."""
+        self.remove()
         with contextlib.suppress(OSError):
-            self._path.unlink(missing_ok=True)
             self._path.hardlink_to(path)
 
 

@@ -4,9 +4,10 @@ import argparse
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch.nn.functional import linear
 
 from es_lite import system
 from es_lite.data.batch import Batch
+from es_lite.engine.worker import DTYPES
 from es_lite.fitness.kinds import fitness_of
 from es_lite.model.configuration import configuration
 from es_lite.model.layout import skeleton
@@ -31,7 +33,6 @@ from es_lite.weights.working_copy import WorkingCopy, allocate
 
 RANKS = (1, 4)
 """Of the low-rank noise that is compared with plain inference."""
-
 
 TILE_ROWS = (32, 64, 128, 256, 512, 1024, 2048)
 """Rows that a linear map is measured with."""
@@ -56,7 +57,7 @@ class Loaded:
         for tensor in self.layout.tensors:
             for start, count in slices(tensor):
                 self.copy.write(Part(tensor, start, theta_0.read(tensor, start, count)), self.lanes.threads)
-        self.compute = {"bf16": torch.bfloat16, "fp32": torch.float32}[system.compute_dtype("auto")]
+        self.compute = DTYPES[system.compute_dtype("auto")]
         vocabulary = min(8192, self.model.config.get_text_config().vocab_size)
         shape = self.load.samples, self.load.length
         tokens = np.random.default_rng(0).integers(0, vocabulary, shape).astype(np.int32)
@@ -132,12 +133,7 @@ def plain(arguments: argparse.Namespace) -> None:
     for name, kind in kinds.items():
         pairs = [Perturbation(1, 0, pair, 1e-3, (1, -1), *kind) for pair in range(load.population // 2)]
         cases[name] = partial(loaded.scores, pairs)
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for turn in range(arguments.repeats + 1):
-        for name, work in cases.items():
-            took = _seconds(work)
-            if turn:  # the first warms up
-                seconds[name].append(took)
+    seconds = _in_turns(cases, arguments.repeats)
     for name, values in seconds.items():
         print(row(f"{name}, {load.population} members", values, "s"))
     print(row("members in a tile of low-rank noise", [loaded.tile_members], ""))
@@ -151,18 +147,13 @@ def tiles(arguments: argparse.Namespace) -> None:
     print(HEADER)
     config = configuration("", arguments.config).get_text_config()
     width, inner = config.hidden_size, config.intermediate_size
-    compute = {"bf16": torch.bfloat16, "fp32": torch.float32}[system.compute_dtype("auto")]
+    compute = DTYPES[system.compute_dtype("auto")]
     torch.set_num_threads(arguments.threads)
     matrices = [torch.randn(inner, width, dtype=compute) for _ in range(COLD_MATRICES)]
-    states = {rows: torch.randn(rows, width, dtype=compute) for rows in TILE_ROWS}
-    rates: dict[int, list[float]] = {rows: [] for rows in TILE_ROWS}
-    for turn in range(arguments.repeats + 1):
-        for rows, x in states.items():
-            took = _seconds(partial(_all_products, x, matrices))
-            if turn:  # the first warms up
-                rates[rows].append(2 * rows * width * inner * len(matrices) / took / 1e9)
-    for rows, values in rates.items():
-        print(row(f"{rows} rows", values, "GFLOP/s"))
+    cases = {rows: partial(_all_products, torch.randn(rows, width, dtype=compute), matrices) for rows in TILE_ROWS}
+    for rows, seconds in _in_turns(cases, arguments.repeats).items():
+        flops = 2 * rows * width * inner * len(matrices)
+        print(row(f"{rows} rows", [flops / took / 1e9 for took in seconds], "GFLOP/s"))
 
 
 def tile_members_of(load: StepLoad) -> int:
@@ -182,6 +173,12 @@ def tile_members_of(load: StepLoad) -> int:
 def _all_products(x: torch.Tensor, matrices: Sequence[torch.Tensor]) -> None:
     for matrix in matrices:
         linear(x, matrix)
+
+
+def _in_turns(cases: Mapping[Any, Callable[[], object]], repeats: int) -> dict[Any, list[float]]:
+    """Seconds of each case, which take turns; the first turn, which warms up, is not counted."""
+    turns = [[_seconds(work) for work in cases.values()] for _ in range(repeats + 1)]
+    return {case: list(seconds) for case, seconds in zip(cases, zip(*turns[1:], strict=True), strict=True)}
 
 
 def _seconds(work: Callable[[], object]) -> float:

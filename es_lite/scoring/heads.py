@@ -128,7 +128,6 @@ class Head:
             for block in state.weights.blocks(self._matrix, VOCABULARY_BLOCK):
                 base = {"": block}
                 for group, positions in groups:
-                    # Before the matrix: the scratch's results are valid until its next call.
                     offsets = self._offsets(group, block)
                     if group.perturbations[0].factored:
                         state.lanes.run(self._shared(group, positions, base, offsets))

@@ -159,9 +159,8 @@ class Tiny:
             found[tensor.name] = torch.from_numpy(self.weights[tensor.name] + sigma * epsilon).view(tensor.shape)
         return found
 
-    @torch.no_grad()
-    def hugging_face(self, weights: dict[str, torch.Tensor], batch: Batch, dtype: torch.dtype = torch.float32) -> np.ndarray:
-        """Mean log-probability of each sample, computed alone and unpadded by the model that holds `weights`."""
+    def hugging_face_model(self, weights: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        """The model that holds `weights`."""
         if self._reference is None:
             self._reference = AutoModelForCausalLM.from_config(self.config).eval()
         model = self._reference
@@ -169,7 +168,12 @@ class Tiny:
         assert parameters.keys() == weights.keys()
         for name, parameter in parameters.items():
             parameter.data = weights[name].to(dtype)  # buffers stay float32, as in a model that was loaded
-        means = []
+        return model
+
+    @torch.no_grad()
+    def hugging_face(self, weights: dict[str, torch.Tensor], batch: Batch, dtype: torch.dtype = torch.float32) -> np.ndarray:
+        """Mean log-probability of each sample, computed alone and unpadded by the model that holds `weights`."""
+        model, means = self.hugging_face_model(weights, dtype), []
         for row, length in zip(batch.tokens, batch.lengths, strict=True):
             ids = torch.from_numpy(row[:length].astype(np.int64))
             log_probabilities = model(input_ids=ids[None], use_cache=False).logits[0, :-1].double().log_softmax(-1)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from es_lite.data.batch import spread
 from es_lite.data.corpus import BUILTIN, read_texts, split, tokenize
 from es_lite.data.tokenizer import load_tokenizer
-from es_lite.recipe import DataTable
+from es_lite.tables import DataTable
 
 pytestmark = pytest.mark.slow
 

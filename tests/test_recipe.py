@@ -7,7 +7,8 @@ import pytest
 from support import ROOT
 
 from es_lite.errors import UserError
-from es_lite.recipe import ESTable, Group, Recipe
+from es_lite.recipe import Recipe
+from es_lite.tables import ESTable, Group
 
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
 

@@ -22,12 +22,13 @@ from es_lite.model.configuration import configuration
 from es_lite.model.layout import skeleton
 from es_lite.model.origin import Origin
 from es_lite.planning.plan import Plan
-from es_lite.recipe import DataTable, ESTable, FitnessTable, ModelTable, NoiseTable, Recipe, WorkersTable
+from es_lite.recipe import Recipe
 from es_lite.scoring.heads import VOCABULARY_BLOCK
 from es_lite.scoring.lanes import Lanes
 from es_lite.scoring.logsumexp import RunningLogSumExp
 from es_lite.scoring.model import PerturbedModel
 from es_lite.scoring.perturbation import UNPERTURBED, Perturbation
+from es_lite.tables import DataTable, ESTable, FitnessTable, ModelTable, NoiseTable, WorkersTable
 from es_lite.weights.parts import Part, slices
 from es_lite.weights.working_copy import WorkingCopy, allocate
 

@@ -4,7 +4,6 @@ Token ids are int32. Text that cannot be used raises `UserError`.
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from es_lite.data.lines import check_characters, numbered_lines, parse_line
 from es_lite.errors import UserError
 
 BUILTIN = "builtin:python-reference"
@@ -143,7 +143,7 @@ def _pieces(path: str) -> Iterator[tuple[object, str]]:
         yield from _builtin(path)
         return
     for file in _files(path):
-        for number, line in _lines(file):
+        for number, line in numbered_lines(file):
             if file.suffix.lower() == ".txt":
                 yield file, line
             elif line.strip():
@@ -175,31 +175,12 @@ def _files(path: str) -> list[Path]:
     return [place]
 
 
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Line numbers, from 1, and lines, each with a single newline as its end."""
-    with file.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if b"\0" in line:
-                raise UserError(f"{file}:{number}: has a NUL byte: a binary file, or UTF-16; expected UTF-8 text")
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(f"{file}:{number}: not UTF-8 ({error.reason}); convert the file to UTF-8") from None
-            yield number, text[:-2] + "\n" if text.endswith("\r\n") else text
-
-
 def _text_of_record(line: str, where: str) -> str:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({error}); expected one object per line") from None
+    record = parse_line(line, where)
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise UserError(f'{where}: expected an object with a string under "text"')
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UserError(f'{where}: "text" has half a surrogate pair (\\ud800 to \\udfff), not a character') from None
+    check_characters(text, where, "text")
     return text
 
 

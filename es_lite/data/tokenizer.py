@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from es_lite.data.corpus import Document
 from es_lite.errors import RunError, UserError
 from es_lite.files import new_folder
-from es_lite.recipe import DataTable
+from es_lite.tables import DataTable
 
 END = "<|endoftext|>"
 

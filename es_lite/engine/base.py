@@ -31,7 +31,7 @@ class Engine(Protocol):
         ...
 
     def score(self, perturbations: Sequence[Perturbation], items: Items, progress: Progress) -> np.ndarray:
-        """Score of each item for each member of all perturbations: float64 [members, items].
+        """What the fitness finds for each item and each member of all perturbations, to be graded: [members, items].
 
         The weights are those after all records that `advance` was given.
         """
@@ -83,6 +83,10 @@ class Execution:
     micro_batch: int
     tile_members: int
     """Members whose rows are multiplied together, if the noise is low-rank."""
+    prompt_members: int
+    """Likewise, while prompts are read, before a generation."""
+    kept: bool
+    """Weights that are perturbed or converted for a generation stay in memory until its end."""
     group: int
     """Perturbations that a worker scores together, if not folded: those of a tile."""
 

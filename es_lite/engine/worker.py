@@ -114,6 +114,8 @@ class Worker:
                 self._lanes,
                 execution.micro_batch,
                 execution.tile_members,
+                execution.prompt_members,
+                execution.kept,
                 DEVICES[execution.device],
                 self._progress,
             )

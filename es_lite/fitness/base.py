@@ -1,12 +1,12 @@
 """What run, engine and plan need of a fitness."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, Self
 
 import numpy as np
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from es_lite.recipe import Recipe
 from es_lite.scoring.model import PerturbedModel
@@ -20,12 +20,48 @@ class Items(Protocol):
 
     @property
     def scored_tokens(self) -> int:
-        """Tokens that one member is scored on."""
+        """Tokens that one member is scored on, at most."""
         ...
 
     def part(self, low: int, high: int) -> Self:
         """Items low … high - 1."""
         ...
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A completion and what it was worth."""
+
+    prompt: str | list[dict[str, str]]
+    completion: str
+    rewards: dict[str, float | None]
+    """By reward function; None: not counted."""
+    score: float | None
+    cut: bool
+    """It had not ended after generation.max_new_tokens."""
+
+
+@dataclass(frozen=True)
+class Graded:
+    """What a worker's answers are worth."""
+
+    scores: np.ndarray
+    """float64 [members, items]; NaN: not counted."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """Metrics of the work: tokens, seconds."""
+    described: dict[str, float] = field(default_factory=dict)
+    """Metrics of what was written."""
+    samples: Sequence[Sample] = ()
+    """The first member's."""
+    warnings: Sequence[str] = ()
+
+    def means(self) -> np.ndarray:
+        """Each member's score, the mean over the items that count; NaN if none does: float64 [members]."""
+        counted = ~np.isnan(self.scores)
+        if counted.all():
+            return self.scores.mean(axis=1)
+        sums, counts = np.where(counted, self.scores, 0.0).sum(axis=1), counted.sum(axis=1)
+        return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
 class Dataset(Protocol):
@@ -40,6 +76,14 @@ class Dataset(Protocol):
 
     def held_out(self) -> Items:
         """The items of an evaluation; only if the recipe asks for evaluations."""
+        ...
+
+    def grade(self, answers: np.ndarray, items: Items, step: int) -> Graded:
+        """What `Fitness.score` found for the items, [members, items], as scores. Raises UserError, RunError."""
+        ...
+
+    def close(self) -> None:
+        """Ends what it has started."""
         ...
 
     def fingerprint(self) -> str:
@@ -61,6 +105,14 @@ class ItemMemory:
     """Bytes of the hidden states of one item for one member."""
     activations: int
     """Bytes of everything else that a micro-batch takes at once."""
+    new_tokens: int = 0
+    """Tokens that are written after the item, at most. The rest is 0 if none are."""
+    cache: int = 0
+    """Bytes of the keys and values of one item for one member."""
+    decoding: int = 0
+    """Bytes that one item takes in addition while its next token is made."""
+    graders: int = 0
+    """Bytes of all processes that grade."""
 
 
 class Fitness(Protocol):
@@ -71,17 +123,19 @@ class Fitness(Protocol):
     unit: str
     largest_loss: float
     """If the population's mean score is further below the unperturbed model's, σ is too large."""
+    generates: bool
+    """It scores what the model writes after an item."""
 
-    def open(self, recipe: Recipe, config: PretrainedConfig, run_dir: Path) -> Dataset:
+    def open(self, recipe: Recipe, config: PretrainedConfig, generation: GenerationConfig | None, run_dir: Path) -> Dataset:
         """The recipe's items, for a model of this configuration. Raises UserError."""
         ...
 
-    def memory(self, recipe: Recipe, text: PretrainedConfig, itemsize: int) -> ItemMemory:
-        """text: the language model's configuration; itemsize: bytes of an element of the compute type."""
+    def memory(self, recipe: Recipe, config: PretrainedConfig, itemsize: int) -> ItemMemory:
+        """config: the model's; itemsize: bytes of an element of the compute type. Raises UserError if it cannot be used so."""
         ...
 
     def score(self, model: PerturbedModel, perturbations: Sequence[Perturbation], items: Items, pass_items: int) -> np.ndarray:
-        """Score of each item for each member of all perturbations: float64 [members, items].
+        """What `Dataset.grade` makes scores of, for each item and each member of all perturbations: [members, items].
 
         pass_items: items that go through the model at once.
         """

@@ -2,8 +2,9 @@
 
 from es_lite.fitness.base import Fitness
 from es_lite.fitness.logprob import LogProb
+from es_lite.fitness.reward import Reward
 
-KNOWN: dict[str, Fitness] = {LogProb.name: LogProb()}
+KNOWN: dict[str, Fitness] = {LogProb.name: LogProb(), Reward.name: Reward()}
 
 
 def fitness_of(kind: str) -> Fitness:

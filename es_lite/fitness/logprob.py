@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from es_lite.data import batch, corpus
 from es_lite.data.batch import Batch
 from es_lite.data.corpus import Corpus
 from es_lite.data.tokenizer import load_tokenizer
-from es_lite.fitness.base import ItemMemory, Items
+from es_lite.fitness.base import Graded, ItemMemory, Items
 from es_lite.recipe import Recipe
 from es_lite.scoring.heads import VOCABULARY_BLOCK
 from es_lite.scoring.model import PerturbedModel
@@ -44,6 +44,13 @@ class Samples:
     def fingerprint(self) -> str:
         return corpus.fingerprint(self.train, self.held_out_corpus)
 
+    def grade(self, answers: np.ndarray, items: Items, step: int) -> Graded:
+        """The answers are the scores."""
+        return Graded(answers)
+
+    def close(self) -> None:
+        """Nothing was started."""
+
     def reference(self) -> dict[str, float]:
         """vocab_size and unigram_score (see `corpus.unigram_score`)."""
         assert self.held_out_corpus is not None
@@ -58,8 +65,9 @@ class LogProb:
     measures = "mean log-probability of a token"
     unit = "nats"
     largest_loss = 0.5
+    generates = False
 
-    def open(self, recipe: Recipe, config: PretrainedConfig, run_dir: Path) -> Samples:
+    def open(self, recipe: Recipe, config: PretrainedConfig, generation: GenerationConfig | None, run_dir: Path) -> Samples:
         table, length = recipe.data, recipe.fitness.max_length
         texts = corpus.read_texts(table.path, table.lines)
         tokenizer = load_tokenizer(table, recipe.model.path, run_dir, texts)
@@ -76,7 +84,8 @@ class LogProb:
         samples.draw(0)  # reports at once if there are fewer samples than a step draws
         return samples
 
-    def memory(self, recipe: Recipe, text: PretrainedConfig, itemsize: int) -> ItemMemory:
+    def memory(self, recipe: Recipe, config: PretrainedConfig, itemsize: int) -> ItemMemory:
+        text = config.get_text_config()
         width, length, micro = text.hidden_size, recipe.fitness.max_length, recipe.fitness.micro_batch
         intermediate = getattr(text, "intermediate_size", None) or 4 * width
         block = micro * length * (3 * intermediate * itemsize + 8 * width * 4)

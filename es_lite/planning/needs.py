@@ -51,6 +51,8 @@ class Parts:
     members: int
     """Members whose hidden states are in memory together."""
     pass_samples: int
+    kept: bool = False
+    """A worker keeps what it has perturbed or converted for a generation."""
     gpu: dict[str, int] = field(default_factory=dict)
     """Bytes on the GPU."""
 
@@ -58,8 +60,9 @@ class Parts:
 class Needs:
     """Computes the memory of each way to run a recipe."""
 
-    def __init__(self, recipe: Recipe, fitness: Fitness, text: PretrainedConfig, layout: Layout) -> None:
-        """text: the configuration of the language model."""
+    def __init__(self, recipe: Recipe, fitness: Fitness, config: PretrainedConfig, layout: Layout) -> None:
+        """config: the model's. Raises UserError if the model cannot be used for this fitness."""
+        text = config.get_text_config()
         self.recipe = recipe
         self.layout = layout
         self.files = Store(Path(recipe.run.dir).expanduser(), layout, recipe.memory.storage).files
@@ -72,21 +75,34 @@ class Needs:
         self.itemsize = 2 if self.compute == "bf16" else 4
         self.width, self.vocabulary = text.hidden_size, text.vocab_size
         self.samples = max(recipe.fitness.samples, recipe.eval.samples if recipe.eval.every else 0)
-        self.item = fitness.memory(recipe, text, self.itemsize)
+        self.item = fitness.memory(recipe, config, self.itemsize)
         self.factored = recipe.noise.kind == "lowrank"
-        self.tile_members = self._tile_members()
+        self.generates = fitness.generates
+        micro = recipe.fitness.micro_batch
+        self.prompt_members = self._tile_members(self.item.tokens)
+        self.tile_members = self._tile_members(1) if self.generates else self.prompt_members
         self.group = max(1, self.tile_members // self.pair)
-        self.activations = self.tile_members * self.item.activations
+        self.activations = self.prompt_members * self.item.activations
+        if self.generates:
+            self.activations = max(self.activations, self.tile_members * micro * self.item.decoding)
+        self.forwards = 1 + self.item.new_tokens
+        """How often a pass goes through the layers: once, and once more for each token that is written."""
 
-    def _tile_members(self) -> int:
+    def _tile_members(self, tokens: int) -> int:
         """Members that share a tile: 1 or those of whole perturbations, at most half of the population, so that two cores have
-        work. It depends on the recipe alone, because the bits of a product depend on how many rows it has."""
+        work. It depends on the recipe alone, because the bits of a product depend on how many rows it has.
+
+        tokens: of an item that pass a layer together.
+        """
         recipe, pair = self.recipe, self.pair
-        rows = min(recipe.fitness.micro_batch, recipe.fitness.samples) * self.item.tokens
+        rows = min(recipe.fitness.micro_batch, recipe.fitness.samples) * tokens
         wanted = -(-TILE_TOKENS // rows)
         if not self.factored or wanted == 1:
             return 1
         return max(1, min(-(-wanted // pair), recipe.es.population // 2 // pair) * pair)
+
+    def _graders(self) -> dict[str, int]:
+        return {"graders": self.item.graders} if self.generates else {}
 
     def scratch(self, pass_samples: int) -> dict[str, int]:
         """Bytes for what is perturbed or converted at a time: a block, a part of the head, rows of the embedding."""
@@ -107,35 +123,54 @@ class Needs:
         copy = {
             "working copy": working_copy.size_bytes(self.layout, self.recipe.memory.weights),
             "coordinator": COORDINATOR_BYTES,
+            **self._graders(),
             "shared by workers": SHARED_BYTES,
         }
         if self.device:
             return self._with_device(copy | {"worker": WORKER_BYTES}, limit)
         members = max(self.pair, self.tile_members)
         hidden = members * self.item.hidden
-        pass_samples = min(max(1, HIDDEN_BYTES // hidden // micro), -(-self.samples // micro)) * micro
+        # Sequences are written tile by tile: more at once would only cost memory, as with more hidden states.
+        most = 1 if self.generates else max(1, HIDDEN_BYTES // hidden // micro)
+        pass_samples = min(most, -(-self.samples // micro)) * micro
         worker = {
             "workers": WORKER_BYTES,
             **self.scratch(pass_samples),
             "hidden states": pass_samples * hidden,
+            **self._cache(members * min(pass_samples, self.samples)),
             "activations": self.activations,
             "update buffers": UPDATE_BYTES,
         }
+        kept = {"kept weights": self._kept_bytes()} if self._kept_bytes() else {}
 
-        def total(workers: int) -> int:
+        def total(workers: int, worker: dict[str, int]) -> int:
             return sum(copy.values()) + workers * sum(worker.values())
 
         workers = self._workers(-(-self.tasks // self.group))
-        if self.recipe.workers.count == "auto":
-            workers = next((n for n in range(workers, 0, -1) if total(n) <= limit), 1)
-        memory = copy | {f"{name} ({workers}x)": workers * size for name, size in worker.items()}
-        return Parts(memory, workers, members, pass_samples)
+        # Fewer workers that keep weights are faster than more that make them at every token.
+        ways = [(n, worker | kept) for n in range(workers, 0, -1)] + [(n, worker) for n in range(workers, 0, -1)]
+        if self.recipe.workers.count != "auto":
+            ways = [(workers, worker | kept), (workers, worker)]
+        count, chosen = next((way for way in ways if total(*way) <= limit), ways[-1])
+        memory = copy | {f"{name} ({count}x)": count * size for name, size in chosen.items()}
+        return Parts(memory, count, members, pass_samples, kept=chosen is not worker)
+
+    def _cache(self, sequences: int) -> dict[str, int]:
+        """Bytes of the keys and values of so many sequences."""
+        return {"keys and values": sequences * self.item.cache} if self.generates else {}
+
+    def _kept_bytes(self) -> int:
+        """What a worker can keep during a generation: perturbed weights, or weights in the compute type; 0 if there is none."""
+        if not self.generates or (self.factored and self.recipe.memory.weights == self.compute):
+            return 0
+        return self.layout.size * self.itemsize * (1 if self.factored else self.pair)
 
     def streamed(self, limit: int) -> Parts:
         """Buffers that layers pass through, and one process that scores all members, in as few passes as fit."""
         weights = self.recipe.memory.weights
         passing = {
             "coordinator": COORDINATOR_BYTES,
+            **self._graders(),
             "worker": SHARED_BYTES + WORKER_BYTES,
             "window": BUFFERS * buffer_bytes(self.files, self.layout),
         }
@@ -152,6 +187,7 @@ class Needs:
                 **passing,
                 **self.scratch(pass_samples),
                 "hidden states": pass_samples * self._population * self.item.hidden,
+                **self._cache(pass_samples * self._population),
                 f"activations ({lanes}x)": lanes * self.activations,
                 "update buffers": UPDATE_BYTES,
             }
@@ -175,6 +211,7 @@ class Needs:
                 **self.scratch(pass_samples),
                 "noise": 20 * 8 * on_device.CHUNK // 8 + 8 * on_device.CHUNK * 4,
                 "hidden states": pass_samples * self._population * self.item.hidden,
+                **self._cache(pass_samples * self._population),
                 "activations": self.activations,
             }
 
@@ -185,7 +222,7 @@ class Needs:
         room = gpu.bytes if gpu else 0
         pass_samples = self._pass_samples(lambda samples: CUDA_BYTES + sum(there(samples).values()) <= room)
         on_gpu = {"driver": CUDA_BYTES, **there(pass_samples)}
-        return Parts(host | {"GPU's libraries (2x)": 2 * CUDA_BYTES}, 1, self._population, pass_samples, on_gpu)
+        return Parts(host | {"GPU's libraries (2x)": 2 * CUDA_BYTES}, 1, self._population, pass_samples, gpu=on_gpu)
 
     def _pass_samples(self, fits: Callable[[int], bool]) -> int:
         """Samples of a pass: as many micro-batches as fit, at least one, in passes of similar size."""

@@ -15,7 +15,8 @@ from es_lite.model.layout import Layout
 from es_lite.planning.needs import Needs
 from es_lite.planning.rates import Estimate, Work
 from es_lite.quantities import GIB, count, duration
-from es_lite.recipe import NoiseTable, Recipe
+from es_lite.recipe import Recipe
+from es_lite.tables import NoiseTable
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,15 @@ class Plan:
             raise UserError('workers.device = "cuda": torch finds no GPU here; set it to "cpu", or install torch for your GPU')
         _check_rank(recipe.noise, layout)
         noise = kind_of(recipe.noise.kind, recipe.noise.rank_number)
-        needs = Needs(recipe, fitness, text, layout)
+        needs = Needs(recipe, fitness, config, layout)
         length = needs.item.tokens
         longest = getattr(text, "max_position_embeddings", None) or length
-        if length > longest:
-            raise UserError(f"fitness.max_length = {length}: the model's max_position_embeddings is {longest}; set at most that")
+        new = needs.item.new_tokens
+        if length + new > longest:
+            most = f"the model's max_position_embeddings is {longest}"
+            if new:
+                raise UserError(f"fitness.max_length = {length} and generation.max_new_tokens = {new}: {most}; lower one of them")
+            raise UserError(f"fitness.max_length = {length}: {most}; set at most that")
         held = system.pss_bytes([os.getpid()])
         limit = system.memory_limit(recipe.memory.limit_bytes, held=held)
         streamed = recipe.memory.residency == "streamed"
@@ -75,12 +80,17 @@ class Plan:
         if recipe.eval.every and recipe.eval.best:
             disk["best"] = 2 * export
         passes = -(-recipe.fitness.samples // parts.pass_samples)
-        tokens = recipe.es.population * recipe.fitness.samples * (length - 1)
+        scored = length + needs.item.new_tokens if needs.generates else length - 1
+        tokens = recipe.es.population * recipe.fitness.samples * scored
         multiplied = layout.size - sum(t.size for t in layout.layers[0].tensors if t.vocabulary and not layout.tied)
         together = streamed or needs.device  # all members are scored in one task
         conversions = 1 if together else -(-needs.tasks // needs.group)
         if not needs.factored or recipe.memory.weights == needs.compute:
             conversions = 0
+        # What is kept is made once a pass; low-rank factors always are.
+        forwards = 1 if parts.kept else needs.forwards
+        drawn = sum(noise.drawn(t.shape) for t in layout.tensors) * needs.tasks * passes
+        rows = needs.tile_members * min(recipe.fitness.micro_batch, recipe.fitness.samples)
         return cls(
             recipe=recipe,
             layout=layout,
@@ -96,6 +106,8 @@ class Plan:
                 micro_batch=recipe.fitness.micro_batch,
                 tile_members=needs.tile_members,
                 group=needs.group,
+                prompt_members=needs.prompt_members,
+                kept=parts.kept,
             ),
             memory=parts.memory,
             limit=limit,
@@ -104,22 +116,22 @@ class Plan:
             disk=disk,
             free_disk=system.free_disk_bytes(run_dir) + system.folder_bytes(run_dir),
             export_bytes=export,
-            passes=passes,
+            passes=passes * needs.forwards,
             tokens=tokens,
             noise=noise,
             work=Work(
                 flops=2.0 * multiplied * tokens,
-                scoring_noise=sum(noise.drawn(t.shape) for t in layout.tensors) * needs.tasks * passes,
-                converted=layout.size * passes * conversions,
+                scoring_noise=drawn * (1 if needs.factored else forwards),
+                converted=layout.size * passes * conversions * forwards,
                 size=layout.size,
                 pairs=needs.tasks,
                 update_noise=sum(noise.drawn(t.shape, update=True) for t in layout.tensors) * needs.tasks,
                 rounded=layout.size if recipe.memory.master == "none" else 0,
-                read_bytes=stored * (passes if streamed else 1),
+                read_bytes=stored * (passes * needs.forwards if streamed else 1),
                 written_bytes=stored,
                 hidden=text.hidden_size,
                 intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
-                rows=needs.tile_members * min(recipe.fitness.micro_batch, recipe.fitness.samples) * length,
+                rows=rows * (1 if needs.generates else length),
             ),
         )
 
@@ -176,11 +188,18 @@ class Plan:
             [
                 self.parts(),
                 f"a step reads {work.read_bytes / GIB:.2f} GiB and writes {work.written_bytes / GIB:.2f} GiB, "
-                f"scores up to {self.tokens:,} tokens ({work.flops / 1e12:.1f} TFLOP), "
+                f"{self._tokens()} ({work.flops / 1e12:.1f} TFLOP), "
                 f"draws {(work.scoring_noise + work.update_noise + work.rounded) / 1e9:.1f} G elements of noise",
                 f"estimated from {estimate.rates}",
             ]
         )
+
+    def _tokens(self) -> str:
+        written = self.recipe.es.population * self.recipe.fitness.samples * self.recipe.generation.max_new_tokens
+        if self.recipe.fitness.kind != "reward":
+            return f"scores up to {self.tokens:,} tokens"
+        rows = self.work.rows
+        return f"reads up to {self.tokens - written:,} tokens and writes up to {written:,}, {count(rows, 'sequence')} at a time"
 
     def parts(self) -> str:
         """How the machine is used; memory and disk by part."""

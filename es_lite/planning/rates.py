@@ -19,13 +19,16 @@ from es_lite.algorithm.noise.lowrank import LowRank
 from es_lite.algorithm.noise.place import Place
 from es_lite.engine.base import Execution
 from es_lite.files import open_file, write_fully
-from es_lite.scoring.shared import LowRankFactors
+from es_lite.scoring.shared import LowRankFactors, MemberRows
 
 DISK_BYTES = 256 * 2**20
 """Bytes written and read back to measure a disk."""
 
 MATRIX, ROWS = 2**20, 512
 """Scoring is measured on matrices of at most this many elements, and this many rows of hidden states: a few megabytes."""
+
+ALONE = MemberRows(signs=(1,))
+"""Rows of one member."""
 
 ENOUGH_SECONDS = 0.3
 """A measurement is not repeated after this long."""
@@ -118,7 +121,7 @@ def scoring_rate(work: Work, execution: Execution, rank: int) -> float:
     def linear(which: int, x: torch.Tensor) -> torch.Tensor:
         y = functional.linear(x, matrices[which])
         if rank:
-            factors[which].add(y, factors[which].project(x, (1,)))
+            factors[which].add(y, factors[which].project(x, ALONE), ALONE)
         return y
 
     def mlp() -> None:

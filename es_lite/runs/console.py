@@ -71,7 +71,9 @@ class Console:
         rate = metrics["tokens_per_second"]
         figures = [
             f"score {metrics['score_mean']:.4f} ± {metrics['score_std']:.4f}",
+            *_written(metrics, ""),
             *([f"eval {evaluation:.4f}"] if evaluation is not None else []),
+            *_written(metrics, "eval_"),
             f"{metrics['step_seconds']:.1f} s (update {metrics['update_seconds']:.1f})",
             f"{rate:.{0 if rate >= 10 else 1}f} tokens/s",
             f"{metrics['pss_gib']:.2f} GiB",
@@ -84,7 +86,8 @@ class Console:
 
     def show_evaluation(self, metrics: dict[str, Any]) -> None:
         """Shows an evaluation before the first step, or one that a crash prevented."""
-        self.say(f"step {metrics['step']}/{self._steps} | eval {metrics['eval_score']:.4f}")
+        figures = [f"eval {metrics['eval_score']:.4f}", *_written(metrics, "eval_")]
+        self.say(f"step {metrics['step']}/{self._steps} | {' | '.join(figures)}")
 
     def __enter__(self) -> "Console":
         self._before = {number: signal.signal(number, self._interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -111,3 +114,14 @@ class Console:
         self.stopping, self._first_signal = True, now
         # Straight to the descriptor: a handler may interrupt a print, which cannot be entered twice.
         os.write(2, b"\nstopping after this step; press Ctrl-C again to stop immediately (nothing is lost)\n")
+
+
+def _written(metrics: dict[str, Any], prefix: str) -> list[str]:
+    """What is said of the text that models wrote, if they did."""
+    found = []
+    for name, form in (("accuracy", "right {:.0%}"), ("format", "format {:.0%}"), ("length", "{:.0f} characters")):
+        if metrics.get(prefix + name) is not None:
+            found.append(form.format(metrics[prefix + name]))
+    if metrics.get(prefix + "cut"):
+        found.append(f"{metrics[prefix + 'cut']:.0%} cut off")
+    return found

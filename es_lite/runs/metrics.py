@@ -1,7 +1,8 @@
-"""metrics.jsonl, one JSON object per step, and the same in TensorBoard if it is installed."""
+"""metrics.jsonl, one JSON object per step, the same in TensorBoard if it is installed, and samples.jsonl, what models wrote."""
 
 import contextlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +14,32 @@ class Metrics:
 
     def __init__(self, path: Path, tensorboard: bool) -> None:
         self._path = path
-        if path.exists():
-            data = path.read_bytes()
-            if not data.endswith(b"\n"):
-                path.write_bytes(data[: data.rfind(b"\n") + 1])
+        self._samples = path.with_name("samples.jsonl")
+        for file in (path, self._samples):
+            data = file.read_bytes() if file.exists() else b""
+            if data and not data.endswith(b"\n"):
+                file.write_bytes(data[: data.rfind(b"\n") + 1])
         self._board = _board(path.parent / "tensorboard") if tensorboard else None
 
     def write(self, values: dict[str, Any]) -> None:
         """Appends a line. values: includes "step". Raises RunError if the disk is full."""
         try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")
+            _append(self._path, [values])
             if self._board:
                 for name, value in values.items():
                     if name != "step" and value is not None:
                         self._board.add_scalar(name, value, values["step"])
                 self._board.flush()
         except OSError as error:
-            raise RunError(
-                f"{self._path}: cannot be written ({error.strerror}); the journal has the step: free some space, add --resume"
-            ) from None
+            raise _unwritten(self._path, error) from None
+
+    def keep_samples(self, samples: Sequence[dict[str, Any]]) -> None:
+        """Appends to samples.jsonl. Raises RunError if the disk is full."""
+        try:
+            if samples:
+                _append(self._samples, samples)
+        except OSError as error:
+            raise _unwritten(self._samples, error) from None
 
     def lines(self) -> list[dict[str, Any]]:
         """What has been written so far, except lines that are not JSON."""
@@ -45,6 +52,15 @@ class Metrics:
     def evaluations(self) -> dict[int, float]:
         """eval_score by step, as written so far."""
         return {line["step"]: line["eval_score"] for line in self.lines() if line.get("eval_score") is not None}
+
+
+def _append(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _unwritten(path: Path, error: OSError) -> RunError:
+    return RunError(f"{path}: cannot be written ({error.strerror}); the journal has the step: free some space, add --resume")
 
 
 def _board(folder: Path) -> Any:

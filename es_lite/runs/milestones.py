@@ -34,8 +34,8 @@ class Milestones:
     store: Store
     tokenizer: PreTrainedTokenizerBase
     threads: int
-    evaluate: Callable[[], float]
-    """θ's score on the held-out items."""
+    evaluate: Callable[[], tuple[dict[str, float], list[dict[str, Any]]]]
+    """Metrics of θ on the held-out items, "eval_score" among them, and samples of what it wrote."""
     reference: Callable[[], dict[str, float]]
     """Metrics to compare with, for the line of step 0."""
     memory: Callable[[], dict[str, float]]
@@ -64,7 +64,7 @@ class Milestones:
             if step + 1 not in written:
                 self.metrics.write(self.from_journal(step))
         if self._due(self.recipe.eval.every) and self.done not in self.metrics.evaluations():
-            line: dict[str, Any] = {"step": self.done, "eval_score": self.evaluate(), **self.memory()}
+            line: dict[str, Any] = {"step": self.done, **self._evaluation(), **self.memory()}
             if self.done == 0:
                 line |= self.reference()
             else:
@@ -82,13 +82,19 @@ class Milestones:
 
     def after_step(self, figures: dict[str, Any]) -> None:
         """Completes the journal's last step: an evaluation and checkpoints if they are due, and its metrics."""
-        evaluation = self.evaluate() if self._due(self.recipe.eval.every) else None
-        line = self.from_journal(self.done - 1) | {"eval_score": evaluation} | figures
-        if evaluation is not None:
-            self._keep_best(evaluation)
+        line = self.from_journal(self.done - 1) | figures
+        if self._due(self.recipe.eval.every):
+            line |= self._evaluation()
+            self._keep_best(line["eval_score"])
         self.metrics.write(line)
         self.console.show_step(line)
         self.checkpoint_if_due()
+
+    def _evaluation(self) -> dict[str, float]:
+        """Evaluates θ; keeps the samples. Returns the metrics."""
+        figures, samples = self.evaluate()
+        self.metrics.keep_samples([{"step": self.done, **sample} for sample in samples])
+        return figures
 
     def checkpoint_if_due(self, last: bool = False) -> None:
         """Writes `checkpoint/` if it is due or the run was asked to stop, unless it is there already."""

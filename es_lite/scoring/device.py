@@ -88,6 +88,11 @@ class DeviceScratch:
                 self._base[name] = on_device.converted(stored, scales, tensor.width, self._compute).view(part.shape)
         return self._base
 
+    def own_base(self, parts: Mapping[str, Part]) -> dict[str, torch.Tensor]:
+        """The same, valid for as long as it is held."""
+        self._based = None
+        return dict(self.base(parts))
+
     def factors(
         self, perturbations: Sequence[Perturbation], tensor: Tensor, first: int = 0, rows: int | None = None
     ) -> LowRankFactors | None:

@@ -19,9 +19,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from es_lite.errors import UserError
 from es_lite.model.layout import Layer, Tensor
 from es_lite.scoring.device import DeviceLogSumExp
+from es_lite.scoring.greatest import RunningGreatest
 from es_lite.scoring.logsumexp import RunningLogSumExp
 from es_lite.scoring.proxies import ScoringState
-from es_lite.scoring.tiles import PerturbationGroup, Tile
+from es_lite.scoring.sequences import SequenceRows, SequenceTile
+from es_lite.scoring.shared import LowRankFactors, MemberRows
+from es_lite.scoring.tiles import PerturbationGroup, SampleRows, Tile
 from es_lite.weights.parts import Part
 
 VOCABULARY_BLOCK = 2048
@@ -96,14 +99,17 @@ class HeadInput(nn.Module):
 
 
 @dataclass(frozen=True)
-class ScoredPositions:
-    """The scored positions of a tile at the head: their hidden states, [n, H], member by member, and log-sum-exp."""
+class Positions:
+    """The positions of a tile that are scored, or continued, at the head: their hidden states, [n, H], member by member, and what
+    their logits are added to."""
 
-    tile: Tile
+    tile: Tile | SequenceTile
     states: torch.Tensor
-    running: RunningLogSumExp | DeviceLogSumExp
+    running: RunningLogSumExp | DeviceLogSumExp | RunningGreatest
     projected: torch.Tensor | None
     """The states projected on B of the head's low-rank perturbations (`LowRankFactors.project`)."""
+    members: MemberRows
+    """How the positions belong to the tile's members."""
 
 
 class Head:
@@ -123,7 +129,33 @@ class Head:
         hidden: [G·B, T, H]; tokens: int32 [B, T], the samples.
         """
         state = self._state
-        groups = [(group, self._positions(group, hidden, tokens)) for group in state.groups()]
+        assert isinstance(state.rows, SampleRows)
+        groups = [(group, self._scored(group, state.rows, hidden, tokens)) for group in state.groups()]
+        self._add_logits(groups)
+        counts = state.rows.lengths.astype(np.int64) - 1
+        starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+        values = np.concatenate([self._values(group, positions) for group, positions in groups])
+        return np.stack([np.add.reduceat(value, starts) / counts for value in values])
+
+    def greatest(self, hidden: torch.Tensor) -> np.ndarray:
+        """The token with the greatest logit for each row, the first of equal ones; -1 if a logit is not a number: int64 [R].
+
+        hidden: [R, T, H]; the last position of each row is continued.
+        """
+        state = self._state
+        assert isinstance(state.rows, SequenceRows)
+        groups = [(group, self._continued(group, state.rows, hidden)) for group in state.groups()]
+        self._add_logits(groups)
+        found = np.empty(state.rows.count, np.int64)
+        for _, positions in groups:
+            for part in positions:
+                assert isinstance(part.tile, SequenceTile) and isinstance(part.running, RunningGreatest)
+                found[part.tile.rows] = part.running.tokens()
+        return found
+
+    def _add_logits(self, groups: Sequence[tuple[PerturbationGroup, Sequence[Positions]]]) -> None:
+        """Adds the logits of all positions, in blocks of the vocabulary."""
+        state = self._state
         with state.weights.opened(self._layer):
             for block in state.weights.blocks(self._matrix, VOCABULARY_BLOCK):
                 base = {"": block}
@@ -134,19 +166,15 @@ class Head:
                     else:
                         state.lanes.run(self._full(group, positions, block, offsets))
                     state.passed(len(group.perturbations) * block.data.size)
-        counts = state.lengths.astype(np.int64) - 1
-        starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
-        values = np.concatenate([self._values(group, positions) for group, positions in groups])
-        return np.stack([np.add.reduceat(value, starts) / counts for value in values])
 
     def _full(
-        self, group: PerturbationGroup, positions: Sequence[ScoredPositions], block: Part, offsets: torch.Tensor | None
+        self, group: PerturbationGroup, positions: Sequence[Positions], block: Part, offsets: torch.Tensor | None
     ) -> list[Callable[[int], None]]:
         """A block of the vocabulary, with the perturbed matrix of each member."""
         (perturbation,) = group.perturbations
         matrices = self._state.scratch.block(perturbation, block)
 
-        def logits(lane: int, part: ScoredPositions) -> None:
+        def logits(lane: int, part: Positions) -> None:
             member = part.tile.members.start
             offset = None if offsets is None else offsets[member]
             self._add(part, nn.functional.linear(part.states, matrices[member], offset), block)
@@ -156,7 +184,7 @@ class Head:
     def _shared(
         self,
         group: PerturbationGroup,
-        positions: Sequence[ScoredPositions],
+        positions: Sequence[Positions],
         base: Mapping[str, Part],
         offsets: torch.Tensor | None,
     ) -> list[Callable[[int], None]]:
@@ -167,18 +195,18 @@ class Head:
         matrix = scratch.base(base)[name]
         factors = scratch.factors(group.perturbations, block.tensor, first, rows)
 
-        def logits(lane: int, part: ScoredPositions) -> None:
+        def logits(lane: int, part: Positions) -> None:
             members = part.tile.members
             values = nn.functional.linear(part.states, matrix)
             if factors and part.projected is not None:
-                factors[part.tile.perturbations].add(values, part.projected)
+                factors[part.tile.perturbations].add(values, part.projected, part.members)
             if offsets is not None:
-                values.view(len(members), -1, rows).add_(offsets[members.start : members.stop, None])
+                values.add_(part.members.repeated(offsets[members.start : members.stop], values.shape[0]))
             self._add(part, values, block)
 
         return [partial(logits, part=part) for part in positions]
 
-    def _add(self, part: ScoredPositions, logits: torch.Tensor, block: Part) -> None:
+    def _add(self, part: Positions, logits: torch.Tensor, block: Part) -> None:
         """Adds a tile's logits for a block of the vocabulary to its log-sum-exp."""
         first = block.start // block.tensor.width
         part.running.update(self._after(logits), first, self._state.lanes.threads)
@@ -192,25 +220,41 @@ class Head:
         some = {"": Part(self._bias, first, whole.data[first : first + count])}
         return torch.stack([own[""] for p in group.perturbations for own in self._state.scratch.kept(p, some)])
 
-    def _positions(self, group: PerturbationGroup, hidden: torch.Tensor, tokens: np.ndarray) -> list[ScoredPositions]:
-        """The group's tiles."""
+    def _scored(self, group: PerturbationGroup, rows: SampleRows, hidden: torch.Tensor, tokens: np.ndarray) -> list[Positions]:
+        """The scored positions of the group's tiles."""
         state, found = self._state, []
-        factored = group.perturbations[0].factored
-        factors = state.scratch.factors(group.perturbations, self._matrix, rows=0) if factored else None
-        for tile in state.tiles(group, apart=not factored):
-            scored = np.arange(tile.length - 1) < state.lengths[tile.samples, None] - 1
+        factors = self._factors(group)
+        for tile in rows.tiles(group, apart=not group.perturbations[0].factored):
+            scored = np.arange(tile.length - 1) < rows.lengths[tile.samples, None] - 1
             mask = torch.from_numpy(np.tile(scored, (len(tile.members), 1))).to(hidden.device)
             states = tile.cut(hidden)[:, : tile.length - 1][mask]
             targets = np.tile(tokens[tile.samples, 1 : tile.length][scored], len(tile.members))
-            projected = factors[tile.perturbations].project(states, tile.signs) if factors else None
-            found.append(ScoredPositions(tile, states, state.scratch.log_sum_exp(targets), projected))
+            members = MemberRows(tile.signs)
+            projected = factors[tile.perturbations].project(states, members) if factors else None
+            found.append(Positions(tile, states, state.scratch.log_sum_exp(targets), projected, members))
         return found
 
-    def _values(self, group: PerturbationGroup, positions: Sequence[ScoredPositions]) -> np.ndarray:
+    def _continued(self, group: PerturbationGroup, rows: SequenceRows, hidden: torch.Tensor) -> list[Positions]:
+        """The last positions of the rows of the group's tiles."""
+        found, factors = [], self._factors(group)
+        for tile in rows.tiles(group, apart=not group.perturbations[0].factored):
+            states, members = hidden[tile.rows, -1], MemberRows(tile.signs, tile.counts)
+            projected = factors[tile.perturbations].project(states, members) if factors else None
+            found.append(Positions(tile, states, RunningGreatest(tile.count, hidden.device), projected, members))
+        return found
+
+    def _factors(self, group: PerturbationGroup) -> LowRankFactors | None:
+        """Low-rank factors of the head, of which only B is needed before its logits."""
+        if not group.perturbations[0].factored:
+            return None
+        return self._state.scratch.factors(group.perturbations, self._matrix, rows=0)
+
+    def _values(self, group: PerturbationGroup, positions: Sequence[Positions]) -> np.ndarray:
         """The log-probabilities of all scored positions, float64 [members, positions]."""
         found: list[list[np.ndarray]] = [[] for _ in range(group.members)]
         for part in positions:
             members = part.tile.members
+            assert not isinstance(part.running, RunningGreatest)
             for member, values in zip(members, np.split(part.running.log_probabilities(), len(members)), strict=True):
                 found[member].append(values)
         return np.stack([np.concatenate(values) for values in found])

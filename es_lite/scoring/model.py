@@ -4,6 +4,7 @@ Proxies replace decoder blocks and every other module that owns parameters, exce
 once over all members and samples; the input of its head goes to `heads.Head`.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -16,11 +17,15 @@ from es_lite.data.batch import Batch
 from es_lite.errors import UserError
 from es_lite.model.layout import Layout, Tensor, blocks
 from es_lite.scoring.device import DeviceScratch
+from es_lite.scoring.generate import Limits, generate
 from es_lite.scoring.heads import Head, HeadInput, LogitTransform
+from es_lite.scoring.kept import KeptScratch
 from es_lite.scoring.lanes import Lanes
 from es_lite.scoring.perturbation import Perturbation
 from es_lite.scoring.proxies import EmbeddingProxy, Proxy, ScoringState
 from es_lite.scoring.scratch import Scratch
+from es_lite.scoring.sequences import AllRows, SequenceRows, SequenceTile, check_cache
+from es_lite.scoring.tiles import SampleRows
 from es_lite.scoring.weights import Weights
 
 
@@ -36,12 +41,16 @@ class PerturbedModel:
         lanes: Lanes,
         micro_batch: int,
         tile_members: int = 1,
+        prompt_members: int = 1,
+        keep_weights: bool = False,
         device: torch.device | None = None,
         progress: Callable[[float], None] = lambda share: None,
     ) -> None:
         """model: a new `layout.skeleton`, which is modified.
 
         tile_members: members that share a tile if their perturbations are factored, 1 or those of one or more perturbations.
+        prompt_members: likewise, while prompts are read. keep_weights: what is perturbed or converted for a generation stays in
+        memory until its end.
         device: compute there, with torch operations only; None: on the CPU, with the kernels. progress: called with the share of
         a call's work that is done.
         """
@@ -49,6 +58,10 @@ class PerturbedModel:
         self._state = ScoringState(weights, scratch, lanes, micro_batch, tile_members, progress=progress)
         self._parameters = layout.size
         self._model = model
+        self._prompt_members = prompt_members
+        self._keep_weights = keep_weights
+        self._accepted = inspect.signature(model.forward).parameters
+        self._cache_name = "cache" if "cache" in self._accepted else "past_key_values"
         for module in model.modules():  # such as the rotary frequencies; the parameters stay on the meta device
             for name, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
@@ -67,12 +80,56 @@ class PerturbedModel:
         state.work, state.done = -(-len(batch) // pass_samples) * self._parameters * len(perturbations), 0.0
         for low in range(0, len(batch), pass_samples):
             part = batch.part(low, min(low + pass_samples, len(batch)))
-            state.lengths = part.lengths
+            state.rows = SampleRows(state.members, part.lengths, state.micro_batch, state.tile_members)
             ids = torch.from_numpy(part.tokens.astype(np.int64)).repeat(state.members, 1).to(state.scratch.device)
             with state.weights.passing():
                 self._model(input_ids=ids, use_cache=False)
                 passes.append(self._head.log_probabilities(self._head_input.take(), part.tokens))
         return np.concatenate(passes, axis=1)
+
+    @torch.inference_mode()
+    def generate(
+        self, perturbations: Sequence[Perturbation], prompts: Sequence[np.ndarray], limits: Limits, pass_prompts: int
+    ) -> np.ndarray:
+        """What each member of all perturbations writes after each prompt, greedily: object [members, prompts].
+
+        An element is int32 [tokens], with the end token if it was written, or None if the model's logits were not numbers.
+        prompts: int32 [tokens] each. pass_prompts: prompts that go through the model at once (all members' keys and values are in
+        memory), a multiple of the micro-batch; it does not change a bit of the result.
+        """
+        state, scratch, passes = self._state, self._state.scratch, []
+        assert not isinstance(scratch, KeptScratch)
+        layers = check_cache(self._model.config)
+        state.perturbations = perturbations
+        forwards = -(-len(prompts) // pass_prompts) * (1 + limits.new_tokens)
+        state.work, state.done = forwards * self._parameters * len(perturbations), 0.0
+        state.scratch = KeptScratch(scratch, self._keep_weights)
+        try:
+            for low in range(0, len(prompts), pass_prompts):
+                part = prompts[low : low + pass_prompts]
+                passes.append(
+                    generate(
+                        list(state.groups()), part, limits, state.micro_batch, self._prompt_members, layers, self._next_tokens
+                    )
+                )
+        finally:
+            state.scratch = scratch
+        return np.concatenate(passes, axis=1)
+
+    def _next_tokens(
+        self, tiles: Sequence[SequenceTile], tokens: np.ndarray, seen: np.ndarray, positions: np.ndarray
+    ) -> np.ndarray:
+        """See `generate.Forward`."""
+        state = self._state
+        state.rows = SequenceRows(tiles)
+        device = state.scratch.device
+        ids, mask, places = (torch.from_numpy(array.astype(np.int64)).to(device) for array in (tokens, seen, positions))
+        arguments: dict[str, Any] = {self._cache_name: AllRows(seen.shape[1] - tokens.shape[1], tiles[0].layers)}
+        optional = {"position_ids": places, "logits_to_keep": 1}
+        arguments |= {name: value for name, value in optional.items() if name in self._accepted}
+        with state.weights.passing():
+            self._model(input_ids=ids, attention_mask=mask, use_cache=True, **arguments)
+            return self._head.greatest(self._head_input.take())
 
 
 def _replace_modules(model: PreTrainedModel, layout: Layout, state: ScoringState) -> tuple[HeadInput, Head]:

@@ -13,18 +13,19 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.func import functional_call
 
 from es_lite.model.layout import Layer, Tensor
 from es_lite.scoring.device import DeviceScratch
+from es_lite.scoring.kept import KeptScratch
 from es_lite.scoring.lanes import Lanes
 from es_lite.scoring.perturbation import Perturbation
 from es_lite.scoring.scratch import Scratch
+from es_lite.scoring.sequences import SequenceOutput, SequenceRows, SequenceTile
 from es_lite.scoring.shared import RowsMixed, Shared
-from es_lite.scoring.tiles import Output, PerturbationGroup, Tile
+from es_lite.scoring.tiles import Output, PerturbationGroup, SampleRows, Tile
 from es_lite.scoring.weights import Weights
 from es_lite.weights.parts import Part
 
@@ -34,14 +35,14 @@ class ScoringState:
     """What the proxies share: where weights come from, and during a pass, the perturbations and the shape of the batch."""
 
     weights: Weights
-    scratch: Scratch | DeviceScratch
+    scratch: Scratch | DeviceScratch | KeptScratch
     lanes: Lanes
     micro_batch: int
     tile_members: int
     """Members that share a tile, if their perturbations are factored: 1, or those of one or more perturbations."""
     perturbations: Sequence[Perturbation] = ()
-    lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
-    """Lengths of the samples, int32 [B], longest first."""
+    rows: SampleRows | SequenceRows = field(default_factory=lambda: SequenceRows(()))
+    """What a forward computes."""
     progress: Callable[[float], None] = lambda share: None
     """Called with the share of the work that is done."""
     work: float = 1.0
@@ -52,10 +53,6 @@ class ScoringState:
         """Adds `parameters`, used for one perturbation, to the work that is done."""
         self.done += parameters
         self.progress(self.done / self.work)
-
-    @property
-    def samples(self) -> int:
-        return self.lengths.size
 
     @property
     def members(self) -> int:
@@ -73,15 +70,6 @@ class ScoringState:
             group = PerturbationGroup(first, self.perturbations[low:high])
             yield group
             first, low = first + group.members, high
-
-    def tiles(self, group: PerturbationGroup, apart: bool) -> Iterator[Tile]:
-        """The group's tiles; apart: of one member each."""
-        each = 1 if apart or self.tile_members == 1 else group.members
-        for low in range(0, self.samples, self.micro_batch):
-            high = min(low + self.micro_batch, self.samples)
-            for member in range(0, group.members, each):
-                batch = self.members, self.samples
-                yield Tile(group, range(member, member + each), slice(low, high), int(self.lengths[low]), batch)
 
 
 def _alike(one: Perturbation, other: Perturbation) -> bool:
@@ -122,15 +110,14 @@ class Proxy(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         state = self.wrapped.state
-        rows = state.members * state.samples
-        if any(isinstance(value, torch.Tensor) and value.shape[:1] == (rows,) for value in args):
+        if any(isinstance(value, torch.Tensor) and value.shape[:1] == (state.rows.count,) for value in args):
             return self._each_row(args, kwargs)
         return self._each_member(args, kwargs)
 
     def _each_row(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The module's output for every row."""
         state = self.wrapped.state
-        output = Output((state.members, state.samples), int(state.lengths[0]))
+        output = state.rows.output()
         with state.weights.opened(self.wrapped.layer):
             parts = self._parts()
             linear = {name: parts[name] for name in self.wrapped.shared[0].linear}
@@ -145,24 +132,29 @@ class Proxy(nn.Module):
         return output.result()
 
     def _full(
-        self, group: PerturbationGroup, parts: Mapping[str, Part], output: Output, args: tuple, kwargs: dict[str, Any]
+        self,
+        group: PerturbationGroup,
+        parts: Mapping[str, Part],
+        output: Output | SequenceOutput,
+        args: tuple,
+        kwargs: dict[str, Any],
     ) -> None:
         """Runs the module on perturbed tensors of the group's only perturbation."""
         state, (perturbation,) = self.wrapped.state, group.perturbations
         members = state.scratch.tensors(perturbation, parts)
 
-        def run(lane: int, tile: Tile) -> None:
+        def run(lane: int, tile: Tile | SequenceTile) -> None:
             values = members[tile.members.start]
             output.put(tile, functional_call(self.wrapped.modules[lane], values, tile.cut(args), tile.cut(kwargs)))
 
-        state.lanes.run([partial(run, tile=tile) for tile in state.tiles(group, apart=True)])
+        state.lanes.run([partial(run, tile=tile) for tile in state.rows.tiles(group, apart=True)])
 
     def _together(
         self,
         group: PerturbationGroup,
         parts: Mapping[str, Part],
         linear: Mapping[str, Part],
-        output: Output,
+        output: Output | SequenceOutput,
         args: tuple,
         kwargs: dict[str, Any],
     ) -> None:
@@ -177,7 +169,7 @@ class Proxy(nn.Module):
         group: PerturbationGroup,
         parts: Mapping[str, Part],
         linear: Mapping[str, Part],
-        output: Output,
+        output: Output | SequenceOutput,
         args: tuple,
         kwargs: dict[str, Any],
     ) -> None:
@@ -195,7 +187,7 @@ class Proxy(nn.Module):
         group: PerturbationGroup,
         linear: Mapping[str, Part],
         made: Sequence[Mapping[str, torch.Tensor]],
-        output: Output,
+        output: Output | SequenceOutput,
         args: tuple,
         kwargs: dict[str, Any],
         apart: bool,
@@ -211,7 +203,7 @@ class Proxy(nn.Module):
             if found := state.scratch.factors(group.perturbations, part.tensor):
                 factors[name] = found
 
-        def run_tile(shared: Shared, tile: Tile) -> None:
+        def run_tile(shared: Shared, tile: Tile | SequenceTile) -> None:
             members = tile.members
 
             def make(name: str) -> torch.Tensor:
@@ -222,7 +214,7 @@ class Proxy(nn.Module):
             shared.operands.set(tile, base, own, made[members.start : members.stop], make)
             output.put(tile, shared(tile.cut(args), tile.cut(kwargs)))
 
-        def run(lane: int, tile: Tile) -> None:
+        def run(lane: int, tile: Tile | SequenceTile) -> None:
             shared = self.wrapped.shared[lane]
             try:
                 run_tile(shared, tile)
@@ -232,17 +224,19 @@ class Proxy(nn.Module):
             finally:
                 shared.operands.clear()
 
-        state.lanes.run([partial(run, tile=tile) for tile in state.tiles(group, apart)])
+        state.lanes.run([partial(run, tile=tile) for tile in state.rows.tiles(group, apart)])
 
     def _each_member(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
         """The output of a module whose input is the same for all samples, such as learned positions, repeated for each."""
         state, found = self.wrapped.state, []
+        assert isinstance(state.rows, SampleRows), "generation gives every row its positions"
+        samples = state.rows.samples
         with state.weights.opened(self.wrapped.layer):
             parts = self._parts()
             for perturbation in state.perturbations:
                 for values in state.scratch.tensors(perturbation, parts):
                     result = functional_call(self.wrapped.modules[0], values, args, kwargs)
-                    found.append(result.expand(state.samples, -1, -1))
+                    found.append(result.expand(samples, -1, -1))
                 state.passed(sum(part.data.size for part in parts.values()))
         return torch.cat(found)
 
@@ -255,7 +249,9 @@ class EmbeddingProxy(Proxy):
 
     def forward(self, ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         state, tensor = self.wrapped.state, self.wrapped.tensors["weight"]
-        used, positions = torch.unique(ids[: state.samples], return_inverse=True)
+        if isinstance(state.rows, SequenceRows):
+            return self._sequences(ids, state.rows)
+        used, positions = torch.unique(ids[: state.rows.samples], return_inverse=True)
         rows = used.cpu().numpy()
         weights, scales = state.weights.rows(tensor, rows)
         return torch.cat(
@@ -265,3 +261,25 @@ class EmbeddingProxy(Proxy):
                 for values in state.scratch.rows(perturbation, tensor, rows, weights, scales)
             ]
         )
+
+    def _sequences(self, ids: torch.Tensor, rows: SequenceRows) -> torch.Tensor:
+        """For sequences that are generated: every member has tokens of its own."""
+        state, tensor = self.wrapped.state, self.wrapped.tensors["weight"]
+        output = rows.output()
+        every, places = torch.unique(ids, return_inverse=True)
+        weights, scales = state.weights.rows(tensor, every.cpu().numpy())
+        for group in state.groups():
+            for tile in rows.tiles(group, apart=not group.perturbations[0].factored):
+                parts = places[tile.rows, -tile.length :].split(tile.counts)
+                made = []
+                for member, part in zip(tile.members, parts, strict=True):
+                    perturbation = group.perturbations[member // group.perturbations[0].members]
+                    used, positions = torch.unique(part, return_inverse=True)
+                    some = used.cpu().numpy()
+                    values = state.scratch.rows(
+                        perturbation, tensor, every.cpu().numpy()[some], weights[some], scales[some] if scales.size else scales
+                    )
+                    own = values[member % perturbation.members]
+                    made.append(functional_call(self.wrapped.modules[0], {"weight": own}, (positions,)))
+                output.put(tile, torch.cat(made))
+        return output.result()

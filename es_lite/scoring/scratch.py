@@ -52,9 +52,20 @@ class Scratch:
         """
         if self._based is not parts:
             self._based, self._base = None, {}  # or the buffer could not be freed
-            self._base = self._converted(parts)
+            converted = [part for part in parts.values() if part.data.dtype != self._numpy_type]
+            size = sum(part.data.size for part in converted)
+            if self._base_buffer.size < size:
+                self._base_buffer = np.empty(0, self._numpy_type)  # free the old one first
+                self._base_buffer = np.empty(size, self._numpy_type)
+            self._base = self._converted(parts, self._base_buffer)
             self._based = parts
         return self._base
+
+    def own_base(self, parts: Mapping[str, Part]) -> dict[str, torch.Tensor]:
+        """The same; what has to be converted is in new memory, valid for as long as it is held."""
+        own = {name: part for name, part in parts.items() if part.data.dtype != self._numpy_type}
+        buffer: np.ndarray = np.empty(sum(part.data.size for part in own.values()), self._numpy_type)
+        return self._converted(parts, buffer)
 
     def factors(
         self, perturbations: Sequence[Perturbation], tensor: Tensor, first: int = 0, rows: int | None = None
@@ -64,17 +75,12 @@ class Scratch:
             return None
         return factors_of([each.factors(tensor, first, rows) for each in perturbations], self._compute)
 
-    def _converted(self, parts: Mapping[str, Part]) -> dict[str, torch.Tensor]:
-        converted = [part for part in parts.values() if part.data.dtype != self._numpy_type]
-        size = sum(part.data.size for part in converted)
-        if self._base_buffer.size < size:
-            self._base_buffer = np.empty(0, self._numpy_type)  # free the old one first
-            self._base_buffer = np.empty(size, self._numpy_type)
+    def _converted(self, parts: Mapping[str, Part], buffer: np.ndarray) -> dict[str, torch.Tensor]:
         found, offset = {}, 0
         for name, part in parts.items():
             data = part.data
             if data.dtype != self._numpy_type:
-                data = self._base_buffer[offset : offset + part.data.size]
+                data = buffer[offset : offset + part.data.size]
                 offset += data.size
                 self._dequantise(data, part)
             found[name] = self._torch(data).view(part.shape)

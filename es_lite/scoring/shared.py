@@ -19,11 +19,42 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from es_lite.model.layout import Tensor
+from es_lite.scoring.sequences import SequenceTile
 from es_lite.scoring.tiles import Tile
 
 
 class RowsMixed(Exception):
     """A module does not keep the rows of members apart, or reads the weights of its linear maps: members must take turns."""
+
+
+@dataclass(frozen=True)
+class MemberRows:
+    """How rows, [rows, ...], belong to members, which come one after the other."""
+
+    signs: Sequence[int]
+    """Of each perturbation's members."""
+    counts: Sequence[int] = ()
+    """Rows of each member; none: all have the same number."""
+
+    @property
+    def uneven(self) -> bool:
+        return len(set(self.counts)) > 1
+
+    def places(self, rows: int, device: torch.device) -> tuple[torch.Tensor, int]:
+        """Where rows are if each member is given as many as the one that has most, int64 [rows]; and how many there are then.
+
+        rows: of all members, a multiple of the sum of counts.
+        """
+        each, most = rows // sum(self.counts), max(self.counts)
+        found = [torch.arange(count * each) + member * most * each for member, count in enumerate(self.counts)]
+        return torch.cat(found).to(device), len(self.counts) * most * each
+
+    def repeated(self, values: torch.Tensor, rows: int) -> torch.Tensor:
+        """A member's value for each of its rows, [rows, ...]; values: [members, ...]."""
+        if not self.uneven:
+            return values.repeat_interleave(rows // values.shape[0], dim=0)
+        counts = torch.tensor(self.counts, device=values.device) * (rows // sum(self.counts))
+        return values.repeat_interleave(counts, dim=0)
 
 
 @dataclass(frozen=True)
@@ -43,16 +74,23 @@ class LowRankFactors:
         """Of the transposed matrix."""
         return LowRankFactors(self.left.transpose(1, 2), self.right.transpose(1, 2))
 
-    def project(self, x: torch.Tensor, signs: Sequence[int]) -> torch.Tensor:
-        """±x B, [P, S·R, r]; x: [P·S·R, in]."""
+    def project(self, x: torch.Tensor, rows: MemberRows) -> torch.Tensor:
+        """±x B, [P, S·R, r]; x: [P·S·R, in], or fewer rows if they are uneven; R is then the most that a member has."""
+        if rows.uneven:
+            places, size = rows.places(x.shape[0], x.device)
+            x = x.new_zeros(size, x.shape[-1]).index_copy_(0, places, x)
         projected = torch.bmm(x.view(self.right.shape[0], -1, x.shape[-1]), self.right)
-        for part, sign in zip(projected.chunk(len(signs), dim=1), signs, strict=True):
+        for part, sign in zip(projected.chunk(len(rows.signs), dim=1), rows.signs, strict=True):
             if sign < 0:
                 part.neg_()
         return projected
 
-    def add(self, y: torch.Tensor, projected: torch.Tensor) -> None:
-        """y += (σ/√r)(±x B)Aᵀ, in place; y: [P·S·R, out]."""
+    def add(self, y: torch.Tensor, projected: torch.Tensor, rows: MemberRows) -> None:
+        """y += (σ/√r)(±x B)Aᵀ, in place; y: [P·S·R, out], or fewer rows if they are uneven."""
+        if rows.uneven:
+            places, _ = rows.places(y.shape[0], y.device)
+            y.add_(torch.bmm(projected, self.left).flatten(0, 1)[places])
+            return
         y.view(projected.shape[0], -1, y.shape[-1]).baddbmm_(projected, self.left)
 
 
@@ -71,7 +109,7 @@ class Operands:
     """Rows of the tile: members times samples."""
     length: int = 0
     """Tokens of a row."""
-    signs: Sequence[int] = ()
+    members: MemberRows = field(default_factory=lambda: MemberRows(()))
     base: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Unperturbed matrices of the linear maps, [out, in] ([in, out] if it is a Conv1D), by parameter name."""
     factors: Mapping[str, LowRankFactors] = field(default_factory=dict)
@@ -83,13 +121,13 @@ class Operands:
 
     def set(
         self,
-        tile: Tile,
+        tile: Tile | SequenceTile,
         base: Mapping[str, torch.Tensor],
         factors: Mapping[str, LowRankFactors],
         made: Sequence[Mapping[str, torch.Tensor]],
         make: Callable[[str], torch.Tensor],
     ) -> None:
-        self.rows, self.length, self.signs = tile.count, tile.length, tile.signs
+        self.rows, self.length, self.members = tile.count, tile.length, MemberRows(tile.signs, tile.counts)
         self.base, self.factors, self.made, self.make = base, factors, made, make
 
     def clear(self) -> None:
@@ -101,6 +139,11 @@ class Operands:
         if len(self.made) > 1:
             raise RowsMixed
         return self.made[0]
+
+    def split(self, value: torch.Tensor) -> Sequence[torch.Tensor]:
+        """The members' parts of a tile's rows or tokens."""
+        each = value.shape[0] // self.rows
+        return value.split([count * each for count in self.members.counts])
 
     def check(self, value: torch.Tensor) -> None:
         """Raises RowsMixed if the tile has several members and these are not its rows, [rows, ... length ...], or its tokens."""
@@ -130,9 +173,13 @@ class SharedLinear(nn.Module):
         y = functional.linear(flat, base.T if self._transposed else base, bias)
         if factors:
             factors = factors.transposed() if self._transposed else factors
-            factors.add(y, factors.project(flat, operands.signs))
+            factors.add(y, factors.project(flat, operands.members), operands.members)
         if self._bias and members > 1:
-            y.view(members, -1, y.shape[-1]).add_(torch.stack([made[self._bias] for made in operands.made])[:, None])
+            biases = torch.stack([made[self._bias] for made in operands.made])
+            if operands.members.uneven:
+                y.add_(operands.members.repeated(biases, y.shape[0]))
+            else:
+                y.view(members, -1, y.shape[-1]).add_(biases[:, None])
         return y.view(*x.shape[:-1], -1)
 
     @property
@@ -174,8 +221,12 @@ class MemberByMember(nn.Module):
         for value in args:
             if isinstance(value, torch.Tensor):
                 self._operands.check(value)
-        parts = [value.chunk(len(made)) if isinstance(value, torch.Tensor) else [value] * len(made) for value in args]
-        results = [functional_call(self._module[0], own, tuple(part), kwargs) for own, *part in zip(values, *parts, strict=True)]
+        parts = [self._operands.split(value) if isinstance(value, torch.Tensor) else [value] * len(made) for value in args]
+        results = [
+            functional_call(self._module[0], own, tuple(part), kwargs)
+            for own, count, *part in zip(values, self._operands.members.counts, *parts, strict=True)
+            if count
+        ]
         if not all(isinstance(result, torch.Tensor) for result in results):
             raise RowsMixed
         return torch.cat(results)

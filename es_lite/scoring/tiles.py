@@ -1,5 +1,7 @@
 """Tiles: the rows that are multiplied together. Which rows they are depends on the perturbations and the batch alone.
 
+Here they are rows of samples that are scored; `sequences` has those of sequences that are generated.
+
 Shapes: G members of all perturbations, B samples, T the longest sample.
 """
 
@@ -8,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from es_lite.scoring.perturbation import Perturbation
@@ -60,8 +63,12 @@ class Tile:
     @property
     def signs(self) -> tuple[int, ...]:
         """The signs of the tile's members of a perturbation."""
-        signs = self.group.perturbations[0].signs
-        return signs if len(self.members) > 1 else (signs[self.members.start % len(signs)],)
+        return signs_of(self.group, self.members)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Rows of each member."""
+        return (self.samples.stop - self.samples.start,) * len(self.members)
 
     def apart(self) -> Iterator["Tile"]:
         """The tile cut into tiles of one member each."""
@@ -86,6 +93,45 @@ class Tile:
         return value
 
 
+def signs_of(group: PerturbationGroup, members: range) -> tuple[int, ...]:
+    """The signs of one perturbation's members: all of them, or that of the only member."""
+    signs = group.perturbations[0].signs
+    return signs if len(members) > 1 else (signs[members.start % len(signs)],)
+
+
+@dataclass(frozen=True)
+class SampleRows:
+    """The rows of samples that are scored: row member * B + sample."""
+
+    members: int
+    """G."""
+    lengths: np.ndarray
+    """Lengths of the samples, int32 [B], longest first."""
+    micro_batch: int
+    tile_members: int
+    """Members that share a tile, if their perturbations are factored: 1, or those of one or more perturbations."""
+
+    @property
+    def samples(self) -> int:
+        return self.lengths.size
+
+    @property
+    def count(self) -> int:
+        return self.members * self.samples
+
+    def tiles(self, group: PerturbationGroup, apart: bool) -> Iterator[Tile]:
+        """The group's tiles; apart: of one member each."""
+        each = 1 if apart or self.tile_members == 1 else group.members
+        for low in range(0, self.samples, self.micro_batch):
+            high = min(low + self.micro_batch, self.samples)
+            for member in range(0, group.members, each):
+                batch = self.members, self.samples
+                yield Tile(group, range(member, member + each), slice(low, high), int(self.lengths[low]), batch)
+
+    def output(self) -> "Output":
+        return Output((self.members, self.samples), int(self.lengths[0]))
+
+
 class Output:
     """The output of a module for all rows, put together from its tiles."""
 
@@ -96,7 +142,7 @@ class Output:
         self._states: torch.Tensor | None = None
         self._tuple = False
 
-    def put(self, tile: Tile, result: Any) -> None:
+    def put(self, tile: Any, result: Any) -> None:
         """result: the module's states, [rows, length, ...], or a tuple that begins with them."""
         if isinstance(result, tuple):
             self._tuple, result = True, result[0]

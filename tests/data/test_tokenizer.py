@@ -11,7 +11,7 @@ from support import ROOT
 from es_lite.data.corpus import BUILTIN, read_texts
 from es_lite.data.tokenizer import END, load_tokenizer, train_bpe
 from es_lite.errors import UserError
-from es_lite.recipe import DataTable
+from es_lite.tables import DataTable
 
 TEXTS = [["the cat sat on the mat\n", "the dog sat on the log\n"], ["and so on, and so on"]]
 UNUSUAL = "naïve  café — 東京 😀\n\n\tdef f( x ):  return 'isn't'\r\n\u0000\u2028 "

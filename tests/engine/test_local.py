@@ -22,8 +22,9 @@ from es_lite.engine.messages import Advance, AdvanceSections, Check, Finish, Tas
 from es_lite.engine.worker import Setup, Worker
 from es_lite.errors import DamagedFile
 from es_lite.model.origin import Origin
-from es_lite.recipe import MemoryTable, Recipe
+from es_lite.recipe import Recipe
 from es_lite.scoring.perturbation import UNPERTURBED, Perturbation
+from es_lite.tables import MemoryTable
 from es_lite.weights import store
 from es_lite.weights.store import Store
 from es_lite.weights.working_copy import size_bytes

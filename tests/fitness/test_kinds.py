@@ -6,7 +6,7 @@ import pytest
 
 from es_lite.fitness.kinds import KNOWN, fitness_of
 from es_lite.fitness.logprob import LogProb
-from es_lite.recipe import FitnessTable
+from es_lite.tables import FitnessTable
 
 
 def test_a_kind_is_found_by_its_name():

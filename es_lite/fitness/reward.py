@@ -1,0 +1,228 @@
+"""Rewards on generated text, the fitness "reward" (Evolution Strategies at Scale, arXiv 2509.24372).
+
+An item is a prompt with its columns. A member continues it greedily; reward functions grade what it wrote, and the item's score
+is the weighted sum of their values. Workers generate; the coordinator has the text graded, by processes of their own.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from es_lite import system
+from es_lite.data import batch, prompts
+from es_lite.data.chat import decode, encode
+from es_lite.data.corpus import Document
+from es_lite.data.prompt_batch import Prompts
+from es_lite.data.prompts import Row
+from es_lite.data.tokenizer import load_tokenizer
+from es_lite.errors import UserError
+from es_lite.fitness.base import Graded, ItemMemory, Items, Sample
+from es_lite.fitness.functions import role
+from es_lite.fitness.grading import Completions, Graders
+from es_lite.fitness.tasks.known import rows_of, task_of
+from es_lite.recipe import Recipe
+from es_lite.scoring.generate import Limits
+from es_lite.scoring.heads import VOCABULARY_BLOCK
+from es_lite.scoring.model import PerturbedModel
+from es_lite.scoring.perturbation import Perturbation
+from es_lite.scoring.sequences import PADDING, check_cache
+
+SHOWN = 8
+"""Completions of an evaluation that are kept as samples, evenly spread."""
+
+GRADER_BYTES = 64 * 2**20
+"""Memory of a grader that has no large library to load (measured)."""
+
+
+@dataclass(frozen=True)
+class RewardItems:
+    """The prompts that a run trains on and is evaluated on, and what grades the completions."""
+
+    tokenizer: PreTrainedTokenizerBase
+    rows: Sequence[Row]
+    """To train on first, then held-out ones."""
+    train: int
+    """How many of them are to train on."""
+    tokens: Sequence[np.ndarray]
+    """Each row's prompt, int32 [length]."""
+    ends: tuple[int, ...]
+    functions: Sequence[str]
+    weights: np.ndarray
+    """float64 [functions]."""
+    graders: Graders
+    recipe: Recipe
+    causes: set[str] = field(default_factory=set)
+    """Why graders were killed, as far as it has been said."""
+
+    def draw(self, step: int) -> Prompts:
+        drawn = batch.draw(self.train, self.recipe.fitness.samples, self.recipe.run.seed, step)
+        return self._pack(drawn)
+
+    def held_out(self) -> Prompts:
+        count = len(self.rows) - self.train
+        shown = min(self.recipe.eval.samples, count)
+        return self._pack(self.train + np.arange(shown) * count // shown)
+
+    def _pack(self, rows: np.ndarray) -> Prompts:
+        return Prompts.pack(rows, self.tokens, self.ends, self.recipe.generation.max_new_tokens)
+
+    def fingerprint(self) -> str:
+        return prompts.fingerprint(self.rows)
+
+    def reference(self) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None:
+        self.graders.close()
+
+    def grade(self, answers: np.ndarray, items: Items, step: int) -> Graded:
+        """See `Dataset.grade`. answers: what was written, object [members, items]: int32 [tokens], or None.
+
+        An item whose functions all returned None is not counted; a member whose logits were not numbers has scores of -inf.
+        """
+        assert isinstance(items, Prompts)
+        began = time.perf_counter()
+        rows = [self.rows[row] for row in items.rows]
+        written = [[np.zeros(0, np.int32) if ids is None else ids for ids in member] for member in answers]
+        texts = [[decode(self.tokenizer, ids) for ids in member] for member in written]
+        completions = [
+            Completions(rows, text, [ids.tolist() for ids in member], step) for text, member in zip(texts, written, strict=True)
+        ]
+        grades = self.graders.grade_all(completions)
+        parts = np.stack([grade.parts for grade in grades])  # [members, functions, items]
+        counted = ~np.isnan(parts)
+        scores = np.where(counted, parts, 0.0).transpose(0, 2, 1) @ self.weights
+        scores[~counted.any(axis=1)] = np.nan
+        scores[[any(ids is None for ids in member) for member in answers]] = -np.inf
+        cut = np.array([[not ids.size or ids[-1] not in self.ends for ids in member] for member in written])
+        figures = {
+            "generated_tokens": sum(ids.size for member in written for ids in member),
+            "grading_seconds": time.perf_counter() - began,
+            "graders_killed": int(sum(grade.killed.sum() for grade in grades)),
+        }
+        causes = {cause for grade in grades for cause in grade.causes.values()} - self.causes
+        self.causes.update(causes)
+        shown = range(0, len(rows), max(1, len(rows) // SHOWN))
+        samples = [
+            Sample(
+                prompt=row.prompt,
+                completion=texts[0][i],
+                rewards={name: _number(parts[0, j, i]) for j, name in enumerate(self.functions)},
+                score=_number(scores[0, i]),
+                cut=bool(cut[0, i]),
+            )
+            for i, row in ((i, rows[i]) for i in shown)
+        ]
+        return Graded(scores, figures, self._described(parts, texts, cut), samples, sorted(causes))
+
+    def _described(self, parts: np.ndarray, texts: Sequence[Sequence[str]], cut: np.ndarray) -> dict[str, float]:
+        """accuracy and format (the share of completions to which a function of that role gives 1), length in characters, and
+        cut, the share that had no end."""
+        found = {}
+        for name, what in (("right", "accuracy"), ("format", "format")):
+            which = [j for j, function in enumerate(self.functions) if role(function) == name]
+            values = parts[:, which[0]] if which else np.full(1, np.nan)
+            if not np.isnan(values).all():
+                found[what] = float(np.mean(values[~np.isnan(values)] >= 1))
+        found["length"] = float(np.mean([[len(text) for text in member] for member in texts]))
+        return found | {"cut": float(cut.mean())}
+
+
+def _number(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+class Reward:
+    """The fitness "reward"."""
+
+    name = "reward"
+    measures = "mean reward"
+    unit = "of reward"
+    largest_loss = float("inf")
+    generates = True
+
+    def open(self, recipe: Recipe, config: PretrainedConfig, generation: GenerationConfig | None, run_dir: Path) -> RewardItems:
+        table, seed = recipe.data, recipe.run.seed
+        train, held_out = rows_of(table.path, table, seed)
+        if recipe.eval.every and recipe.eval.path:
+            other, its_held_out = rows_of(recipe.eval.path, table, seed)
+            held_out = its_held_out or other
+        elif recipe.eval.every and held_out is None:
+            train, held_out = prompts.split(train, recipe.eval.fraction)
+        rows = [*train, *(held_out if recipe.eval.every and held_out else [])]
+        tokenizer = load_tokenizer(table, recipe.model.path, run_dir, _texts(train))
+        tokens = encode(rows, tokenizer, recipe.fitness.max_length)
+        vocabulary, largest = config.get_text_config().vocab_size, max(int(prompt.max()) for prompt in tokens)
+        if largest >= vocabulary:
+            raise UserError(f"data.tokenizer: makes the token {largest}, but the model's vocab_size is {vocabulary}")
+        functions, weights = functions_of(recipe)
+        graders = Graders(functions, system.cores(), recipe.reward.seconds)
+        ends = end_tokens(config, generation, tokenizer)
+        items = RewardItems(tokenizer, rows, len(train), tokens, ends, functions, np.array(weights), graders, recipe)
+        items.draw(0)  # reports at once if there are fewer prompts than a step draws
+        graders.start()
+        return items
+
+    def memory(self, recipe: Recipe, config: PretrainedConfig, itemsize: int) -> ItemMemory:
+        text = config.get_text_config()
+        length, new, micro = recipe.fitness.max_length, recipe.generation.max_new_tokens, recipe.fitness.micro_batch
+        check_cache(config)
+        width = text.hidden_size
+        intermediate = getattr(text, "intermediate_size", None) or 4 * width
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        head = getattr(text, "head_dim", None) or width // text.num_attention_heads
+        slots = PADDING + length + new
+        block = 3 * intermediate * itemsize + 8 * width * 4
+        return ItemMemory(
+            tokens=length,
+            hidden=3 * (length + PADDING) * width * itemsize,
+            activations=micro * (length + PADDING) * block,
+            new_tokens=new,
+            cache=2 * slots * heads * head * itemsize * text.num_hidden_layers,
+            decoding=block + 2 * VOCABULARY_BLOCK * itemsize + 4 * slots * heads * head * itemsize,
+            graders=system.cores() * GRADER_BYTES,
+        )
+
+    def score(self, model: PerturbedModel, perturbations: Sequence[Perturbation], items: Items, pass_items: int) -> np.ndarray:
+        """What each member writes after each prompt: object [members, items]."""
+        assert isinstance(items, Prompts)
+        return model.generate(perturbations, items.tokens, Limits(items.ends, items.new_tokens), pass_items)
+
+
+def functions_of(recipe: Recipe) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """The recipe's reward functions and their weights, or those of its task. Raises UserError."""
+    functions, weights = recipe.reward.functions, recipe.reward.weights
+    task, _ = task_of(recipe.data.path)
+    if not functions:
+        if task is None:
+            raise UserError(
+                f'reward.functions: missing, and data.path = "{recipe.data.path}" is no task that has its own; name built-in '
+                'ones (such as "math_answer"), dotted paths, or "file.py:function"'
+            )
+        functions, weights = task.FUNCTIONS, weights or task.WEIGHTS
+    weights = weights or (1.0,) * len(functions)
+    if len(weights) != len(functions):
+        raise UserError(f"reward.weights: has {len(weights)} numbers for {len(functions)} functions ({', '.join(functions)})")
+    if not any(weights):
+        raise UserError("reward.weights: all are 0, so that every completion would score the same; give one function a weight")
+    return tuple(functions), tuple(weights)
+
+
+def end_tokens(
+    config: PretrainedConfig, generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, ...]:
+    """Those of the generation config, else of the model's, else of the tokenizer; none if nobody knows one."""
+    for source in (generation, config.get_text_config(), tokenizer):
+        found = getattr(source, "eos_token_id", None)
+        if found is not None:
+            return tuple(found) if isinstance(found, list | tuple) else (int(found),)
+    return ()
+
+
+def _texts(rows: Sequence[Row]) -> list[Document]:
+    """The prompts as documents, for a tokenizer that is trained on them."""
+    return [[row.prompt] if isinstance(row.prompt, str) else [message["content"] for message in row.prompt] for row in rows]

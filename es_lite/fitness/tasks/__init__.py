@@ -1,0 +1,1 @@
+"""Tasks: kinds of prompts, each with its reward functions; one file a task."""

@@ -1,0 +1,179 @@
+"""A run under way: one step of the algorithm, and an evaluation.
+
+`Run.step` is the papers' algorithm (EA4LLM, algorithm 1; Evolution Strategies at Scale, algorithm 2). The journal gets a step's
+record before any weight changes; the engine then brings the weights to the journal's end, whatever step they were left at.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from es_lite.algorithm.noise.kinds import NoiseKind
+from es_lite.algorithm.record import Record
+from es_lite.engine.base import Engine, Execution
+from es_lite.errors import RunError
+from es_lite.fitness import diagnosis
+from es_lite.fitness.base import Dataset, Fitness, Graded, Items
+from es_lite.quantities import GIB
+from es_lite.recipe import Recipe
+from es_lite.runs.console import Console
+from es_lite.runs.journal import Journal
+from es_lite.runs.pace import Pace
+from es_lite.scoring.perturbation import Perturbation
+from es_lite.weights.store import Store
+
+
+@dataclass
+class Run:
+    """A run under way: a step of the algorithm, and what it needs."""
+
+    recipe: Recipe
+    fitness: Fitness
+    dataset: Dataset
+    engine: Engine
+    execution: Execution
+    noise: NoiseKind
+    journal: Journal
+    store: Store
+    console: Console
+    pace: Pace
+    examined_sigma: float | None = None
+    """The last σ that was examined."""
+
+    @property
+    def theta(self) -> Perturbation:
+        """The unperturbed model, computed in the same way as the perturbed ones."""
+        return Perturbation(kind=self.noise.NAME, rank=self.noise.RANK)
+
+    @property
+    def done(self) -> int:
+        """Steps that the journal holds."""
+        return len(self.journal.records)
+
+    def begin(self) -> None:
+        """Brings the weights to the journal's end, and verifies all layers' files."""
+        self.console.say("advancing the weights to the end of the journal")
+        with self.console.progress("weights") as progress:
+            self.engine.advance(self.journal.records, progress)
+            self.engine.check(progress)
+
+    def step(self, sigma: float, alpha: float) -> dict[str, float]:
+        """One iteration. Returns its metrics."""
+        es, seed, t = self.recipe.es, self.recipe.run.seed, self.done
+        before, started = self.engine.traffic(), time.perf_counter()
+
+        # Score the population on the step's items; if σ is new, score θ itself too.
+        items = self.dataset.draw(t)
+        signs = (1, -1) if es.antithetic else (1,)
+        pairs = range(es.population // len(signs))
+        perturbations = [Perturbation(seed, t, pair, sigma, signs, self.noise.NAME, self.noise.RANK) for pair in pairs]
+        new_sigma = sigma != self.examined_sigma
+        answers = self._score([*perturbations, self.theta] if new_sigma else perturbations, items)
+        answered = time.perf_counter()
+        graded = self._grade(answers, items)
+        means = graded.means()
+        scores = means[: es.population]
+        scored = time.perf_counter()
+        if new_sigma:
+            self._examine(sigma, float(means[-1]), scores)
+
+        # Decide: scores to utilities to coefficients. Once the journal has them, the step is done, whatever happens.
+        finite = np.isfinite(scores)
+        if not finite.all():
+            self.console.warn(f"step {t + 1}: {np.sum(~finite)} of {scores.size} scores are not finite; they are ignored")
+        try:
+            record = Record.from_scores(
+                t,
+                scores,
+                seed=seed,
+                noise=self.noise,
+                sigma=sigma,
+                alpha=alpha,
+                shaping_kind=es.shaping,
+                scale=es.scale,
+                antithetic=es.antithetic,
+                weight_decay=es.weight_decay,
+            )
+        except ValueError as error:
+            raise RunError(f"step {t + 1}: {error}; nothing has changed. es.sigma or es.alpha may be too large") from None
+        self.journal.append(record, [score if np.isfinite(score) else None for score in scores.tolist()])
+
+        # Move θ.
+        with self.console.progress(f"step {t + 1}: update") as progress:
+            self.engine.advance([record], progress)
+        updated = time.perf_counter()
+
+        if self.pace.stepped(updated - started):
+            self._say_pace()
+        after, tokens = self.engine.traffic(), graded.figures.get("generated_tokens", es.population * items.scored_tokens)
+        return {
+            **graded.described,
+            "tokens": tokens,
+            "tokens_per_second": tokens / (updated - started),
+            **graded.figures,
+            **({"generation_seconds": answered - started} if self.fitness.generates else {}),
+            "step_seconds": updated - started,
+            "score_seconds": scored - started,
+            "update_seconds": updated - scored,
+            **self.memory(),
+            "read_gib": max(0, after[0] - before[0]) / GIB,
+            "written_gib": max(0, after[1] - before[1]) / GIB,
+            "workers": self.engine.workers,
+        }
+
+    def evaluation(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Metrics of θ on the held-out items, and samples of what it wrote; see `Milestones`."""
+        graded = self.evaluate()
+        figures = {"eval_score": float(graded.means()[0])}
+        figures |= {f"eval_{name}": value for name, value in graded.described.items()}
+        return figures, [asdict(sample) for sample in graded.samples]
+
+    def evaluate(self) -> Graded:
+        """θ on the held-out items; it does not depend on the number of workers."""
+        items = self.dataset.held_out()
+        with self.console.progress("evaluation") as progress:
+            answers = self.engine.score([self.theta], items, progress)
+        return self._grade(answers, items)
+
+    def memory(self) -> dict[str, float]:
+        """Metrics of the memory in use."""
+        now, peak = self.engine.memory()
+        return {"pss_gib": now / GIB, "peak_pss_gib": peak / GIB}
+
+    def _grade(self, answers: np.ndarray, items: Items) -> Graded:
+        graded = self.dataset.grade(answers, items, self.done)
+        for warning in graded.warnings:
+            self.console.warn(warning)
+        return graded
+
+    def _score(self, perturbations: Sequence[Perturbation], items: Items) -> np.ndarray:
+        """The engine's answers, [members, items]; corrects the expected duration in the first step."""
+        began = time.perf_counter()
+        members = sum(perturbation.members for perturbation in perturbations)
+        what = f"step {self.done + 1}/{self.recipe.run.iterations}"
+        with self.console.progress(what, members, self.pace.step_seconds) as show:
+
+            def progress(share: float) -> None:
+                if self.pace.scored(share, time.perf_counter() - began):
+                    self._say_pace()
+                show(share)
+
+            return self.engine.score(perturbations, items, progress)
+
+    def _say_pace(self) -> None:
+        remaining = self.recipe.run.iterations - self.done
+        if remaining:
+            self.console.say(f"as measured now, {self.pace.outlook(remaining)}")
+
+    def _examine(self, sigma: float, centre: float, scores: np.ndarray) -> None:
+        """Warns if σ is too small or too large to be of use; centre: θ's own score."""
+        self.examined_sigma = sigma
+        advice = [diagnosis.collapse_advice(self.fitness, centre, scores, sigma)]
+        if self.execution.compute == "bf16":
+            moved = diagnosis.share_moved(self.store.files, self.noise, sigma, self.recipe.run.seed)
+            advice.append(diagnosis.rounding_advice(moved, sigma))
+        for text in filter(None, advice):
+            self.console.warn(text)

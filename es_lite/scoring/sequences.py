@@ -1,0 +1,242 @@
+"""Sequences that are generated: their tiles, and the keys and values that each keeps.
+
+A tile's sequences are prompts of a few members. Prompts are padded on the left, so that the newest tokens of all sequences are in
+the same slot of the cache, and a slot's distance from it is the tokens' distance. One more slot of padding than needed is always
+there: models treat a batch without padding in another way, and then the bits of a sequence would depend on what else there is.
+
+Shapes: R rows (sequences) of a forward, T tokens of each (a prompt's, or 1), S slots of the cache.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Cache, DynamicCache, PretrainedConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from es_lite.errors import UserError
+from es_lite.scoring.tiles import PerturbationGroup, signs_of
+
+PADDING = 1
+"""Slots before the longest prompt of a tile."""
+
+LEAVE = 8
+"""Ended sequences leave a tile when they are one in so many of its rows, since leaving moves the others' keys and values."""
+
+
+def check_cache(config: PretrainedConfig) -> int:
+    """The number of layers that keep keys and values. Raises UserError if the model keeps anything else of earlier tokens."""
+    layers = DynamicCache(config=config).layers
+    if not layers or any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
+        raise UserError(
+            f"a model of type {config.model_type!r} keeps a state other than keys and values while it writes, which es_lite "
+            'cannot do for many members at once; take a model with attention in every layer, or fitness.kind = "logprob"'
+        )
+    return len(layers)
+
+
+class KeyValueCache:
+    """Keys and values of a tile's sequences, [rows, heads, capacity, width] for each layer."""
+
+    def __init__(self, rows: int, capacity: int, layers: int) -> None:
+        self.rows = rows
+        self.slots = 0
+        """Slots in use."""
+        self._capacity = capacity
+        self._layers: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * layers
+        self._making = threading.Lock()
+
+    def put(self, layer: int, rows: slice, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds the keys and values of the newest tokens, [rows, heads, T, width]; returns those of all slots."""
+        with self._making:  # lanes fill parts of a tile at the same time
+            if self._layers[layer] is None:
+                self._layers[layer] = (self._new(keys), self._new(values))
+        all_keys, all_values = self._layers[layer]  # type: ignore[misc]
+        end = self.slots + keys.shape[2]
+        all_keys[rows, :, self.slots : end] = keys
+        all_values[rows, :, self.slots : end] = values
+        if not self.slots:
+            return keys, values
+        return all_keys[rows, :, :end], all_values[rows, :, :end]
+
+    def keep(self, rows: np.ndarray) -> None:
+        """Forgets all rows but these, ascending."""
+        which = torch.from_numpy(rows)
+        for pair in self._layers:
+            for tensor in pair or ():
+                tensor[: rows.size, :, : self.slots] = tensor[which.to(tensor.device), :, : self.slots]
+        self.rows = rows.size
+
+    def _new(self, like: torch.Tensor) -> torch.Tensor:
+        return like.new_empty(self.rows, like.shape[1], self._capacity, like.shape[3])
+
+
+class _LayerView(DynamicLayer):
+    """A layer's keys and values of some rows, as Hugging Face's modules use them."""
+
+    def __init__(self, cache: KeyValueCache, layer: int, rows: slice) -> None:
+        super().__init__()
+        self._cache, self._layer, self._rows = cache, layer, rows
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._cache.put(self._layer, self._rows, key_states, value_states)
+
+    def get_seq_length(self) -> int:
+        return self._cache.slots
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._cache.slots + query_length, 0
+
+
+class _Length(DynamicLayer):
+    """What a model asks of a cache before its layers run: how many slots are in use."""
+
+    def __init__(self, slots: int) -> None:
+        super().__init__()
+        self._slots = slots
+        self.is_initialized = True
+
+    def update(self, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        raise AssertionError("only a tile's part has keys and values")
+
+    def get_seq_length(self) -> int:
+        return self._slots
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._slots + query_length, 0
+
+
+class AllRows(Cache):
+    """The cache that a model is given; its blocks get a tile's part of it (`SequenceTile.cut`)."""
+
+    def __init__(self, slots: int, layers: int) -> None:
+        """slots: in use by the longest sequence."""
+        super().__init__(layers=[_Length(slots) for _ in range(layers)])
+
+
+@dataclass(frozen=True)
+class SequenceTile:
+    """Rows of some members of a group that are multiplied together in one forward; see `tiles.Tile`."""
+
+    group: PerturbationGroup
+    members: range
+    """Numbers in the group."""
+    counts: tuple[int, ...]
+    """Rows of each member."""
+    rows: slice
+    """Which of the forward's rows."""
+    length: int
+    """T of these rows."""
+    total: int
+    """R."""
+    layers: int
+    cache: KeyValueCache
+    cached: slice
+    """Which rows of the cache."""
+
+    @property
+    def count(self) -> int:
+        return self.rows.stop - self.rows.start
+
+    @property
+    def perturbations(self) -> slice:
+        each = self.group.perturbations[0].members
+        return slice(self.members.start // each, -(-self.members.stop // each))
+
+    @property
+    def signs(self) -> tuple[int, ...]:
+        return signs_of(self.group, self.members)
+
+    def apart(self) -> Iterator["SequenceTile"]:
+        """The tile cut into tiles of one member each."""
+        first = self.rows.start
+        offset = self.cached.start - first
+        for member, count in zip(self.members, self.counts, strict=True):
+            if count:
+                yield self.part(range(member, member + 1), (count,), slice(first, first + count), offset)
+            first += count
+
+    def part(self, members: range, counts: tuple[int, ...], rows: slice, offset: int) -> "SequenceTile":
+        """The tile's rows of some members. offset: between rows of the forward and of the cache."""
+        cached = slice(rows.start + offset, rows.stop + offset)
+        return SequenceTile(self.group, members, counts, rows, self.length, self.total, self.layers, self.cache, cached)
+
+    def cut(self, value: Any) -> Any:
+        """The part of a module's argument that belongs to the tile.
+
+        Tensors are [R or 1, T, ...] states or positions, or [R, S] or [R or 1, heads or 1, T, S] masks. Raises UserError for
+        others; that is in the first forward, where T is at least 2.
+        """
+        if isinstance(value, AllRows):
+            return Cache(layers=[_LayerView(self.cache, layer, self.cached) for layer in range(self.layers)])
+        if isinstance(value, torch.Tensor) and value.dim() > 1:
+            positions = value.dim() != 3 or value.shape[1] >= self.length  # else a bias of heads and positions
+            if value.shape[0] == self.total and positions:
+                value = value[self.rows]
+            elif value.shape[0] != 1 or not positions:
+                raise UserError(
+                    f"this model gives its blocks a tensor of shape {list(value.shape)}; es_lite does not know what belongs "
+                    'to which sequence, so it cannot generate with it; take another model, or fitness.kind = "logprob"'
+                )
+            if value.dim() == 4:
+                return value[..., -self.length :, -(self.cache.slots + self.length) :]
+            if value.dim() == 2 and value.shape[1] > self.length:
+                return value[:, -(self.cache.slots + self.length) :] if self.cache.slots else value[:, -self.length :]
+            return value[:, -self.length :]
+        if isinstance(value, tuple):
+            return tuple(map(self.cut, value))
+        if isinstance(value, dict):
+            return {name: self.cut(item) for name, item in value.items()}
+        return value
+
+
+@dataclass(frozen=True)
+class SequenceRows:
+    """The rows of one forward: the tiles' one after the other."""
+
+    all_tiles: Sequence[SequenceTile]
+
+    @property
+    def count(self) -> int:
+        return self.all_tiles[0].total
+
+    def tiles(self, group: PerturbationGroup, apart: bool) -> Iterator[SequenceTile]:
+        """The group's tiles; apart: of one member each."""
+        for tile in self.all_tiles:
+            if tile.group.first == group.first:
+                if apart and len(tile.members) > 1:
+                    yield from tile.apart()
+                else:
+                    yield tile
+
+    def output(self) -> "SequenceOutput":
+        return SequenceOutput(self.count, max(tile.length for tile in self.all_tiles))
+
+
+class SequenceOutput:
+    """The output of a module for all rows, put together from its tiles."""
+
+    def __init__(self, rows: int, length: int) -> None:
+        self._shape = rows, length
+        self._making = threading.Lock()
+        self._states: torch.Tensor | None = None
+        self._tuple = False
+
+    def put(self, tile: Any, result: Any) -> None:
+        """result: the module's states, [rows, length, ...], or a tuple that begins with them."""
+        if isinstance(result, tuple):
+            self._tuple, result = True, result[0]
+        with self._making:
+            if self._states is None:
+                self._states = result.new_zeros(*self._shape, *result.shape[2:])
+        self._states[tile.rows, -tile.length :] = result
+
+    def result(self) -> Any:
+        assert self._states is not None
+        return (self._states,) if self._tuple else self._states

@@ -194,11 +194,16 @@ class SharedLinear(nn.Module):
         return self._operands.only()[self._bias] if self._bias else None
 
 
-class MemberByMember(nn.Module):
-    """A module that owns vectors, run on each member's rows with that member's tensors."""
+class VectorsShared(nn.Module):
+    """A module that owns vectors, run on the rows of each member with that member's tensors.
+
+    One that uses its vectors element by element (RMSNorm) runs once, with a vector for each row; others once a member.
+    """
 
     def __init__(self, module: nn.Module, name: str, operands: Operands) -> None:
         super().__init__()
+        self._element_by_element: bool | None = None
+        """Whether it was found to be so; None: it has not been tried."""
         self._module = (module,)  # not registered as a submodule: its parameters have no memory
         self._names = {own: name + own for own, _ in module.named_parameters()}
         self._operands = operands
@@ -221,6 +226,9 @@ class MemberByMember(nn.Module):
         for value in args:
             if isinstance(value, torch.Tensor):
                 self._operands.check(value)
+        if len(args) == 1 and not kwargs and self._broadcasts(args[0]):
+            own = {name: self._of_each_row(torch.stack([member[name] for member in values]), args[0]) for name in values[0]}
+            return functional_call(self._module[0], own, args)
         parts = [self._operands.split(value) if isinstance(value, torch.Tensor) else [value] * len(made) for value in args]
         results = [
             functional_call(self._module[0], own, tuple(part), kwargs)
@@ -231,9 +239,35 @@ class MemberByMember(nn.Module):
             raise RowsMixed
         return torch.cat(results)
 
+    def _of_each_row(self, vectors: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """A vector for each row of x, [rows, 1, …, width]; vectors: [members, width]."""
+        repeated = self._operands.members.repeated(vectors, x.shape[0])
+        return repeated.view(x.shape[0], *(1,) * (x.dim() - 2), x.shape[-1])
+
+    def _broadcasts(self, x: torch.Tensor) -> bool:
+        """Whether the module can be run on the rows of all members at once, with the same bits; tried once."""
+        own = dict(self._module[0].named_parameters())
+        if x.dim() < 2 or any(parameter.shape != x.shape[-1:] for parameter in own.values()):
+            return False
+        if self._element_by_element is None:
+            generator = torch.Generator(x.device).manual_seed(0)
+            width = x.shape[-1]
+            states = torch.randn(2, 3, width, generator=generator, device=x.device).to(x.dtype)
+            vectors = {name: torch.randn(2, 1, width, generator=generator, device=x.device).to(x.dtype) for name in own}
+            try:
+                together = functional_call(self._module[0], vectors, (states,))
+                apart = [
+                    functional_call(self._module[0], {name: each[i, 0] for name, each in vectors.items()}, (states[i : i + 1],))
+                    for i in range(2)
+                ]
+                self._element_by_element = torch.equal(together, torch.cat(apart))
+            except (RuntimeError, TypeError):  # it checks the vectors' shapes, as nn.LayerNorm does
+                self._element_by_element = False
+        return self._element_by_element
+
 
 class Shared:
-    """A copy of a module in which linear maps are `SharedLinear`, and owners of vectors `MemberByMember`."""
+    """A copy of a module in which linear maps are `SharedLinear`, and owners of vectors `VectorsShared`."""
 
     def __init__(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         """tensors: of the module's parameters, by name."""
@@ -254,7 +288,7 @@ class Shared:
                 self.linear.append(name + "weight")
                 replacement = SharedLinear(owner, name, self.operands)
             elif not list(owner.children()) and all(len(tensors[name + key].shape) < 2 for key in own):
-                replacement = MemberByMember(owner, name, self.operands)
+                replacement = VectorsShared(owner, name, self.operands)
             else:
                 self.others += [name + key for key in own]
                 continue
@@ -267,5 +301,7 @@ class Shared:
 
     def __call__(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Runs the module on a tile's rows with the operands."""
+        if not self.others:
+            return self.module(*args, **kwargs)
         others = {name: self.operands.made[0][name] for name in self.others}
         return functional_call(self.module, others, args, kwargs)

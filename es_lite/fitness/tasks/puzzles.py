@@ -9,7 +9,7 @@ what reasoning-gym's own scorer pays. What the scorers do was found by feeding t
   negations. They need a grader that can be killed.
 - Some pay when the right answer stands among others, so that a model is rewarded for listing candidates. These pay the length of
   the right answer / the length of the answer: acre, aiw, arc_1d, base_conversion, basic_arithmetic, bf, binary_alternation,
-  caesar_cipher, chain_sum, codeio, count_bits, count_primes, course_schedule, gcd, largest_island, lcm, leg_counting,
+  caesar_cipher, chain_sum, count_bits, count_primes, course_schedule, gcd, largest_island, lcm, leg_counting,
   letter_counting, list_functions, mahjong_puzzle, manipulate_matrix, maze, modulo_grid, number_filtering, number_sequence,
   products, rotate_matrix, rotten_oranges, simple_equations, simple_geometry, string_manipulation, string_splitting,
   string_synthesis, syllogism, tsumego and word_sequence_reversal; futoshiki, mini_sudoku and sudoku about as much.
@@ -27,6 +27,7 @@ import hashlib
 import io
 import json
 import math
+import random
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ EXACT = frozenset({"binary_matrix", "game_of_life_halting", "n_queens", "spiral_
 """Graded here instead, 1 for a right answer and 0 for any other: the unsafe ones of which the right answers are known, and
 game_of_life_halting, whose scorer pays 1 for any text."""
 
-VARYING = frozenset({"isomorphic_strings", "knight_swap", "polynomial_multiplication", "ransom_note", "word_ladder"})
+VARYING = frozenset({"codeio", "isomorphic_strings", "knight_swap", "polynomial_multiplication", "ransom_note", "word_ladder"})
 """Puzzles that depend on the order of Python's sets of strings, which is another in each process."""
 
 INSTEAD = {
@@ -218,8 +219,13 @@ def _dataset(name: str, options: str, seed: int, size: int) -> Any:
 @lru_cache(maxsize=1024)
 def _entry(name: str, options: str, seed: int, size: int, index: int) -> Entry:
     dataset = _dataset(name, options, seed, size)
-    with _complaints(name), contextlib.redirect_stdout(io.StringIO()):  # bf prints dots
-        return dataset[index]
+    state = random.getstate()
+    random.seed(f"{seed} {index}")  # list_functions draws from Python's own generator
+    try:
+        with _complaints(name), contextlib.redirect_stdout(io.StringIO()):  # bf prints dots
+            return dataset[index]
+    finally:
+        random.setstate(state)
 
 
 @contextlib.contextmanager

@@ -127,7 +127,13 @@ class Run:
     def evaluation(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Metrics of θ on the held-out items, and samples of what it wrote; see `Milestones`."""
         graded = self.evaluate()
-        figures = {"eval_score": float(graded.means()[0])}
+        score = float(graded.means()[0])
+        if not np.isfinite(score):
+            raise RunError(
+                f"step {self.done}: the model's score on the held-out items is not finite: "
+                "the model is broken, or it cannot be computed in this type; nothing more has changed"
+            )
+        figures = {"eval_score": score}
         figures |= {f"eval_{name}": value for name, value in graded.described.items()}
         return figures, [asdict(sample) for sample in graded.samples]
 

@@ -50,6 +50,21 @@ RECIPE: dict[str, dict[str, Any]] = {
 }
 
 
+PROMPTS = [{"prompt": f"Item {i}:{'abcdefghijkl'[: 1 + 7 * i % 12]}", "wanted": 150 * (i % 5)} for i in range(12)]
+
+REWARD_FUNCTIONS = """
+def near(completions, completion_ids, wanted, **_):
+    return [len(text) / 10 - abs(sum(ids) - number) / 400 for text, ids, number in zip(completions, completion_ids, wanted)]
+
+def even_format(completion_ids, **_):
+    return [float(sum(ids) % 2 == 0) for ids in completion_ids]
+"""
+"""Rewards that tell members apart, since they depend on each token."""
+
+WRITER = {"eos_token_id": [0, *range(2, 257, 6)], "initializer_range": 0.3}
+"""With so many end tokens that some of its completions end, after different numbers of tokens, and weights so large that it does
+not only repeat the last token."""
+
 NOISES: dict[str, dict[str, Any]] = {
     "gaussian": {"kind": "gaussian"},
     "rademacher": {"kind": "rademacher"},
@@ -91,6 +106,31 @@ def write_recipe(folder: Path, **tables: dict[str, Any]) -> Path:
     recipe = folder / "tiny.toml"
     recipe.write_text(tomli_w.dumps(document))
     return recipe
+
+
+def write_reward_recipe(folder: Path, **tables: dict[str, Any]) -> Path:
+    """The same for rewards on what the model writes: with prompts, and a file of reward functions."""
+    prompts, functions = folder / "prompts.jsonl", folder / "rewards.py"
+    prompts.write_text("".join(json.dumps(prompt) + "\n" for prompt in PROMPTS))
+    functions.write_text(REWARD_FUNCTIONS)
+    document: dict[str, dict[str, Any]] = {
+        "data": {"path": str(prompts)},
+        "fitness": {"kind": "reward"},
+        "reward": {"functions": [f"{functions}:near", f"{functions}:even_format"], "weights": [1.0, 0.5]},
+        "generation": {"max_new_tokens": 6},
+        "es": {"sigma": 0.1},
+        "eval": {"every": 1, "samples": 2, "fraction": 0.2},
+    }
+    for name, table in tables.items():
+        document.setdefault(name, {}).update(table)
+    config = document.setdefault("model", {}).get("config", TINY)
+    if config:
+        document["model"]["config"] = config | WRITER
+    return write_recipe(folder, **document)
+
+
+FITNESSES: dict[str, Callable[..., Path]] = {"logprob": write_recipe, "reward": write_reward_recipe}
+"""What writes a recipe, by the kind of fitness."""
 
 
 def arguments(recipe: Path, run: Path, *overrides: str, resume: bool = False, rebuild: bool = False) -> list[str]:
@@ -162,6 +202,10 @@ class Live:
 
     def workers(self) -> list[psutil.Process]:
         return [process for process in group(self.process.pid) if _is_worker(process)]
+
+    def graders(self) -> list[psutil.Process]:
+        """They are no members of its process group."""
+        return [child for child in psutil.Process(self.process.pid).children() if _is_grader(child)]
 
     def finish(self, seconds: float = 180) -> Finished:
         self.process.wait(seconds)
@@ -281,6 +325,11 @@ def assert_same_run(run: Path, reference: Path) -> None:
     assert leftovers(run) == []
 
 
+def samples(run: Path) -> list[dict[str, Any]]:
+    """What the model wrote in evaluations."""
+    return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+
+
 def assert_same_bits(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> None:
     """Both hold the same float32 tensors."""
     assert left.keys() == right.keys()
@@ -301,6 +350,13 @@ def _alive_in(process: psutil.Process, leader: int) -> bool:
     try:
         return os.getpgid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE
     except (ProcessLookupError, psutil.NoSuchProcess):
+        return False
+
+
+def _is_grader(process: psutil.Process) -> bool:
+    try:
+        return any("grader.main" in word for word in process.cmdline())
+    except psutil.NoSuchProcess:
         return False
 
 

@@ -134,7 +134,7 @@ def plain(arguments: argparse.Namespace) -> None:
     for name, kind in kinds.items():
         pairs = [Perturbation(1, 0, pair, 1e-3, (1, -1), *kind) for pair in range(load.population // 2)]
         cases[name] = partial(loaded.scores, pairs)
-    seconds = _in_turns(cases, arguments.repeats)
+    seconds = in_turns(cases, arguments.repeats)
     for name, values in seconds.items():
         print(row(f"{name}, {load.population} members", values, "s"))
     print(row("members in a tile of low-rank noise", [loaded.tile_members], ""))
@@ -152,7 +152,7 @@ def tiles(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     matrices = [torch.randn(inner, width, dtype=compute) for _ in range(COLD_MATRICES)]
     cases = {rows: partial(_all_products, torch.randn(rows, width, dtype=compute), matrices) for rows in TILE_ROWS}
-    for rows, seconds in _in_turns(cases, arguments.repeats).items():
+    for rows, seconds in in_turns(cases, arguments.repeats).items():
         flops = 2 * rows * width * inner * len(matrices)
         print(row(f"{rows} rows", [flops / took / 1e9 for took in seconds], "GFLOP/s"))
 
@@ -176,7 +176,7 @@ def _all_products(x: torch.Tensor, matrices: Sequence[torch.Tensor]) -> None:
         linear(x, matrix)
 
 
-def _in_turns(cases: Mapping[Any, Callable[[], object]], repeats: int) -> dict[Any, list[float]]:
+def in_turns(cases: Mapping[Any, Callable[[], object]], repeats: int) -> dict[Any, list[float]]:
     """Seconds of each case, which take turns; the first turn, which warms up, is not counted."""
     turns = [[_seconds(work) for work in cases.values()] for _ in range(repeats + 1)]
     return {case: list(seconds) for case, seconds in zip(cases, zip(*turns[1:], strict=True), strict=True)}

@@ -3,6 +3,7 @@
     python tools/benchmark.py noise                    elements a second and thread, fused with σ, addition and rounding, by kind
     python tools/benchmark.py scoring                  FLOP/s of scoring, compared with the GEMM rate of the same thread
     python tools/benchmark.py plain                    scoring compared with plain inference, with low-rank and gaussian noise
+    python tools/benchmark.py generation               generation compared with the plain loop; `generation --help` says what else
     python tools/benchmark.py tiles                    FLOP/s of a linear map by the rows that are multiplied together
     python tools/benchmark.py kinds                    a step, its scoring and its update by kind of noise, and the peak PSS
     python tools/benchmark.py workers                  scoring on one worker and on two
@@ -27,6 +28,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import _generation
 import _scoring
 import _update
 import numpy as np
@@ -219,7 +221,7 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=tuple(COMMANDS))
+    parser.add_argument("what", choices=(*COMMANDS, "generation"))
     add_load(parser)
     parser.add_argument("--tokens", type=int, default=4096, help="scoring: tokens a member, in samples of 256")
     parser.add_argument("--threads", type=int, default=1, help="scoring, plain, tiles: threads")
@@ -228,6 +230,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--against", help="step: the command of another loop")
     words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["generation"]:  # which has options of its own
+        _generation.generation(words[1:])
+        return 0
     arguments = parser.parse_args(words)
     print(f"{provenance('benchmark.py', words)}\n", flush=True)
     COMMANDS[arguments.what](arguments)

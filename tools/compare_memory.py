@@ -46,7 +46,7 @@ def command_for(model: Model, load: Load, mode: str, folder: Path) -> list[str]:
     if mode in OURS:
         return [sys.executable, "-m", "es_lite.train", str(path)]
     run.mkdir()
-    samples = LogProb().open(Recipe.load(path), model.config, run)
+    samples = LogProb().open(Recipe.load(path), model.config, None, run)
     tokens = np.zeros((load.steps, load.samples, load.length), np.int64)
     for step in range(load.steps):
         drawn = samples.draw(step).tokens

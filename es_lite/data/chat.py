@@ -14,26 +14,26 @@ BATCH_ROWS = 64
 BATCH_CHARACTERS = 2**20
 
 
-def encode(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, room: int) -> list[np.ndarray]:
-    """The token ids of each prompt, int32 [length], 1 ≤ length ≤ room.
+def encode(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[np.ndarray]:
+    """The token ids of each prompt, int32 [length], 1 ≤ length ≤ max_length.
 
     Text gets the special tokens that the tokenizer adds on its own, for instance one that begins a text. Messages go through its
     chat template, up to where the assistant's answer begins, or to the end of a last message of the assistant. Raises
-    UserError for messages without a chat template, a template that fails, a prompt without tokens and one longer than `room`.
+    UserError for messages without a chat template, a template that fails, a prompt without tokens and one that is longer.
     """
     encoded = []
     for batch in _batches(rows):
         texts = [row.prompt for row in batch if isinstance(row.prompt, str)]
-        # verbose = False: no warning of a text longer than the model's context, since `room` is checked below
+        # verbose = False: no warning of a text longer than the model's context, since `max_length` is checked below
         ids = iter(tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else [])
         for row in batch:
             prompt = np.array(next(ids) if isinstance(row.prompt, str) else _chat(row, tokenizer), np.int32)
             if not len(prompt):
                 raise UserError(f"{row.where}: the tokenizer makes no tokens of this prompt; give it other text")
-            if len(prompt) > room:
+            if len(prompt) > max_length:
                 raise UserError(
-                    f"{row.where}: the prompt has {len(prompt)} tokens, but there is room for {room}; "
-                    "shorten it, or lower generation.max_new_tokens"
+                    f"{row.where}: the prompt has {len(prompt)} tokens, more than fitness.max_length = {max_length}; "
+                    "raise that, or shorten the prompt"
                 )
             encoded.append(prompt)
     return encoded

@@ -6,7 +6,6 @@ streams or uses a GPU scores all members in one pass; the others take groups of 
 """
 
 import contextlib
-import ctypes
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -58,7 +57,7 @@ class LocalEngine:
         """Every layer is at this step or later."""
         self._unchecked = {file.layer.index for file in self._files if file.exists()}
         """Layers whose files have not been read since the engine began."""
-        _trim_heap()  # reading the text and the model has left some 50 MB in it
+        system.trim_memory()  # reading the text and the model has left some 50 MB in it
         setup = Setup(origin, layout, files.folder, recipe.memory.weights, recipe.fitness.kind, execution)
         copy = None if execution.streamed else working_copy.allocate(layout, recipe.memory.weights)
         with ExitStack() as opened:
@@ -163,12 +162,6 @@ class LocalEngine:
         members = sum(len(record.coefficients) for record in history)
         drawn = (1 + members) * max(layer.size for layer in self._layout.layers)
         self._pool.map(tasks, drawn / SLOWEST_NOISE, progress)
-
-
-def _trim_heap() -> None:
-    """Returns free memory of the C allocator to the system, where it can."""
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def divide(files: Sequence[LayerFile], history: Sequence[Record], step: int, processes: int) -> tuple[list[Task], list[Task]]:

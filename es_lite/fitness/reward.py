@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 
 from es_lite import system
 from es_lite.data import batch, prompts
+from es_lite.data.batch import Batch
 from es_lite.data.chat import decode, encode
 from es_lite.data.corpus import Document
 from es_lite.data.prompt_batch import Prompts
@@ -24,6 +25,7 @@ from es_lite.fitness.base import Graded, ItemMemory, Items, Sample
 from es_lite.fitness.functions import role
 from es_lite.fitness.grading import Completions, Graders
 from es_lite.fitness.tasks.known import rows_of, task_of
+from es_lite.quantities import count
 from es_lite.recipe import Recipe
 from es_lite.scoring.generate import Limits
 from es_lite.scoring.heads import VOCABULARY_BLOCK
@@ -32,7 +34,7 @@ from es_lite.scoring.perturbation import Perturbation
 from es_lite.scoring.sequences import PADDING, check_cache
 
 SHOWN = 8
-"""Completions of an evaluation that are kept as samples, evenly spread."""
+"""Completions of an evaluation that are kept as samples."""
 
 GRADER_BYTES = 64 * 2**20
 """Memory of a grader that has no large library to load (measured)."""
@@ -55,6 +57,8 @@ class RewardItems:
     """float64 [functions]."""
     graders: Graders
     recipe: Recipe
+    shown: int = SHOWN
+    """Completions that are kept as samples, evenly spread."""
     causes: set[str] = field(default_factory=set)
     """Why graders were killed, as far as it has been said."""
 
@@ -82,22 +86,29 @@ class RewardItems:
     def grade(self, answers: np.ndarray, items: Items, step: int) -> Graded:
         """See `Dataset.grade`. answers: what was written, object [members, items]: int32 [tokens], or None.
 
-        An item whose functions all returned None is not counted; a member whose logits were not numbers has scores of -inf.
+        An item whose functions all returned None is not counted; a member whose logits were not numbers is not graded, and has
+        scores of -inf. Raises UserError, also if nothing counts at all.
         """
         assert isinstance(items, Prompts)
         began = time.perf_counter()
         rows = [self.rows[row] for row in items.rows]
         written = [[np.zeros(0, np.int32) if ids is None else ids for ids in member] for member in answers]
         texts = [[decode(self.tokenizer, ids) for ids in member] for member in written]
-        completions = [
-            Completions(rows, text, [ids.tolist() for ids in member], step) for text, member in zip(texts, written, strict=True)
-        ]
-        grades = self.graders.grade_all(completions)
-        parts = np.stack([grade.parts for grade in grades])  # [members, functions, items]
+        broken = np.array([any(ids is None for ids in member) for member in answers])
+        sound = np.flatnonzero(~broken)
+        grades = self.graders.grade_all([Completions(rows, texts[i], [ids.tolist() for ids in written[i]], step) for i in sound])
+        parts = np.full((len(answers), len(self.functions), len(rows)), np.nan)  # [members, functions, items]
+        for i, grade in zip(sound, grades, strict=True):
+            parts[i] = grade.parts
         counted = ~np.isnan(parts)
+        if sound.size and not counted.any():
+            raise UserError(
+                f"reward.functions: {', '.join(self.functions)} returned None for every completion, so that none counts; "
+                f"return a number for some (the first prompt is that of {rows[0].where})"
+            )
         scores = np.where(counted, parts, 0.0).transpose(0, 2, 1) @ self.weights
         scores[~counted.any(axis=1)] = np.nan
-        scores[[any(ids is None for ids in member) for member in answers]] = -np.inf
+        scores[broken] = -np.inf
         cut = np.array([[not ids.size or ids[-1] not in self.ends for ids in member] for member in written])
         figures = {
             "generated_tokens": sum(ids.size for member in written for ids in member),
@@ -106,7 +117,7 @@ class RewardItems:
         }
         causes = {cause for grade in grades for cause in grade.causes.values()} - self.causes
         self.causes.update(causes)
-        shown = range(0, len(rows), max(1, len(rows) // SHOWN))
+        shown = range(0, len(rows), max(1, len(rows) // self.shown))
         samples = [
             Sample(
                 prompt=row.prompt,
@@ -147,23 +158,31 @@ class Reward:
 
     def open(self, recipe: Recipe, config: PretrainedConfig, generation: GenerationConfig | None, run_dir: Path) -> RewardItems:
         table, seed = recipe.data, recipe.run.seed
-        train, held_out = rows_of(table.path, table, seed)
-        if recipe.eval.every and recipe.eval.path:
-            other, its_held_out = rows_of(recipe.eval.path, table, seed)
-            held_out = its_held_out or other
-        elif recipe.eval.every and held_out is None:
-            train, held_out = prompts.split(train, recipe.eval.fraction)
-        rows = [*train, *(held_out if recipe.eval.every and held_out else [])]
+        if recipe.eval.every:
+            train, held_out = split_rows(recipe)
+        else:
+            train, held_out = rows_of(table.path, table, seed)[0], []
+        rows = [*train, *held_out]
         tokenizer = load_tokenizer(table, recipe.model.path, run_dir, _texts(train))
         tokens = encode(rows, tokenizer, recipe.fitness.max_length)
-        vocabulary, largest = config.get_text_config().vocab_size, max(int(prompt.max()) for prompt in tokens)
-        if largest >= vocabulary:
-            raise UserError(f"data.tokenizer: makes the token {largest}, but the model's vocab_size is {vocabulary}")
+        check_vocabulary(tokens, config)
         functions, weights = functions_of(recipe)
         graders = Graders(functions, system.cores(), recipe.reward.seconds)
         ends = end_tokens(config, generation, tokenizer)
         items = RewardItems(tokenizer, rows, len(train), tokens, ends, functions, np.array(weights), graders, recipe)
-        items.draw(0)  # reports at once if there are fewer prompts than a step draws
+        if recipe.fitness.samples > len(train):
+            apart = f" ({len(rows) - len(train)} are held out)" if len(rows) > len(train) else ""
+            raise UserError(
+                f"fitness.samples = {recipe.fitness.samples}: there are only {count(len(train), 'prompt')} to train on{apart}; "
+                "lower it, or give more prompts"
+            )
+        if not ends:
+            new = recipe.generation.max_new_tokens
+            print(
+                f"note: neither the model nor its tokenizer has an end token, so every completion has {new} tokens "
+                "(generation.max_new_tokens)",
+                flush=True,
+            )
         graders.start()
         return items
 
@@ -188,9 +207,29 @@ class Reward:
         )
 
     def score(self, model: PerturbedModel, perturbations: Sequence[Perturbation], items: Items, pass_items: int) -> np.ndarray:
-        """What each member writes after each prompt: object [members, items]."""
+        """What each member writes after each prompt, int32 [tokens]; of a `Batch`, which evaluations compare models on, the
+        log-probabilities of its tokens, float64 [length - 1]: object [members, items]."""
+        if isinstance(items, Batch):
+            return model.token_log_probabilities(perturbations, items, pass_items)
         assert isinstance(items, Prompts)
         return model.generate(perturbations, items.tokens, Limits(items.ends, items.new_tokens), pass_items)
+
+
+def split_rows(recipe: Recipe) -> tuple[list[Row], list[Row]]:
+    """Rows to train on, and held-out rows: those of eval.path, the task's own, or the last part of data.path."""
+    table, seed = recipe.data, recipe.run.seed
+    train, held_out = rows_of(table.path, table, seed)
+    if recipe.eval.path:
+        other, its_held_out = rows_of(recipe.eval.path, table, seed)
+        return train, its_held_out or other
+    return prompts.split(train, recipe.eval.fraction) if held_out is None else (train, held_out)
+
+
+def check_vocabulary(tokens: Sequence[np.ndarray], config: PretrainedConfig) -> None:
+    """Raises UserError if a prompt, int32 [length], has a token that the model does not know."""
+    vocabulary, largest = config.get_text_config().vocab_size, max(int(prompt.max()) for prompt in tokens)
+    if largest >= vocabulary:
+        raise UserError(f"data.tokenizer: makes the token {largest}, but the model's vocab_size is {vocabulary}")
 
 
 def functions_of(recipe: Recipe) -> tuple[tuple[str, ...], tuple[float, ...]]:
@@ -206,7 +245,9 @@ def functions_of(recipe: Recipe) -> tuple[tuple[str, ...], tuple[float, ...]]:
         functions, weights = task.FUNCTIONS, weights or task.WEIGHTS
     weights = weights or (1.0,) * len(functions)
     if len(weights) != len(functions):
-        raise UserError(f"reward.weights: has {len(weights)} numbers for {len(functions)} functions ({', '.join(functions)})")
+        raise UserError(
+            f"reward.weights: has {count(len(weights), 'number')} for {count(len(functions), 'function')}: {', '.join(functions)}"
+        )
     if not any(weights):
         raise UserError("reward.weights: all are 0, so that every completion would score the same; give one function a weight")
     return tuple(functions), tuple(weights)

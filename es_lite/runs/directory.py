@@ -13,7 +13,7 @@ from es_lite.recipe import Recipe
 CHANGEABLE = (
     *("run.dir", "run.iterations", "run.minutes", "run.checkpoint_every", "run.checkpoint_dtype"),
     *("workers.count", "workers.threads", "workers.deadline", "workers.device"),
-    *("memory.limit", "memory.residency", "eval.samples", "eval.best", "log.tensorboard"),
+    *("memory.limit", "memory.residency", "eval.samples", "eval.best", "log.tensorboard", "reward.seconds"),
 )
 """Keys that may differ on --resume: none changes what a step means (threads or a GPU may change a score's last bits)."""
 

@@ -124,7 +124,7 @@ class Head:
         self._state = state
 
     def log_probabilities(self, hidden: torch.Tensor, tokens: np.ndarray) -> np.ndarray:
-        """Mean log-probability of each sample's true next tokens (EA4LLM, section 3): float64 [G, B].
+        """Log-probability of each of the samples' true next tokens, sample after sample: float64 [G, scored tokens].
 
         hidden: [G·B, T, H]; tokens: int32 [B, T], the samples.
         """
@@ -132,10 +132,7 @@ class Head:
         assert isinstance(state.rows, SampleRows)
         groups = [(group, self._scored(group, state.rows, hidden, tokens)) for group in state.groups()]
         self._add_logits(groups)
-        counts = state.rows.lengths.astype(np.int64) - 1
-        starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
-        values = np.concatenate([self._values(group, positions) for group, positions in groups])
-        return np.stack([np.add.reduceat(value, starts) / counts for value in values])
+        return np.concatenate([self._values(group, positions) for group, positions in groups])
 
     def greatest(self, hidden: torch.Tensor) -> np.ndarray:
         """The token with the greatest logit for each row, the first of equal ones; -1 if a logit is not a number: int64 [R].

@@ -5,7 +5,7 @@ once over all members and samples; the input of its head goes to `heads.Head`.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -27,6 +27,7 @@ from es_lite.scoring.scratch import Scratch
 from es_lite.scoring.sequences import AllRows, SequenceRows, SequenceTile, check_cache
 from es_lite.scoring.tiles import SampleRows
 from es_lite.scoring.weights import Weights
+from es_lite.system import trim_memory
 
 
 class PerturbedModel:
@@ -68,14 +69,38 @@ class PerturbedModel:
                     module._buffers[name] = buffer.to(scratch.device)
         self._head_input, self._head = _replace_modules(model, layout, self._state)
 
-    @torch.inference_mode()
     def log_probabilities(self, perturbations: Sequence[Perturbation], batch: Batch, pass_samples: int) -> np.ndarray:
-        """Mean log-probability of each sample's true next tokens, for each member of all perturbations: float64 [G, B].
+        """Mean log-probability of each sample's true next tokens (EA4LLM, section 3), for each member of all perturbations:
+        float64 [G, B].
 
         pass_samples: samples that go through the model at once (the hidden states of all of them, for all members, are in
         memory), a multiple of the micro-batch; it does not change a bit of the result.
         """
-        state, passes = self._state, []
+        passes = []
+        for part, values in self._scored(perturbations, batch, pass_samples):
+            counts = part.lengths.astype(np.int64) - 1
+            starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+            passes.append(np.stack([np.add.reduceat(value, starts) / counts for value in values]))
+        return np.concatenate(passes, axis=1)
+
+    def token_log_probabilities(self, perturbations: Sequence[Perturbation], batch: Batch, pass_samples: int) -> np.ndarray:
+        """The log-probability of each token but the first: object [G, B], of float64 [length - 1]. See `log_probabilities`."""
+        passes = []
+        for part, values in self._scored(perturbations, batch, pass_samples):
+            ends = np.cumsum(part.lengths.astype(np.int64) - 1)[:-1]
+            found = np.empty((len(values), len(part)), object)
+            for member, value in enumerate(values):
+                for sample, own in enumerate(np.split(value, ends)):
+                    found[member, sample] = own
+            passes.append(found)
+        return np.concatenate(passes, axis=1)
+
+    @torch.inference_mode()
+    def _scored(
+        self, perturbations: Sequence[Perturbation], batch: Batch, pass_samples: int
+    ) -> Iterator[tuple[Batch, np.ndarray]]:
+        """Each pass's samples, and the log-probabilities of their tokens, sample after sample: float64 [G, scored tokens]."""
+        state = self._state
         state.perturbations = perturbations
         state.work, state.done = -(-len(batch) // pass_samples) * self._parameters * len(perturbations), 0.0
         for low in range(0, len(batch), pass_samples):
@@ -84,8 +109,8 @@ class PerturbedModel:
             ids = torch.from_numpy(part.tokens.astype(np.int64)).repeat(state.members, 1).to(state.scratch.device)
             with state.weights.passing():
                 self._model(input_ids=ids, use_cache=False)
-                passes.append(self._head.log_probabilities(self._head_input.take(), part.tokens))
-        return np.concatenate(passes, axis=1)
+                values = self._head.log_probabilities(self._head_input.take(), part.tokens)
+            yield part, values
 
     @torch.inference_mode()
     def generate(
@@ -112,6 +137,7 @@ class PerturbedModel:
                         list(state.groups()), part, limits, state.micro_batch, self._prompt_members, layers, self._next_tokens
                     )
                 )
+                trim_memory()  # keys and values have other sizes each time, and leave holes
         finally:
             state.scratch = scratch
         return np.concatenate(passes, axis=1)

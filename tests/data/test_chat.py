@@ -80,7 +80,7 @@ def test_few_characters_are_tokenized_at_a_time(tokenizer, monkeypatch):
 def test_a_prompt_that_just_fits_and_one_that_does_not(tokenizer):
     for prompt, length in [("abc", 4), ([USER], 21)]:
         assert len(encode([row(prompt)], tokenizer, length)[0]) == length
-        with pytest.raises(UserError, match=rf"^a\.jsonl:7: the prompt has {length} tokens, .* room for {length - 1}; shorten"):
+        with pytest.raises(UserError, match=rf"^a\.jsonl:7: .* has {length} tokens, .*max_length = {length - 1}; raise"):
             encode([row(prompt)], tokenizer, length - 1)
 
 

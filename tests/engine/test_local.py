@@ -112,6 +112,8 @@ def engine_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
             pass_samples=PASS_ITEMS,
             micro_batch=MICRO_BATCH,
             tile_members=tile_members,
+            prompt_members=tile_members,
+            kept=False,
             group=max(1, tile_members // 2),
         )
         pools = []

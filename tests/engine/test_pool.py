@@ -34,6 +34,8 @@ EXECUTION = Execution(
     pass_samples=2,
     micro_batch=2,
     tile_members=1,
+    prompt_members=1,
+    kept=False,
     group=1,
 )
 LAYERS = range(4)

@@ -25,7 +25,7 @@ def opened(folder: Path, *overrides: str) -> Samples:
     """The samples of the tiny recipe: 32 tokens each, 4 of them a step."""
     folder.mkdir(exist_ok=True)
     recipe = Recipe.load(write_recipe(folder), overrides)
-    return LogProb().open(recipe, configuration("", recipe.model.config), folder / "run")
+    return LogProb().open(recipe, configuration("", recipe.model.config), None, folder / "run")
 
 
 def same(one: Batch, other: Batch) -> bool:

@@ -26,6 +26,7 @@ CHANGES = {
     "eval.samples": 5,
     "eval.best": False,
     "log.tensorboard": False,
+    "reward.seconds": 20.0,
 }
 """Another value for each key that may change, except run.dir."""
 

@@ -1,5 +1,6 @@
-"""metrics.jsonl: one line per step, a torn last line dropped, and the same values in TensorBoard if it is installed."""
+"""metrics.jsonl and samples.jsonl: an object per line, a torn last line dropped; metrics in TensorBoard if it is installed."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -60,6 +61,27 @@ def test_a_file_that_cannot_be_written_is_an_error_of_the_run(path):
     path.mkdir()
     with pytest.raises(RunError, match=f"{path}: cannot be written .*; the journal has the step: free some space, add --resume"):
         metrics.write({"step": 1})
+
+
+def test_samples_are_appended_to_a_file_of_their_own(path):
+    samples = path.with_name("samples.jsonl")
+    metrics = Metrics(path, tensorboard=False)
+    metrics.keep_samples([])
+    assert not samples.exists()
+    metrics.keep_samples([{"step": 0, "completion": "a\n\ud800"}, {"step": 0, "completion": "b"}])
+    with samples.open("a") as file:
+        file.write('{"step": 1, "comp')  # as a crash leaves it
+    Metrics(path, tensorboard=False).keep_samples([{"step": 1, "completion": "c"}])
+    lines = [json.loads(line) for line in samples.read_text().splitlines()]
+    assert [line["completion"] for line in lines] == ["a\n\ud800", "b", "c"]
+    assert not path.exists()
+
+
+def test_samples_that_cannot_be_written_are_an_error_of_the_run(path):
+    metrics = Metrics(path, tensorboard=False)
+    path.with_name("samples.jsonl").mkdir()
+    with pytest.raises(RunError, match=r"samples\.jsonl: cannot be written .*; the journal has the step: free some space"):
+        metrics.keep_samples([{"step": 1}])
 
 
 def test_tensorboard_gets_the_same_values_but_not_what_is_missing(path):

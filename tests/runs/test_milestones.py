@@ -42,7 +42,11 @@ class Run:
         self.folder = folder
         self.console = Console()
         self.evaluation = -4.0
+        self.described: dict[str, float] = {}
+        """Further metrics of an evaluation."""
         self.evaluated: list[int] = []
+        self.written: list[dict] = []
+        """What θ wrote in an evaluation."""
         recipe = Recipe()
         for name, value in {"run.iterations": STEPS, "run.checkpoint_dtype": "fp32", **changes}.items():
             table, key = name.split(".")
@@ -69,9 +73,9 @@ class Run:
             unit="points, more are better",
         )
 
-    def evaluate(self) -> float:
+    def evaluate(self) -> tuple[dict[str, float], list[dict]]:
         self.evaluated.append(len(self.journal.records))
-        return self.evaluation
+        return {"eval_score": self.evaluation, **self.described}, self.written
 
     def record(self) -> None:
         """The journal gets the next step; a crash may follow."""
@@ -154,6 +158,17 @@ def test_evaluations_are_done_before_the_first_step_at_multiples_and_after_the_l
     assert [line["eval_score"] for line in run.metrics.lines()] == [-4.0, None, None, None, -4.0, None, -4.0]
     assert run.metrics.lines()[0] == {"step": 0, "eval_score": -4.0, "pss_gib": 1.5, "unigram_score": -5.0}
     assert run.console.lines == run.metrics.lines()
+
+
+def test_all_metrics_of_an_evaluation_are_in_its_line_and_what_was_written_in_samples(tmp_path):
+    run = Run(tmp_path, **{"eval.every": 1, "eval.best": False})
+    run.described, run.written = {"eval_accuracy": 0.25}, [{"completion": "4"}, {"completion": "5"}]
+    run.milestones.catch_up()
+    run.described, run.written = {"eval_accuracy": 0.5}, [{"completion": "6"}]
+    run.step()
+    assert [line["eval_accuracy"] for line in run.metrics.lines()] == [0.25, 0.5]
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert samples == [{"step": 0, "completion": "4"}, {"step": 0, "completion": "5"}, {"step": 1, "completion": "6"}]
 
 
 def test_without_evaluations_there_are_none(tmp_path):

@@ -1,7 +1,7 @@
-"""Products that members share: linear maps corrected for each member, and modules that own vectors, member by member."""
+"""Products that members share: linear maps corrected for each member, and modules that own vectors, once for all or in turns."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -9,15 +9,19 @@ import pytest
 import torch
 from architectures import BOTH, of_kind
 from torch import nn
+from torch.func import functional_call
 from torch.nn import functional
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from transformers.pytorch_utils import Conv1D
 
 from es_lite.algorithm.jit import Threads
 from es_lite.algorithm.noise import gaussian
 from es_lite.algorithm.noise.lowrank import LowRank
 from es_lite.model.layout import Tensor
+from es_lite.scoring import shared as shared_module
 from es_lite.scoring.scratch import Scratch
-from es_lite.scoring.shared import LowRankFactors, RowsMixed, Shared, factors_of
+from es_lite.scoring.shared import LowRankFactors, MemberRows, RowsMixed, Shared, factors_of
 from es_lite.weights.parts import Part
 
 INPUTS, OUTPUTS, LENGTH, SAMPLES = 40, 56, 5, 3
@@ -26,6 +30,11 @@ BIAS = pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 TILES = pytest.mark.parametrize(
     ("signs", "perturbations"), [((1, -1), 1), ((1, -1), 3), ((1,), 1), ((-1,), 1), ((1,), 4), ((-1,), 4)]
 )
+UNEVEN = pytest.mark.parametrize(
+    ("signs", "counts"),
+    [((1, -1), (3, 1)), ((1, -1), (2, 2, 0, 3)), ((1,), (1, 4, 2)), ((-1,), (0, 6)), ((1, -1), (1, 0, 0, 0))],
+)
+"""Signs of each perturbation's members, and rows of each member."""
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 """The largest relative error of a rounding."""
 
@@ -46,10 +55,17 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     return {name: Tensor(name, tuple(parameter.shape), number, 0.5, 1.0, 1.0) for number, (name, parameter) in named}
 
 
-def operands(shared: Shared, members: Sequence[dict[str, torch.Tensor]], signs: Sequence[int] = (1, -1), **fields) -> None:
-    """A tile with SAMPLES samples of LENGTH tokens for each of the members, with their vectors."""
-    rows = len(members) * SAMPLES
-    for name, value in {"rows": rows, "length": LENGTH, "signs": signs, "made": members, **fields}.items():
+def operands(
+    shared: Shared,
+    members: Sequence[dict[str, torch.Tensor]],
+    signs: Sequence[int] = (1, -1),
+    counts: Sequence[int] = (),
+    **fields,
+) -> None:
+    """A tile with SAMPLES samples (or `counts`) of LENGTH tokens for each of the members, with their vectors."""
+    belong = MemberRows(signs, counts or (SAMPLES,) * len(members))
+    fields = {"rows": sum(belong.counts), "length": LENGTH, "members": belong, "made": members, **fields}
+    for name, value in fields.items():
         setattr(shared.operands, name, value)
 
 
@@ -168,7 +184,86 @@ def test_a_slice_of_wider_states_is_an_input_like_any_other():
     assert torch.equal(shared((part,), {}), shared((part.contiguous(),), {}))
 
 
+@LINEAR
+@BIAS
+@UNEVEN
+def test_members_may_have_different_numbers_of_rows(kind, bias, signs, counts):
+    """As those of sequences do, some of which have ended: each row has its own member's correction and bias."""
+    module, members = module_of(kind, bias), len(counts)
+    shared, pairs = Shared(module, tensors_of(module)), members // len(signs)
+    base, left, right = whole_numbers(OUTPUTS, INPUTS), whole_numbers(pairs, OUTPUTS, 2), whole_numbers(pairs, INPUTS, 2)
+    biases, x = whole_numbers(members, OUTPUTS), whole_numbers(sum(counts), LENGTH, INPUTS)
+    factors = LowRankFactors(right, left.transpose(1, 2))
+    if kind is Conv1D:
+        base, factors = base.T, LowRankFactors(left, right.transpose(1, 2))
+    made = [{"bias": own} if bias else {} for own in biases]
+    operands(shared, made, signs, counts, base={"weight": base}, factors={"weight": factors})
+
+    expected = []
+    for member, rows in enumerate(x.split(counts)):
+        p, sign = divmod(member, len(signs))
+        matrix = whole_numbers(OUTPUTS, INPUTS) + signs[sign] * left[p] @ right[p].T
+        expected.append(rows @ matrix.T + (biases[member] if bias else 0))
+    assert torch.equal(shared((x,), {}), torch.cat(expected))
+    tokens = shared((x.view(-1, INPUTS),), {})
+    assert torch.equal(tokens.view(sum(counts), LENGTH, OUTPUTS), torch.cat(expected))
+
+
+# MemberRows
+
+
+def test_places_of_rows_if_each_member_is_given_as_many_as_the_one_with_most():
+    rows = MemberRows((1,), (2, 0, 3))
+    assert rows.uneven
+    places, size = rows.places(5, torch.device("cpu"))
+    assert (places.tolist(), size) == ([0, 1, 6, 7, 8], 9)
+    places, size = rows.places(10, torch.device("cpu"))  # two tokens a row
+    assert (places.tolist(), size) == ([0, 1, 2, 3, 12, 13, 14, 15, 16, 17], 18)
+    assert places.dtype == torch.int64
+
+
+@pytest.mark.parametrize(("counts", "uneven"), [((), False), ((3,), False), ((3, 3), False), ((3, 2), True), ((0, 3), True)])
+def test_rows_are_uneven_if_members_have_different_numbers_of_them(counts, uneven):
+    assert MemberRows((1, -1), counts).uneven == uneven
+
+
+@pytest.mark.parametrize(
+    ("counts", "rows", "expected"),
+    [
+        ((), 6, [0, 0, 1, 1, 2, 2]),  # of members that have the same number
+        ((1, 1, 1), 6, [0, 0, 1, 1, 2, 2]),
+        ((2, 0, 1), 3, [0, 0, 2]),
+        ((2, 0, 1), 6, [0, 0, 0, 0, 2, 2]),
+        ((0, 1, 2), 3, [1, 2, 2]),
+    ],
+)
+def test_a_members_value_is_repeated_for_each_of_its_rows(counts, rows, expected):
+    values = torch.tensor([[0.5, 10], [1.5, 11], [2.5, 12]])
+    assert torch.equal(MemberRows((1,), counts).repeated(values, rows), values[expected])
+
+
 # LowRankFactors
+
+
+@UNEVEN
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_factors_correct_rows_of_members_that_have_different_numbers_of_them(signs, counts, tokens):
+    """Against a loop over the rows, exactly."""
+    pairs, members = len(counts) // len(signs), MemberRows(signs, counts)
+    factors = LowRankFactors(whole_numbers(pairs, INPUTS, 2), whole_numbers(pairs, 2, OUTPUTS))
+    rows = sum(counts) * tokens
+    x, y = whole_numbers(rows, INPUTS), whole_numbers(rows, OUTPUTS)
+    owner = [member for member, count in enumerate(counts) for _ in range(count * tokens)]
+    expected = y.clone()
+    for row, member in enumerate(owner):
+        p, sign = divmod(member, len(signs))
+        expected[row] += signs[sign] * (x[row] @ factors.right[p]) @ factors.left[p]
+
+    projected = factors.project(x, members)
+    assert projected.shape == (pairs, len(signs) * max(counts) * tokens, 2)
+    factors.add(y, projected, members)
+    assert torch.equal(y, expected)
+    assert torch.equal(x, whole_numbers(rows, INPUTS)), "the argument is as it was"
 
 
 def test_factors_of_a_slice_and_of_the_transposed_matrix():
@@ -210,6 +305,76 @@ def test_a_norm_uses_each_members_vectors_on_its_own_rows(members):
     assert torch.equal(shared((x,), {}), torch.cat(expected))
     tokens = shared((x.view(-1, INPUTS),), {})
     assert torch.equal(tokens.view(x.shape), torch.cat(expected))
+
+
+class Vector(nn.Module):
+    """Owns a vector; records how many rows it is given. Its forward is `use`."""
+
+    def __init__(self, use: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], width: int = INPUTS) -> None:
+        super().__init__()
+        self.use = use
+        self.rows: list[int] = []
+        self.vector = nn.Parameter(torch.empty(width, device="meta"))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.rows.append(x.shape[0])
+        return self.use(x, self.vector)
+
+
+def rms(x: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    """As RMSNorm does: what is computed in float32 is rounded before the vector is used."""
+    states = x.float()
+    return vector * (states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+USES = {
+    "RMSNorm": (rms, INPUTS, True),
+    "an offset": (lambda x, vector: x + 2 * vector, INPUTS, True),
+    "the whole vector": (lambda x, vector: x * vector.sum(), INPUTS, False),
+    "the vector's shape": (lambda x, vector: functional.layer_norm(x, vector.shape, vector), INPUTS, False),
+    "a type error": (lambda x, vector: x * float(vector.mean()) if vector.dim() == 1 else x * None, INPUTS, False),
+    "one number": (lambda x, vector: x * vector, 1, False),
+    "half of the states": (lambda x, vector: torch.cat([x[..., :20] * vector, x[..., 20:]], dim=-1), 20, False),
+}
+"""How a module uses its vector, the vector's width, and whether the module can be run once for all members."""
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("counts", [(3, 3, 3), (4, 1, 2), (0, 2, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(LENGTH, INPUTS), (LENGTH, 2, INPUTS), None], ids=["states", "heads", "tokens"])
+@pytest.mark.parametrize("use", USES)
+def test_a_module_runs_once_for_all_members_if_it_uses_vectors_element_by_element(use, shape, counts, compute):
+    """And otherwise once for each that has rows; either way with the bits of that member alone."""
+    function, width, once = USES[use]
+    module, random = Vector(function, width), torch.Generator().manual_seed(1)
+    shared = Shared(module, tensors_of(module))
+    recorded = shared.module.rows
+    made = [{"vector": torch.randn(width, generator=random).to(compute)} for _ in counts]
+    x = torch.randn(sum(counts), *(shape or (LENGTH, INPUTS)), generator=random).to(compute)
+    expected = torch.cat([function(rows, own["vector"]) for rows, own in zip(x.split(counts), made, strict=True)])
+    given = x if shape else x.view(-1, INPUTS)
+    operands(shared, made, (1,), counts)
+    assert torch.equal(shared((given,), {}).view(expected.shape), expected)
+    recorded.clear()
+    assert torch.equal(shared((given,), {}).view(expected.shape), expected), "it is tried only once"
+    each = 1 if shape else LENGTH
+    assert recorded == [each * sum(counts)] if once else [each * count for count in counts if count]
+
+
+@pytest.mark.parametrize("kind", [Qwen3RMSNorm, Gemma3RMSNorm, nn.LayerNorm])
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=str)
+def test_norms_of_models_have_the_bits_of_each_member_alone(monkeypatch, kind, compute):
+    with torch.device("meta"):
+        module = kind(INPUTS)
+    shared, random, calls = Shared(module, tensors_of(module)), torch.Generator().manual_seed(1), []
+    made = [{name: torch.randn(INPUTS, generator=random).to(compute) for name, _ in module.named_parameters()} for _ in range(3)]
+    counts, x = (2, 1, 4), torch.randn(7, 1, INPUTS, generator=random).to(compute)
+    expected = [functional_call(module, own, (rows,)) for own, rows in zip(made, x.split(counts), strict=True)]
+    operands(shared, made, (1,), counts, length=1)
+    shared((x,), {})
+    monkeypatch.setattr(shared_module, "functional_call", lambda *each: calls.append(each) or functional_call(*each))
+    assert torch.equal(shared((x,), {}), torch.cat(expected))
+    assert len(calls) == (3 if kind is nn.LayerNorm else 1)
 
 
 class Gate(nn.Module):

@@ -12,7 +12,7 @@ from plain import KINDS
 from es_lite.algorithm.noise.lowrank import LowRank
 from es_lite.scoring.perturbation import UNPERTURBED, Perturbation
 from es_lite.scoring.proxies import ScoringState
-from es_lite.scoring.tiles import Output, PerturbationGroup, Tile
+from es_lite.scoring.tiles import Output, PerturbationGroup, SampleRows, Tile
 
 LOW = of_kind(BOTH, LowRank(1))
 ALONE = replace(LOW, signs=(-1,))
@@ -20,8 +20,9 @@ ALONE = replace(LOW, signs=(-1,))
 
 def state_of(perturbations: Sequence[Perturbation], tile_members: int, micro_batch: int = 2) -> ScoringState:
     """Three samples of 9, 7 and 4 tokens."""
-    lengths = np.array([9, 7, 4], np.int32)
-    return ScoringState(None, None, None, micro_batch, tile_members, perturbations, lengths)
+    state = ScoringState(None, None, None, micro_batch, tile_members, perturbations)
+    state.rows = SampleRows(state.members, np.array([9, 7, 4], np.int32), micro_batch, tile_members)
+    return state
 
 
 def pairs(count: int, perturbation: Perturbation = LOW) -> list[Perturbation]:
@@ -72,20 +73,20 @@ def test_perturbations_of_the_same_signs_and_rank_share_tiles(tile_members, pert
 @pytest.mark.parametrize("perturbations", [[*pairs(3), UNPERTURBED, *pairs(3, ALONE)], [BOTH, BOTH]], ids=["lowrank", "gaussian"])
 def test_tiles_cover_every_row_once(perturbations, micro_batch, tile_members, apart):
     state = state_of(perturbations, tile_members, micro_batch)
-    found = [tile for group in state.groups() for tile in state.tiles(group, apart)]
-    rows = np.zeros((state.members, state.samples), int)
+    found = [tile for group in state.groups() for tile in state.rows.tiles(group, apart)]
+    rows = np.zeros((state.members, state.rows.samples), int)
     for tile in found:
         rows[tile.rows] += 1
         members, samples = tile.rows
         assert tile.batch == rows.shape
         assert tile.count == rows[members, samples].size <= len(tile.members) * micro_batch
-        assert tile.length == state.lengths[tile.samples].max()
+        assert tile.length == state.rows.lengths[tile.samples].max()
     assert (rows == 1).all()
 
 
 def test_a_tile_has_all_members_of_its_group_or_one():
     state = state_of([*pairs(3), UNPERTURBED], tile_members=4)
-    found = [[(tile.members, tile.samples) for tile in state.tiles(group, apart=False)] for group in state.groups()]
+    found = [[(tile.members, tile.samples) for tile in state.rows.tiles(group, apart=False)] for group in state.groups()]
     first, last = slice(0, 2), slice(2, 3)
     assert found == [
         [(range(4), first), (range(4), last)],
@@ -94,9 +95,9 @@ def test_a_tile_has_all_members_of_its_group_or_one():
     ]
     group = next(state.groups())
     alone = [(range(member, member + 1), samples) for samples in (first, last) for member in range(4)]
-    assert [(tile.members, tile.samples) for tile in state.tiles(group, apart=True)] == alone
+    assert [(tile.members, tile.samples) for tile in state.rows.tiles(group, apart=True)] == alone
     one = state_of([LOW], tile_members=1)  # both members of a pair are a group, but share no tile
-    assert [tile.members for group in one.groups() for tile in one.tiles(group, apart=False)] == 2 * [range(1), range(1, 2)]
+    assert [tile.members for group in one.groups() for tile in one.rows.tiles(group, apart=False)] == 2 * [range(1), range(1, 2)]
 
 
 def test_a_tile_knows_whose_rows_it_has():
@@ -138,7 +139,7 @@ def test_an_argument_is_cut_to_the_rows_of_a_tile(members):
 def test_an_output_is_put_together_from_tiles(as_tuple):
     """In any order; what is beyond a tile's longest sample is 0, and a tuple's other values are nobody's."""
     state = state_of([*pairs(3), UNPERTURBED], tile_members=4)
-    tiles = [tile for group in state.groups() for tile in state.tiles(group, apart=False)]
+    tiles = [tile for group in state.groups() for tile in state.rows.tiles(group, apart=False)]
     states = torch.randn(7 * 3, 9, 5)
     output = Output((7, 3), 9)
     for tile in tiles[::-1]:

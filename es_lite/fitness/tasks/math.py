@@ -183,7 +183,7 @@ def _row(record: dict[str, Any], where: str, instruction: str) -> Row:
         check_characters(text, where, "a problem or its answer")
     content = f"{problem.strip()}\n\n{instruction}" if instruction else problem.strip()
     columns = {
-        "solution": ", ".join(f"${one}$" for one in answers),
+        "solution": ", ".join(one if "$" in one else f"${one}$" for one in answers),
         "answers": answers,
         "several": several,
         "tolerances": tolerances or [None] * len(answers),
@@ -221,7 +221,7 @@ def _olympiad(record: dict[str, Any], where: str) -> tuple[list[str], bool, list
         answers = [answers]
     if not isinstance(answers, list) or not answers or not all(isinstance(one, str) and one.strip() for one in answers):
         raise UserError(f'{where}: "final_answer" is {answers!r:.60}; expected a list of texts; correct the row, or take it out')
-    answers = [one.strip().strip("$") for one in answers]
+    answers = [one.strip() for one in answers]
     error = record.get("error")
     try:
         given = [float(one) for one in str(error).split(",")] if error not in (None, "") else []

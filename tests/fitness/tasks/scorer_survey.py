@@ -1,8 +1,8 @@
 """A program that feeds reasoning-gym's scorers hostile answers and says what they did: `scorer_survey.py FOLDER PUZZLE …`.
 
 It prints a line of JSON a puzzle: {"name", "runs": an answer that was compiled, run or opened as a file, or null, "stuck":
-answers that took longer than `SECONDS`}, or {"name", "error"} if the survey itself failed. Each answer is scored in a process of its
-own, with limits, in FOLDER, where an answer that runs makes a file.
+answers that took longer than `SECONDS`}, or {"name", "error"} if the survey itself failed. Each answer is scored in a process of
+its own, with limits, in FOLDER, where an answer that runs makes a file.
 """
 
 import contextlib

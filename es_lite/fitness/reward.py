@@ -194,7 +194,7 @@ class Reward:
         intermediate = getattr(text, "intermediate_size", None) or 4 * width
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         head = getattr(text, "head_dim", None) or width // text.num_attention_heads
-        slots = PADDING + length + new
+        slots = PADDING + length + new - 1
         block = 3 * intermediate * itemsize + 8 * width * 4
         return ItemMemory(
             tokens=length,

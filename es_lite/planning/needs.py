@@ -85,8 +85,8 @@ class Needs:
         self.activations = self.prompt_members * self.item.activations
         if self.generates:
             self.activations = max(self.activations, self.tile_members * micro * self.item.decoding)
-        self.forwards = 1 + self.item.new_tokens
-        """How often a pass goes through the layers: once, and once more for each token that is written."""
+        self.forwards = max(1, self.item.new_tokens)
+        """How often a pass goes through the layers: once, or once for each token that is written."""
 
     def _tile_members(self, tokens: int) -> int:
         """Members that share a tile: 1 or those of whole perturbations, at most half of the population, so that two cores have

@@ -1,7 +1,8 @@
 """Greedy decoding under perturbed weights (Evolution Strategies at Scale, section 3): every member continues every prompt.
 
-One forward of Hugging Face's model reads the prompts, and one more makes each new token of all sequences. A sequence ends with
-one of the model's end tokens, or after a number of tokens; then it leaves its tile, and the others' products become smaller.
+One forward of Hugging Face's model reads the prompts and makes the first new token of all sequences, and one more makes each
+further token. A sequence ends with one of the model's end tokens, or after a number of tokens; then it leaves its tile, and the
+others' products become smaller.
 """
 
 from collections.abc import Callable, Sequence
@@ -49,7 +50,7 @@ class Sequences:
         self._layers = layers
         self.prompt_slots = PADDING + max(prompt.size for prompt in prompts)
         rows = len(members) * len(prompts)
-        self._cache = KeyValueCache(rows, self.prompt_slots + limits.new_tokens, layers)
+        self._cache = KeyValueCache(rows, self.prompt_slots + limits.new_tokens - 1, layers)
         self.member = np.repeat(np.arange(len(members)), len(prompts))
         """Of each row in the tile: its member's place among `members`."""
         self.prompt = np.tile(np.arange(len(prompts)), len(members))

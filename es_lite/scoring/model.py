@@ -126,7 +126,7 @@ class PerturbedModel:
         assert not isinstance(scratch, KeptScratch)
         layers = check_cache(self._model.config)
         state.perturbations = perturbations
-        forwards = -(-len(prompts) // pass_prompts) * (1 + limits.new_tokens)
+        forwards = -(-len(prompts) // pass_prompts) * limits.new_tokens
         state.work, state.done = forwards * self._parameters * len(perturbations), 0.0
         state.scratch = KeptScratch(scratch, self._keep_weights)
         try:

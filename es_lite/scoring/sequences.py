@@ -9,7 +9,7 @@ Shapes: R rows (sequences) of a forward, T tokens of each (a prompt's, or 1), S 
 
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -209,11 +209,16 @@ class SequenceRows:
     def tiles(self, group: PerturbationGroup, apart: bool) -> Iterator[SequenceTile]:
         """The group's tiles; apart: of one member each."""
         for tile in self.all_tiles:
-            if tile.group.first == group.first:
-                if apart and len(tile.members) > 1:
-                    yield from tile.apart()
-                else:
-                    yield tile
+            before = group.first - tile.group.first  # members of the tile's group before these, which may be a part of it
+            if not 0 <= before < tile.group.members:
+                continue
+            if not apart:
+                yield tile
+                continue
+            for alone in tile.apart():
+                member = alone.members.start - before
+                if 0 <= member < group.members:
+                    yield replace(alone, group=group, members=range(member, member + 1))
 
     def output(self) -> "SequenceOutput":
         return SequenceOutput(self.count, max(tile.length for tile in self.all_tiles))

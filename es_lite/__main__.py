@@ -1,4 +1,4 @@
-"""The console command `es-lite train|plan|replay`, the same as `python -m es_lite.train` and so on."""
+"""The console command `es-lite train|plan|replay|evaluate`, the same as `python -m es_lite.train` and so on."""
 
 import sys
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ COMMANDS = {
     "train": "train a model as a recipe says",
     "plan": "say what a recipe needs, and whether it fits",
     "replay": "compute a run's weights from its journal",
+    "evaluate": "say what a model or a run writes, and what it is worth",
 }
 
 
@@ -22,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from es_lite.train import main as command
     elif words[0] == "plan":
         from es_lite.plan import main as command
+    elif words[0] == "evaluate":
+        from es_lite.evaluate import main as command
     else:
         from es_lite.replay import main as command
     return command(words[1:])

@@ -279,6 +279,14 @@ def left(leader: int, seconds: float = 30) -> list[list[str]]:
     return [process.cmdline() for process in processes]
 
 
+def outlived(processes: Sequence[psutil.Process], seconds: float = 30) -> list[psutil.Process]:
+    """Those of the processes that still run when they should be gone; they may take a moment."""
+    end = time.monotonic() + seconds
+    while (alive := [process for process in processes if _runs(process)]) and time.monotonic() < end:
+        time.sleep(0.05)
+    return alive
+
+
 def records(run: Path) -> int:
     """How many complete records the journal has."""
     try:
@@ -326,8 +334,9 @@ def assert_same_run(run: Path, reference: Path) -> None:
 
 
 def samples(run: Path) -> list[dict[str, Any]]:
-    """What the model wrote in evaluations."""
-    return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    """What the model wrote in evaluations, if there were any."""
+    path = run / "samples.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def assert_same_bits(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> None:
@@ -350,6 +359,13 @@ def _alive_in(process: psutil.Process, leader: int) -> bool:
     try:
         return os.getpgid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE
     except (ProcessLookupError, psutil.NoSuchProcess):
+        return False
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
 
 

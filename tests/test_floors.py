@@ -16,7 +16,7 @@ FLOORS = (
     ("fitness",),
     ("engine",),
     ("planning", "runs"),
-    ("run", "train", "plan", "replay", "__main__"),
+    ("evaluate", "evaluation", "plan", "replay", "run", "train", "__main__"),
 )
 """docs/design.md numbers them from 1; `runs` and `planning` are on one floor here, with rules of their own below."""
 

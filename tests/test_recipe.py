@@ -22,8 +22,20 @@ DEFAULTS = {
         "checkpoint_dtype": "bf16",
     },
     "model": {"path": "some/model", "config": ""},
-    "data": {"path": "builtin:python-reference", "lines": 0, "samples": "joined", "tokenizer": "", "vocab_size": 8192},
+    "data": {
+        "path": "builtin:python-reference",
+        "lines": 0,
+        "samples": "joined",
+        "tokenizer": "",
+        "vocab_size": 8192,
+        "system": "",
+        "template": "",
+        "chat": False,
+        "options": {},
+    },
     "fitness": {"kind": "logprob", "samples": 5000, "max_length": 256, "micro_batch": 16},
+    "reward": {"functions": (), "weights": (), "seconds": 10.0},
+    "generation": {"max_new_tokens": 128},
     "es": {
         "population": 30,
         "sigma": 1e-3,
@@ -111,6 +123,14 @@ def test_every_key_can_be_set(loads):
     assert (recipe.es.population, recipe.es.sigma, recipe.es.antithetic) == (4, 0.5, True)
     assert (recipe.workers.count, recipe.workers.threads, recipe.memory.limit) == (3, "auto", "8 GiB")
     assert recipe.workers.deadline == 5.0 and isinstance(recipe.workers.deadline, float)
+
+
+def test_the_keys_of_rewards_can_be_set(loads):
+    overrides = ["data.options.numbers=[3, 4]", 'reward.functions=["m.f", "g.py:h"]', "reward.weights=[1, 0.5]"]
+    recipe = loads("[data.options]\ntrain = 9\n[generation]\nmax_new_tokens = 5\n[reward]\nseconds = 2", *overrides)
+    assert recipe.data.options == {"train": 9, "numbers": [3, 4]}
+    assert (recipe.reward.functions, recipe.reward.weights) == (("m.f", "g.py:h"), (1.0, 0.5))
+    assert (recipe.reward.seconds, recipe.generation.max_new_tokens) == (2.0, 5)
 
 
 def test_a_models_configuration_can_be_a_table(loads):
@@ -220,6 +240,13 @@ def test_all_contradictions_are_reported_at_once(problems):
         ("[noise]\nkind = 1", "noise.kind = 1: expected 'gaussian' or 'rademacher' or 'lowrank'"),
         ("[memory]\nlimit = 8", "memory.limit = 8: expected a string"),
         ("[data]\ntokenizer = ['bpe']", "data.tokenizer = ['bpe']: expected a string"),
+        ("[data]\noptions = 5", "data.options = 5: expected a table"),
+        ("[data]\nchat = 1", "data.chat = 1: expected true or false"),
+        ("[reward]\nfunctions = 'm.f'", "reward.functions = 'm.f': expected a list"),
+        ("[reward]\nfunctions = [1]", "reward.functions[0] = 1: expected a string"),
+        ("[reward]\nweights = [1, 'a']", "reward.weights[1] = 'a': expected a number"),
+        ("[reward]\nweights = [1, inf]", "reward.weights[1] = inf: expected a finite number"),
+        ("[generation]\nmax_new_tokens = 1.5", "generation.max_new_tokens = 1.5: expected a whole number"),
         ("es = 5", "es: expected a table, got 5"),
         ("[model]\nconfig = 5", "model.config = 5: expected a string or a table"),
     ],
@@ -252,6 +279,8 @@ def test_a_wrong_type_is_refused(problems, text, expected):
         ("[fitness]\nsamples = 0", "fitness.samples = 0: expected at least 1"),
         ("[fitness]\nmax_length = 1", "fitness.max_length = 1: expected at least 2"),
         ("[fitness]\nmicro_batch = 0", "fitness.micro_batch = 0: expected at least 1"),
+        ("[reward]\nseconds = 0", "reward.seconds = 0.0: expected greater than 0"),
+        ("[generation]\nmax_new_tokens = 0", "generation.max_new_tokens = 0: expected at least 1"),
         ("[data]\nvocab_size = 256", "data.vocab_size = 256: expected at least 257"),
         ("[data]\nlines = -1", "data.lines = -1: expected at least 0"),
         ("[workers]\ncount = 0", 'workers.count = 0: expected "auto" or a whole number of at least 1'),
@@ -422,6 +451,8 @@ def test_a_missing_recipe_is_refused_by_name(tmp_path):
         "[model.config]\nmodel_type = 'qwen3'\nrope = {theta = 1e6, kinds = ['a', 'b']}\ntie = true\n[data]\ntokenizer = 'bpe'",
         "[workers]\ncount = 3\ndeadline = 0.30000000000000004",
         "[noise]\nkind = 'lowrank'\nrank = 3",
+        "[data]\nsystem = 'a {b}'\ntemplate = '{q}'\nchat = true\noptions = {train = 3, numbers = [3, 4], whole = false}\n"
+        "[reward]\nfunctions = ['a.b', 'c.py:d']\nweights = [1, -0.5]\nseconds = 2",
     ],
 )
 def test_a_dumped_recipe_loads_as_the_same(loads, tmp_path, text):
@@ -434,7 +465,7 @@ def test_every_default_is_dumped(path):
     text = Recipe.load(path).dumps()
     for table, keys in DEFAULTS.items():
         assert f"[{table}]" in text
-        assert all(f"\n{key} = " in text for key in keys)
+        assert all(f"\n{key} = " in text or f"\n[{table}.{key}]\n" in text for key in keys)
 
 
 def test_changes_name_each_key_with_both_values(path, loads):

@@ -1,11 +1,13 @@
 """A recipe and undisturbed runs of it, with which tests compare other runs; no test changes them."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
-from support import finished_run, write_recipe
+from support import FITNESSES, finished_run, write_recipe, write_reward_recipe
 
 STEPS = 100
+REWARD_STEPS = 30
 
 
 @pytest.fixture(scope="session")
@@ -19,6 +21,33 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reference(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The finished run of the recipe."""
     return finished_run(recipe, tmp_path_factory.mktemp("reference") / "run")
+
+
+@pytest.fixture(scope="session")
+def reward_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with rewards, of 30 steps."""
+    run = {"iterations": REWARD_STEPS, "checkpoint_every": 3, "checkpoint_dtype": "fp32"}
+    return write_reward_recipe(tmp_path_factory.mktemp("reward-recipe"), run=run, eval={"every": 10})
+
+
+@pytest.fixture(scope="session")
+def reward_reference(reward_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The finished run of the recipe of rewards."""
+    return finished_run(reward_recipe, tmp_path_factory.mktemp("reward-reference") / "run")
+
+
+class Undisturbed(NamedTuple):
+    """A recipe and its finished run."""
+
+    recipe: Path
+    run: Path
+
+
+@pytest.fixture(params=FITNESSES)
+def undisturbed(request: pytest.FixtureRequest) -> Undisturbed:
+    """Those of each fitness, in turn."""
+    of = "reward_" if request.param == "reward" else ""
+    return Undisturbed(request.getfixturevalue(f"{of}recipe"), request.getfixturevalue(f"{of}reference"))
 
 
 @pytest.fixture(scope="session")

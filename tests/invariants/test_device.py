@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import NOISES, SHARED_TILES, digest, export_digest, leftovers, records, train_here, write_recipe
+from support import FITNESSES, NOISES, SHARED_TILES, digest, export_digest, leftovers, records, samples, train_here
 
 from es_lite import replay
 
@@ -17,8 +17,8 @@ TORCH = "workers.device=torch"
 class Runs:
     """Runs of one recipe: on the device, resident and streamed, and two steps with the CPU's kernels."""
 
-    def __init__(self, folder: Path, noise: str, weights: str, master: str) -> None:
-        self.recipe = write_recipe(
+    def __init__(self, folder: Path, fitness: str, noise: str, weights: str, master: str) -> None:
+        self.recipe = FITNESSES[fitness](
             folder,
             run={"iterations": STEPS, "checkpoint_every": STEPS, "checkpoint_dtype": "fp32"},
             memory={"weights": weights, "master": master},
@@ -39,12 +39,15 @@ class Runs:
 
 
 CASES = [
-    *(("gaussian", "bf16", "fp32"), ("gaussian", "int8", "none")),
-    *(("rademacher", "bf16", "none"), ("rademacher", "int8", "fp32")),
-    *(("lowrank 1", "bf16", "fp32"), ("lowrank 1", "int8", "none")),
-    *(("lowrank 3", "bf16", "none"), ("lowrank 3", "int8", "fp32")),
+    *(("logprob", "gaussian", "bf16", "fp32"), ("logprob", "gaussian", "int8", "none")),
+    *(("logprob", "rademacher", "bf16", "none"), ("logprob", "rademacher", "int8", "fp32")),
+    *(("logprob", "lowrank 1", "bf16", "fp32"), ("logprob", "lowrank 1", "int8", "none")),
+    *(("logprob", "lowrank 3", "bf16", "none"), ("logprob", "lowrank 3", "int8", "fp32")),
+    *(("reward", "gaussian", "int8", "fp32"), ("reward", "rademacher", "bf16", "fp32")),
+    *(("reward", "lowrank 1", "bf16", "none"), ("reward", "lowrank 3", "int8", "none")),
 ]
-"""Noise, weights and master: every kind with both weights, every storage with two kinds."""
+"""Fitness, noise, weights and master: log-probability of every kind with both weights, of every storage with two kinds; rewards
+of every kind and every storage."""
 
 
 @pytest.fixture(scope="module", params=CASES, ids="-".join)
@@ -60,6 +63,7 @@ def test_streamed_and_resident_give_the_same_bits(runs: Runs) -> None:
     assert digest(runs.streamed) == digest(runs.resident)
     assert export_digest(runs.streamed) == export_digest(runs.resident)
     assert leftovers(runs.streamed) == leftovers(runs.resident) == []
+    assert samples(runs.streamed) == samples(runs.resident)
 
 
 def test_the_first_scores_agree_with_those_of_the_cpus_kernels(runs: Runs) -> None:
@@ -78,6 +82,7 @@ def test_a_run_stopped_on_the_device_and_resumed_has_the_same_bits(runs: Runs, t
     run = runs.run(tmp_path / "run", TORCH, "run.iterations=2", "memory.residency=streamed", "run.checkpoint_every=0")
     runs.run(run, TORCH, "memory.residency=resident", resume=True)
     assert digest(run) == digest(runs.resident)
+    assert samples(run) == samples(runs.resident)
 
 
 def test_a_run_of_the_cpu_continues_on_the_device(runs: Runs, tmp_path: Path) -> None:

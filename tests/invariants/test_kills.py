@@ -7,7 +7,20 @@ import time
 from pathlib import Path
 
 import pytest
-from support import NOISES, SHARED_TILES, Live, assert_same_run, digest, left, records, start, train, train_here, write_recipe
+from support import (
+    FITNESSES,
+    NOISES,
+    SHARED_TILES,
+    Live,
+    assert_same_run,
+    digest,
+    left,
+    outlived,
+    records,
+    start,
+    train,
+    train_here,
+)
 
 KILLS = 5
 STEPS = 60
@@ -15,10 +28,11 @@ STEPS = 60
 
 @pytest.mark.long  # test_combinations.py does the same with fewer kills
 @pytest.mark.slow
+@pytest.mark.parametrize("fitness", FITNESSES)
 @pytest.mark.parametrize("noise", NOISES)
-def test_a_run_killed_at_random_moments_and_resumed_ends_with_the_same_bits(noise: str, tmp_path: Path) -> None:
+def test_a_run_killed_at_random_moments_and_resumed_ends_with_the_same_bits(noise: str, fitness: str, tmp_path: Path) -> None:
     exports = {"checkpoint_every": 3, "checkpoint_dtype": "fp32"}
-    recipe = write_recipe(
+    recipe = FITNESSES[fitness](
         tmp_path, run={"iterations": STEPS} | exports, eval={"every": 10, "samples": 4}, es=SHARED_TILES, noise=NOISES[noise]
     )
     reference, run = tmp_path / "reference", tmp_path / "run"
@@ -37,9 +51,10 @@ def test_a_run_killed_at_random_moments_and_resumed_ends_with_the_same_bits(nois
                 start_up = seconds_to_records(live, records(run) + moments.randint(1, 3))
                 time.sleep(moments.uniform(0, 0.1))
             assert live.process.poll() is None, live.err
+            graders = live.graders()
             live.process.kill()
             live.process.wait()
-            assert left(live.process.pid) == []
+            assert left(live.process.pid) == outlived(graders) == []
     assert records(run) < STEPS
     finished = train_here(recipe, run, resume=True)
     assert finished.code == 0, finished.err

@@ -3,12 +3,13 @@ metrics of a run of the real command; the few that cannot be shown so are listed
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import tomli_w
-from support import RECIPE, TEXT, TINY, digest, export_digest, metrics
+from support import PROMPTS, RECIPE, REWARD_FUNCTIONS, TEXT, TINY, WRITER, digest, export_digest, metrics
 
 from es_lite import train
 from es_lite.fitness.kinds import fitness_of
@@ -30,6 +31,22 @@ OTHER_TEXT = TEXT.replace("fox", "cat")
 EVALUATED = {"eval.every": 1}
 GROUPS = [{"pattern": "norm", "sigma": 0.5, "alpha": 2.0}]
 LOW_RANK = {"noise.kind": "lowrank"}
+NEAR, EVEN = "rewards.py:near", "rewards.py:even_format"
+GENERATED = {
+    "data.path": "prompts.jsonl",
+    "reward.functions": [NEAR, EVEN],
+    "generation.max_new_tokens": 4,
+    "es.sigma": 0.1,
+    "model.config": TINY | WRITER | {"vocab_size": 300},
+}
+REWARDED = GENERATED | {"fitness.kind": "reward"}
+CHATTING = REWARDED | {"data.tokenizer": "chat-tokenizer", "fitness.max_length": 48}
+PROBLEMS = {name: value for name, value in REWARDED.items() if name not in ("data.path", "reward.functions")} | {
+    "data.path": "builtin:countdown",
+    "data.tokenizer": "chat-tokenizer",
+    "model.config": GENERATED["model.config"] | {"max_position_embeddings": 1024},
+    "fitness.max_length": 1000,
+}
 
 PROBES = {
     "run.dir": Probe("elsewhere", "directory"),
@@ -45,9 +62,17 @@ PROBES = {
     "data.samples": Probe("lines", "journal"),
     "data.tokenizer": Probe("tokenizer", "journal"),
     "data.vocab_size": Probe(280, "journal", {"model.config": TINY | {"vocab_size": 300}}),
+    "data.system": Probe("Be brief.", "journal", CHATTING),
+    "data.template": Probe("{wanted}?", "journal", REWARDED),
+    "data.chat": Probe(True, "journal", CHATTING),
+    "data.options": Probe({"train": 9, "largest": 20}, "journal", PROBLEMS | {"data.options": {"train": 9}}),
+    "fitness.kind": Probe("reward", "journal", GENERATED),
     "fitness.samples": Probe(3, "journal"),
     "fitness.max_length": Probe(16, "journal"),
     "fitness.micro_batch": Probe(4, "plan"),
+    "reward.functions": Probe([NEAR], "journal", REWARDED),
+    "reward.weights": Probe([1.0, 0.25], "journal", REWARDED),
+    "generation.max_new_tokens": Probe(3, "journal", REWARDED),
     "es.population": Probe(6, "journal"),
     "es.sigma": Probe(1e-2, "journal"),
     "es.alpha": Probe(1e-2, "layers"),
@@ -88,8 +113,20 @@ WITH_LOW_RANK = {
 }
 """Keys that also do something under low-rank noise, which is scored and applied by other code."""
 
+WITH_REWARDS = {
+    "run.seed": Probe(1, "journal", REWARDED),
+    "data.path": Probe("other.jsonl", "journal", REWARDED),
+    "fitness.samples": Probe(3, "journal", REWARDED),
+    "fitness.micro_batch": Probe(1, "plan", REWARDED),
+    "noise.kind": Probe("lowrank", "journal", REWARDED),
+    "eval.path": Probe("other.jsonl", "metrics", REWARDED | EVALUATED),
+    "eval.fraction": Probe(0.5, "journal", REWARDED | EVALUATED),
+    "eval.samples": Probe(1, "metrics", REWARDED | EVALUATED | {"eval.fraction": 0.5}),
+}
+"""Keys that also do something for rewards on what the model writes."""
+
 NOT_PROBED = {
-    "fitness.kind": "has one value; another is refused by the recipe, and an unknown one by fitness_of",
+    "reward.seconds": "shows only when a reward function hangs: bad_input/test_rewards.py has one that does",
     "workers.deadline": "shows only when a worker hangs: test_workers.py stops one",
     "log.tensorboard": "shows only if the package is installed: test_metrics.py replaces it",
 }
@@ -112,12 +149,21 @@ class Observed:
 
 @pytest.fixture(scope="module")
 def materials(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two texts and, from a run of the base recipe, a model and a tokenizer."""
+    """A folder with two texts, two files of prompts, which are texts too, and reward functions; from a run of the base recipe, a
+    model and a tokenizer, and the latter with a chat template."""
     folder = tmp_path_factory.mktemp("materials")
     (folder / "text.txt").write_text(TEXT)
     (folder / "other.txt").write_text(OTHER_TEXT)
+    (folder / "rewards.py").write_text(REWARD_FUNCTIONS)
+    prompts = [{**row, "text": row["prompt"] * 9} for row in PROMPTS]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    (folder / "other.jsonl").write_text("".join(json.dumps(row | {"wanted": 77}) + "\n" for row in prompts))
     observe(folder, folder, {"run.dir": "made", "run.checkpoint_every": 1, "run.iterations": 1, "data.vocab_size": 270})
     (folder / "made/tokenizer").rename(folder / "tokenizer")
+    shutil.copytree(folder / "tokenizer", folder / "chat-tokenizer")
+    (folder / "chat-tokenizer/chat_template.jinja").write_text(
+        "{% for message in messages %}<{{ message['role'][0] }}>{{ message['content'] }}{% endfor %}"
+    )
     observe(folder, folder, {"run.dir": "model-run", "run.checkpoint_every": 1, "run.iterations": 1})
     (folder / "model-run/checkpoint").rename(folder / "model")
     return folder
@@ -137,8 +183,11 @@ def observe(folder: Path, materials: Path, keys: dict[str, Any]) -> Observed:
         del document["model"]["config"]
     for table, name in (("data", "path"), ("data", "tokenizer"), ("model", "path"), ("eval", "path")):
         value = document.get(table, {}).get(name)
-        if value and value != "bpe":
+        if value and value != "bpe" and not value.startswith("builtin:"):
             document[table][name] = str(materials / value)
+    reward = document.get("reward", {})
+    if "functions" in reward:
+        reward["functions"] = [str(materials / name) for name in reward["functions"]]
     document["run"]["dir"] = str(folder / document["run"]["dir"])
     path = folder / "probe.toml"
     path.write_text(tomli_w.dumps(document))
@@ -173,8 +222,8 @@ def observed_with(materials: Path, tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.mark.parametrize(
     ("key", "probe"),
-    [*PROBES.items(), *WITH_LOW_RANK.items()],
-    ids=[*PROBES, *(f"{key} with low rank" for key in WITH_LOW_RANK)],
+    [*PROBES.items(), *WITH_LOW_RANK.items(), *WITH_REWARDS.items()],
+    ids=[*PROBES, *(f"{key} with low rank" for key in WITH_LOW_RANK), *(f"{key} with rewards" for key in WITH_REWARDS)],
 )
 def test_a_key_changes_what_can_be_observed(key: str, probe: Probe, observed_with) -> None:
     before, after = observed_with(probe.base), observed_with(probe.base | {key: probe.value})

@@ -23,7 +23,8 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_journal_alone_gives_the_weights(reference: Path, tmp_path: Path) -> None:
+def test_the_journal_alone_gives_the_weights(undisturbed, tmp_path: Path) -> None:
+    reference = undisturbed.run
     shutil.copy(reference / "journal.jsonl", tmp_path)
     command = [sys.executable, "-m", "es_lite.replay", str(tmp_path / "journal.jsonl"), "--out", str(tmp_path / "out")]
     subprocess.run([*command, "--dtype", "fp32"], cwd=ROOT, check=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from safetensors import safe_open
-from support import NOISES, SHARED_TILES, TINY, assert_same_run, train_here, write_recipe
+from support import FITNESSES, NOISES, SHARED_TILES, TINY, assert_same_run, samples, train_here
 
 from es_lite.planning.plan import Plan
 
@@ -15,23 +15,26 @@ STREAMED = "memory.residency=streamed"
 
 
 CASES = [
-    ("gaussian", "bf16", "fp32"),
-    ("rademacher", "bf16", "none"),
-    ("lowrank 1", "int8", "fp32"),
-    ("lowrank 3", "int8", "none"),
-    ("lowrank 1", "bf16", "fp32"),
+    ("logprob", "gaussian", "bf16", "fp32"),
+    ("logprob", "rademacher", "bf16", "none"),
+    ("logprob", "lowrank 1", "int8", "fp32"),
+    ("logprob", "lowrank 3", "int8", "none"),
+    ("logprob", "lowrank 1", "bf16", "fp32"),
+    ("reward", "lowrank 1", "int8", "none"),
+    ("reward", "rademacher", "bf16", "fp32"),
 ]
-"""Noise, weights and master."""
+"""Fitness, noise, weights and master."""
 
 
 @pytest.fixture(params=CASES, ids="-".join)
 def recipe(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A recipe of three steps, without an evaluation or a checkpoint."""
-    noise, weights, master = request.param
+    fitness, noise, weights, master = request.param
     # Untied if there is no master: the embedding is then a layer that passes by itself, after the head.
     model = {"config": TINY | {"tie_word_embeddings": master == "fp32"}}
     memory = {"weights": weights, "master": master}
-    return write_recipe(tmp_path, model=model, memory=memory, es=SHARED_TILES, noise=NOISES[noise])
+    write = FITNESSES[fitness]
+    return write(tmp_path, model=model, memory=memory, es=SHARED_TILES, noise=NOISES[noise], eval={"every": 0})
 
 
 def steps(run: Path) -> set[int]:
@@ -67,3 +70,4 @@ def test_past_the_page_cache_or_in_the_other_residency_the_bits_are_the_same(
     streamed = train_here(recipe, tmp_path / "streamed", *evaluated, STREAMED)
     assert streamed.code == 0 and "streamed past the page cache" in streamed.out
     assert_same_run(tmp_path / "streamed", tmp_path / "resident")
+    assert samples(tmp_path / "streamed") == samples(tmp_path / "resident")

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support import assert_same_run, left, metrics, records, start, train
+from support import assert_same_run, left, metrics, outlived, records, start, train
 
 STOPPING = "\nstopping after this step; press Ctrl-C again to stop immediately (nothing is lost)\n"
 
@@ -15,15 +15,17 @@ pytestmark = pytest.mark.slow
 
 
 def test_ctrl_c_or_sigterm_end_the_run_after_the_step_and_resuming_changes_no_bit(
-    recipe: Path, reference: Path, tmp_path: Path
+    undisturbed, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
+    recipe, reference = undisturbed
     for number, more in ((signal.SIGINT, 4), (signal.SIGTERM, 3)):
         with start(recipe, run, resume=True) as live:
             live.wait_for_records(records(run) + more)
+            graders = live.graders()
             os.killpg(live.process.pid, number)  # as a terminal or a supervisor does
             finished = live.finish()
-            assert left(live.process.pid) == []
+            assert left(live.process.pid) == outlived(graders) == []
         assert (finished.code, finished.err) == (0, STOPPING)
         assert f"add --resume to continue from step {records(run)}" in finished.out
         assert json.loads((run / "checkpoint/es_lite.json").read_text())["step"] == records(run) < records(reference)

@@ -11,7 +11,7 @@ import plain
 import pytest
 from journals import documents_of, write_documents
 from plain import EVERY_KIND, KINDS
-from support import RECIPE, ROOT, TINY, finished_run, replayed, tensors, write_recipe
+from support import FITNESSES, RECIPE, ROOT, TINY, finished_run, metrics, replayed, samples, tensors, write_reward_recipe
 from transformers import AutoConfig
 
 from es_lite.algorithm.formats import NO_SCALES
@@ -265,10 +265,12 @@ def test_a_journal_of_every_kind_of_noise_replays_with_the_bits_of_plain_numpy(t
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("tables", "formula"),
+    ("fitness", "tables", "formula"),
     [
-        ({}, Formula()),
+        ("logprob", {}, Formula()),
+        ("reward", {"es": {"sigma": 0.1, "shaping": "rank"}}, Formula(shaping="rank")),
         (
+            "logprob",
             {
                 "es": {
                     "population": 5,
@@ -284,10 +286,12 @@ def test_a_journal_of_every_kind_of_noise_replays_with_the_bits_of_plain_numpy(t
             Formula(shaping="rank", antithetic=False, groups=(Factors("mlp", 2.0, 0.5),), kind=LowRank(3)),
         ),
     ],
-    ids=["zscore", "rank-nes-groups-decay-lowrank"],
+    ids=["zscore", "reward-rank", "rank-nes-groups-decay-lowrank"],
 )
-def test_a_step_of_the_command_moves_the_model_as_the_formula_says(tmp_path: Path, tables: dict, formula: Formula) -> None:
-    recipe = write_recipe(tmp_path, run={"iterations": 1, "seed": 7}, **tables)
+def test_a_step_of_the_command_moves_the_model_as_the_formula_says(
+    tmp_path: Path, fitness: str, tables: dict, formula: Formula
+) -> None:
+    recipe = FITNESSES[fitness](tmp_path, run={"iterations": 1, "seed": 7}, **tables)
     run = finished_run(recipe, tmp_path / "run")
     scores = json.loads((run / "journal.jsonl").read_text().splitlines()[1])["scores"]
     before, after = replayed(run, tmp_path / "before", "--step", "0"), tensors(run)
@@ -302,3 +306,51 @@ def test_a_step_of_the_command_moves_the_model_as_the_formula_says(tmp_path: Pat
         errors += float(np.sum(np.square(after[name].ravel() - expected)))
     assert updates > 0
     assert np.sqrt(errors / updates) < 1e-6
+
+
+@pytest.mark.slow
+def test_the_scores_of_the_command_are_those_of_known_rewards(tmp_path: Path) -> None:
+    """The functions note what they saw and paid; a member's score is the mean of the weighted sums over the step's prompts."""
+    code = f"""
+import json, os
+
+def note(what, prompts, ids, rewards):
+    with open({str(tmp_path / "notes")!r} + "-" + str(os.getpid()), "a") as file:
+        file.write("".join(json.dumps([what, *row]) + "\\n" for row in zip(prompts, ids, rewards)))
+    return rewards
+
+def total(prompts, completion_ids, trainer_state, **_):
+    rewards = [None if prompt.startswith("Item 3:") else float(sum(ids)) for prompt, ids in zip(prompts, completion_ids)]
+    return note("total", prompts, completion_ids, rewards)
+
+def tokens(prompts, completion_ids, **_):
+    return note("tokens", prompts, completion_ids, [None if p.startswith("Item 3:") else len(i) for p, i in zip(prompts, completion_ids)])
+"""
+    (tmp_path / "own.py").write_text(code)
+    names = [f"{tmp_path}/own.py:total", f"{tmp_path}/own.py:tokens"]
+    recipe = write_reward_recipe(
+        tmp_path,
+        run={"iterations": 1},
+        reward={"functions": names, "weights": [0.25, -3.0]},
+        fitness={"samples": 12},
+        eval={"every": 0},
+    )
+    run = finished_run(recipe, tmp_path / "run")
+    paid: dict[tuple, dict[str, list]] = {}
+    for notes in tmp_path.glob("notes-*"):
+        for line in notes.read_text().splitlines():
+            what, prompt, ids, reward = json.loads(line)
+            assert reward == (None if prompt.startswith("Item 3:") else sum(ids) if what == "total" else len(ids))
+            paid.setdefault((prompt, tuple(ids)), {}).setdefault(what, []).append(reward)
+    assert len({prompt for prompt, _ in paid}) == 12
+    # Four members and θ wrote something for each of the twelve prompts; one of the prompts does not count.
+    members = np.array(json.loads((run / "journal.jsonl").read_text().splitlines()[1])["scores"])
+    values = [
+        0.25 * total - 3.0 * tokens
+        for each in paid.values()
+        for total, tokens in zip(each["total"], each["tokens"], strict=True)
+        if total is not None
+    ]
+    assert len(values) == 5 * 11
+    theta = (sum(values) - 11 * members.sum()) / 11
+    assert np.ptp(members) > 0 and min(values) <= theta <= max(values)

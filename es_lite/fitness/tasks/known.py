@@ -37,8 +37,11 @@ def task_of(path: str) -> tuple[ModuleType | None, str]:
         return puzzles, what
     if name in FROM_FILES and what:
         return FROM_FILES[name], what
-    known = ["builtin:countdown", "builtin:conciseness", *(f"{name}:FILE" for name in FROM_FILES), f"{PUZZLES}:PUZZLE"]
-    raise UserError(f'"{path}": no such task{_remedy(path, known)}')
+    known = [*(f"builtin:{task}" for task in BUILT_IN), *(f"{task}:FILE" for task in FROM_FILES), f"{PUZZLES}:PUZZLE"]
+    near = difflib.get_close_matches(name, ["builtin", *FROM_FILES, PUZZLES], n=1, cutoff=0.5)
+    likely = [f'"{form}"' for form in known if near and form.startswith(f"{near[0]}:")]
+    remedy = f"did you mean {' or '.join(likely)}?" if likely else f"there are {', '.join(known)}"
+    raise UserError(f'"{path}": no such task; {remedy}')
 
 
 def rows_of(path: str, table: DataTable, seed: int) -> tuple[list[Row], list[Row] | None]:

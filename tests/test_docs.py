@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ROOT, finished_run, write_recipe
+from support import ROOT, finished_run, write_recipe, write_reward_recipe
 from test_floors import FLOORS
 
 from es_lite.algorithm.noise import kinds as noise_kinds
@@ -83,10 +83,15 @@ def test_what_may_change_on_resume_is_what_the_code_lets_change() -> None:
     assert sorted(names(table)) == sorted(CHANGEABLE)
 
 
-def test_every_metric_is_documented_and_every_documented_metric_is_written(run: Path) -> None:
+def test_every_metric_is_documented_and_every_documented_metric_is_written(run: Path, tmp_path: Path) -> None:
     (table,) = tables("docs/recipe.md", "metrics.jsonl")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2]
+    recipe = write_reward_recipe(tmp_path, run={"iterations": 1}, eval={"every": 1})
+    (tmp_path / "right.py").write_text("def accuracy(completions, **_):\n    return [1.0 for _ in completions]\n")
+    functions = [str(tmp_path / "right.py") + ":accuracy", str(tmp_path / "rewards.py") + ":even_format"]
+    rewarded = finished_run(recipe, tmp_path / "run", f"reward.functions={json.dumps(functions)}")
+    lines += [json.loads(line) for line in (rewarded / "metrics.jsonl").read_text().splitlines()]
     assert sorted(names(table)) == sorted(set().union(*lines))
 
 

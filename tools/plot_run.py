@@ -2,7 +2,8 @@
 
     python tools/plot_run.py RUN [RUN ...] [--out PNG]
 
-A colour is a run; a line's style is what it shows. A key that is missing or null on a line leaves no point.
+A colour is a run; a line's style is what it shows. A key that is missing or null on a line leaves no point. Runs with rewards have
+panels for what was written, and below them some of it, from the first such run's samples.jsonl.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 
+import _examples
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
@@ -26,7 +28,6 @@ from matplotlib.patches import Patch
 COLOURS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#937264", "#d44c47", "#5f6b76")
 GREY = "#6b6b6b"
 STYLE = {
-    "figure.figsize": (14, 9),
     "figure.dpi": 100,
     "figure.constrained_layout.use": True,
     "font.size": 10.5,
@@ -96,6 +97,18 @@ def draw_evaluation(axes: Axes, records: list[Record], colour: str) -> None:
         )  # fmt: skip
 
 
+def draw_shares(axes: Axes, records: list[Record], colour: str) -> None:
+    for key, style in SHARES.items():
+        steps, shares = columns(records, f"eval_{key}")
+        axes.plot(steps, 100 * shares, color=colour, linestyle=style, marker="o", markersize=3.5, linewidth=1.5)
+
+
+def draw_length(axes: Axes, records: list[Record], colour: str) -> None:
+    steps, lengths = columns(records, "eval_length")
+    axes.plot(steps, lengths, color=colour, marker="o", markersize=3.5)
+    line(axes, columns(records, "length"), colour, linewidth=0.9, alpha=0.5)
+
+
 def draw_references(axes: Axes, runs: list[list[Record]]) -> None:
     """The scores of two models that know little: only the tokens' frequencies, or nothing."""
     records = [record for run in runs for record in run]
@@ -132,6 +145,9 @@ def line(axes: Axes, points: list[np.ndarray], colour: str, **style: Any) -> Non
     axes.plot(steps, values, color=colour, marker="o" if len(steps) == 1 else "", markersize=4, **style)
 
 
+SHARES = {"accuracy": "-", "format": "--", "cut": ":"}
+"""Shares of the completions of an evaluation, with the style of their lines."""
+
 PANELS = {  # title, unit of the y-axis, the function that draws a run
     "score": ("Training: scores of the population", "score (higher is better)", draw_score),
     "evaluation": ("Evaluation: score on held-out text", "log-probability (nats a token)", draw_evaluation),
@@ -141,13 +157,36 @@ PANELS = {  # title, unit of the y-axis, the function that draws a run
 }
 LAYOUT = [["score", "evaluation"], ["score", "evaluation"], ["tokens", "memory"], ["seconds", "memory"]]
 
+REWARD_PANELS = PANELS | {
+    "score": ("Training: mean rewards of the population", "reward", draw_score),
+    "evaluation": ("Evaluation: mean reward on held-out prompts", "reward", draw_evaluation),
+    "shares": ("Evaluation: shares of the completions", "%", draw_shares),
+    "length": ("Length of the completions", "characters", draw_length),
+    "tokens": ("Speed: tokens written a second", "tokens a second", draw_tokens),
+}
+REWARD_LAYOUT = [
+    *([["score", "evaluation"]] * 3),
+    *([["shares", "length"]] * 2),
+    *([["tokens", "memory"]] * 2),
+    *([["seconds", "memory"]] * 2),
+]
 
-def draw(runs: dict[str, list[Record]], out: Path) -> None:
-    """Writes the PNG, 1400 x 900 pixels; runs: by name. Raises OSError if `out` cannot be written."""
+
+def writes(records: list[Record]) -> bool:
+    """Whether it is a run with rewards on what the model wrote."""
+    return any(record.get("generated_tokens") is not None or record.get("eval_length") is not None for record in records)
+
+
+def draw(runs: dict[str, list[Record]], examples: _examples.Examples | None, out: Path) -> None:
+    """Writes the PNG, 1400 pixels wide, 900 high and more with rewards; runs: by name. Raises OSError if `out` cannot be written."""
     colours = dict(zip(runs, itertools.cycle(COLOURS), strict=False))
+    rewards = any(map(writes, runs.values()))
+    heights = [12.0 if rewards else 9.0, *([examples.height] if examples else [])]
     with plt.rc_context(STYLE):
-        figure, panels = plt.subplot_mosaic(LAYOUT, sharex=True)
-        for panel, (title, unit, draw_run) in PANELS.items():
+        whole = plt.figure(figsize=(14, sum(heights)))
+        figure, *below = whole.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+        panels = figure.subplot_mosaic(REWARD_LAYOUT if rewards else LAYOUT, sharex=True)
+        for panel, (title, unit, draw_run) in (REWARD_PANELS if rewards else PANELS).items():
             axes = panels[panel]
             axes.set(title=title, ylabel=unit)
             for name, records in runs.items():
@@ -167,8 +206,10 @@ def draw(runs: dict[str, list[Record]], out: Path) -> None:
         else:
             handles = [Line2D([], [], color=colour, linewidth=4, label=name) for name, colour in colours.items()]
             figure.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=11)
-        figure.savefig(out, format="png")
-        plt.close(figure)
+        if examples:
+            examples.draw(below[0])
+        whole.savefig(out, format="png")
+        plt.close(whole)
 
 
 def add_legends(panels: dict[str, Axes]) -> None:
@@ -178,6 +219,11 @@ def add_legends(panels: dict[str, Axes]) -> None:
     panels["score"].legend([solid, pale, dotted], ["mean", "mean ± std", "best member"], ncols=3)
     panels["seconds"].legend([pale, dark], ["scoring", "update"], loc="upper right", ncols=2)
     panels["memory"].legend([solid, dashed], ["now", "peak"], loc="lower right", ncols=2)
+    if "shares" in panels:
+        panels["shares"].set_ylim(-4, 118)  # room for the legend
+        panels["shares"].legend([solid, dashed, dotted], ["right", "in the right form", "cut off"], loc="upper right", ncols=3)
+        panels["length"].set_ylim(bottom=0)
+        panels["length"].legend([solid, pale], ["held-out prompts", "population, mean"], loc="upper right", ncols=2)
     if panels["evaluation"].get_legend_handles_labels()[0]:
         panels["evaluation"].legend()
 
@@ -196,8 +242,10 @@ def main(argv: list[str] | None = None) -> int:
     names = [run.resolve().name for run in records]
     if len(set(names)) < len(names):
         names = [str(run) for run in records]
+    named = dict(zip(names, records.values(), strict=True))
+    shown = (_examples.read(run, name) for run, name in zip(records, names, strict=True))
     try:
-        draw(dict(zip(names, records.values(), strict=True)), out)
+        draw(named, next(filter(None, shown), None), out)
     except OSError as error:
         print(f"plot_run: {out}: cannot be written ({error.strerror})", file=sys.stderr)
         return 2

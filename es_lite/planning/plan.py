@@ -12,6 +12,7 @@ from es_lite.engine.base import Execution
 from es_lite.errors import UserError
 from es_lite.fitness.base import Fitness
 from es_lite.model.layout import Layout
+from es_lite.planning.largest import largest_new_tokens
 from es_lite.planning.needs import Needs
 from es_lite.planning.rates import Estimate, Work
 from es_lite.quantities import GIB, count, duration
@@ -41,6 +42,8 @@ class Plan:
     """The most that a step scores: N members, M samples of full length."""
     noise: NoiseKind
     work: Work
+    fitting_new_tokens: int = 0
+    """If it does not fit: the greatest generation.max_new_tokens with which it would; 0 if none, or no text is generated."""
 
     @classmethod
     def of(cls, recipe: Recipe, fitness: Fitness, config: PretrainedConfig, layout: Layout) -> "Plan":
@@ -69,6 +72,10 @@ class Plan:
         parts = needs.streamed(limit.bytes) if streamed else needs.resident(limit.bytes)
         if recipe.memory.residency == "auto" and sum(parts.memory.values()) > limit.bytes:
             streamed, parts = True, needs.streamed(limit.bytes)
+
+        fitting = 0
+        if needs.generates and sum(parts.memory.values()) > limit.bytes:
+            fitting = largest_new_tokens(recipe, fitness, config, layout, limit.bytes)
 
         run_dir = Path(recipe.run.dir).expanduser()
         sizes = [file.format.size for file in needs.files]
@@ -133,6 +140,7 @@ class Plan:
                 intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
                 rows=rows * (1 if needs.generates else length),
             ),
+            fitting_new_tokens=fitting,
         )
 
     def shortfall(self) -> str | None:
@@ -153,7 +161,7 @@ class Plan:
                 remedy = "Lower"
             return (
                 f"does not fit: needs {need / GIB:.2f} GiB of memory, {have / GIB:.2f} are available ({self.limit.source}). "
-                f"{remedy} workers.count, fitness.micro_batch or fitness.max_length, or use a smaller model"
+                f"{remedy} workers.count, fitness.micro_batch or fitness.max_length, or use a smaller model{self._or_shorter()}"
             )
         need, have = sum(self.disk.values()), self.free_disk
         if need > have:
@@ -163,6 +171,13 @@ class Plan:
                 'memory.master = "none", with memory.weights = "int8" for the least'
             )
         return None
+
+    def _or_shorter(self) -> str:
+        if self.recipe.fitness.kind != "reward":
+            return ""
+        if not self.fitting_new_tokens:
+            return "; no generation.max_new_tokens fits with the rest as it is"
+        return f"; with the rest as it is, generation.max_new_tokens = {self.fitting_new_tokens} is the most that fits"
 
     def summary(self, estimate: Estimate, remaining: int) -> str:
         """Does it fit, how long does it take, what is there at the end? remaining: steps."""

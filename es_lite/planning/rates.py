@@ -19,7 +19,7 @@ from es_lite.algorithm.noise.lowrank import LowRank
 from es_lite.algorithm.noise.place import Place
 from es_lite.engine.base import Execution
 from es_lite.files import open_file, write_fully
-from es_lite.scoring.shared import LowRankFactors, MemberRows
+from es_lite.scoring.factors import LowRankFactors, MemberRows
 
 DISK_BYTES = 256 * 2**20
 """Bytes written and read back to measure a disk."""

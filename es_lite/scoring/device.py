@@ -15,8 +15,8 @@ import torch
 from es_lite.algorithm.jit import Threads
 from es_lite.algorithm.noise import on_device
 from es_lite.model.layout import Tensor
+from es_lite.scoring.factors import LowRankFactors, factors_of
 from es_lite.scoring.perturbation import Perturbation
-from es_lite.scoring.shared import LowRankFactors, factors_of
 from es_lite.weights.parts import Part
 
 

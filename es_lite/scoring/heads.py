@@ -19,11 +19,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from es_lite.errors import UserError
 from es_lite.model.layout import Layer, Tensor
 from es_lite.scoring.device import DeviceLogSumExp
+from es_lite.scoring.factors import LowRankFactors, MemberRows
 from es_lite.scoring.greatest import RunningGreatest
 from es_lite.scoring.logsumexp import RunningLogSumExp
 from es_lite.scoring.proxies import ScoringState
 from es_lite.scoring.sequences import SequenceRows, SequenceTile
-from es_lite.scoring.shared import LowRankFactors, MemberRows
 from es_lite.scoring.tiles import PerturbationGroup, SampleRows, Tile
 from es_lite.weights.parts import Part
 

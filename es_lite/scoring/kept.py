@@ -8,10 +8,10 @@ import torch
 
 from es_lite.model.layout import Tensor
 from es_lite.scoring.device import DeviceLogSumExp, DeviceScratch
+from es_lite.scoring.factors import LowRankFactors
 from es_lite.scoring.logsumexp import RunningLogSumExp
 from es_lite.scoring.perturbation import Perturbation
 from es_lite.scoring.scratch import Scratch
-from es_lite.scoring.shared import LowRankFactors
 from es_lite.weights.parts import Part
 
 T = TypeVar("T")

@@ -1,10 +1,7 @@
 """Modules that a tile of several members shares: a product of the unperturbed weights, corrected for each member.
 
-A linear map under a perturbation of low rank is x Wᵀ ± (σ/√r)(x B)Aᵀ (EGGROLL, arXiv 2511.16652): x Wᵀ is one product for the
-rows of all members, and W is never changed. Modules that own vectors (norms) are run on each member's rows; the unperturbed
-model is the case of no factors.
-
-Shapes: P perturbations of the tile, S members of each, R rows of each member (samples times tokens, in the order of the members).
+Linear maps are corrected by low-rank factors (`factors`). Modules that own vectors (norms) are run with each member's own; the
+unperturbed model is the case of no factors.
 """
 
 import copy
@@ -19,86 +16,13 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from es_lite.model.layout import Tensor
+from es_lite.scoring.factors import LowRankFactors, MemberRows
 from es_lite.scoring.sequences import SequenceTile
 from es_lite.scoring.tiles import Tile
 
 
 class RowsMixed(Exception):
     """A module does not keep the rows of members apart, or reads the weights of its linear maps: members must take turns."""
-
-
-@dataclass(frozen=True)
-class MemberRows:
-    """How rows, [rows, ...], belong to members, which come one after the other."""
-
-    signs: Sequence[int]
-    """Of each perturbation's members."""
-    counts: Sequence[int] = ()
-    """Rows of each member; none: all have the same number."""
-
-    @property
-    def uneven(self) -> bool:
-        return len(set(self.counts)) > 1
-
-    def places(self, rows: int, device: torch.device) -> tuple[torch.Tensor, int]:
-        """Where rows are if each member is given as many as the one that has most, int64 [rows]; and how many there are then.
-
-        rows: of all members, a multiple of the sum of counts.
-        """
-        each, most = rows // sum(self.counts), max(self.counts)
-        found = [torch.arange(count * each) + member * most * each for member, count in enumerate(self.counts)]
-        return torch.cat(found).to(device), len(self.counts) * most * each
-
-    def repeated(self, values: torch.Tensor, rows: int) -> torch.Tensor:
-        """A member's value for each of its rows, [rows, ...]; values: [members, ...]."""
-        if not self.uneven:
-            return values.repeat_interleave(rows // values.shape[0], dim=0)
-        counts = torch.tensor(self.counts, device=values.device) * (rows // sum(self.counts))
-        return values.repeat_interleave(counts, dim=0)
-
-
-@dataclass(frozen=True)
-class LowRankFactors:
-    """A matrix's perturbations in factors."""
-
-    right: torch.Tensor
-    """B, [P, in, r]."""
-    left: torch.Tensor
-    """(σ/√r)·Aᵀ, [P, r, out]."""
-
-    def __getitem__(self, which: slice) -> "LowRankFactors":
-        """Those of some perturbations."""
-        return LowRankFactors(self.right[which], self.left[which])
-
-    def transposed(self) -> "LowRankFactors":
-        """Of the transposed matrix."""
-        return LowRankFactors(self.left.transpose(1, 2), self.right.transpose(1, 2))
-
-    def project(self, x: torch.Tensor, rows: MemberRows) -> torch.Tensor:
-        """±x B, [P, S·R, r]; x: [P·S·R, in], or fewer rows if they are uneven; R is then the most that a member has."""
-        if rows.uneven:
-            places, size = rows.places(x.shape[0], x.device)
-            x = x.new_zeros(size, x.shape[-1]).index_copy_(0, places, x)
-        projected = torch.bmm(x.view(self.right.shape[0], -1, x.shape[-1]), self.right)
-        for part, sign in zip(projected.chunk(len(rows.signs), dim=1), rows.signs, strict=True):
-            if sign < 0:
-                part.neg_()
-        return projected
-
-    def add(self, y: torch.Tensor, projected: torch.Tensor, rows: MemberRows) -> None:
-        """y += (σ/√r)(±x B)Aᵀ, in place; y: [P·S·R, out], or fewer rows if they are uneven."""
-        if rows.uneven:
-            places, _ = rows.places(y.shape[0], y.device)
-            y.add_(torch.bmm(projected, self.left).flatten(0, 1)[places])
-            return
-        y.view(projected.shape[0], -1, y.shape[-1]).baddbmm_(projected, self.left)
-
-
-def factors_of(each: Sequence[tuple[torch.Tensor, torch.Tensor, float]], compute: torch.dtype) -> LowRankFactors:
-    """The factors in the compute type; each: A [out, r], B [in, r] and σ/√r of a perturbation, float32."""
-    right = torch.stack([right for _, right, _ in each]).to(compute)
-    left = torch.stack([left.T * scale for left, _, scale in each]).to(compute)
-    return LowRankFactors(right, left)
 
 
 @dataclass

@@ -14,9 +14,7 @@ STOPPING = "\nstopping after this step; press Ctrl-C again to stop immediately (
 pytestmark = pytest.mark.slow
 
 
-def test_ctrl_c_or_sigterm_end_the_run_after_the_step_and_resuming_changes_no_bit(
-    undisturbed, tmp_path: Path
-) -> None:
+def test_ctrl_c_or_sigterm_end_the_run_after_the_step_and_resuming_changes_no_bit(undisturbed, tmp_path: Path) -> None:
     run = tmp_path / "run"
     recipe, reference = undisturbed
     for number, more in ((signal.SIGINT, 4), (signal.SIGTERM, 3)):

@@ -11,7 +11,7 @@ import plain
 import pytest
 from journals import documents_of, write_documents
 from plain import EVERY_KIND, KINDS
-from support import FITNESSES, RECIPE, ROOT, TINY, finished_run, metrics, replayed, samples, tensors, write_reward_recipe
+from support import FITNESSES, RECIPE, ROOT, TINY, finished_run, replayed, tensors, write_reward_recipe
 from transformers import AutoConfig
 
 from es_lite.algorithm.formats import NO_SCALES
@@ -308,49 +308,46 @@ def test_a_step_of_the_command_moves_the_model_as_the_formula_says(
     assert np.sqrt(errors / updates) < 1e-6
 
 
-@pytest.mark.slow
-def test_the_scores_of_the_command_are_those_of_known_rewards(tmp_path: Path) -> None:
-    """The functions note what they saw and paid; a member's score is the mean of the weighted sums over the step's prompts."""
-    code = f"""
+NOTING = """
 import json, os
 
-def note(what, prompts, ids, rewards):
-    with open({str(tmp_path / "notes")!r} + "-" + str(os.getpid()), "a") as file:
-        file.write("".join(json.dumps([what, *row]) + "\\n" for row in zip(prompts, ids, rewards)))
+def note(what, prompts, ids, value):
+    rewards = [None if prompt.startswith("Item 3:") else value(tokens) for prompt, tokens in zip(prompts, ids)]
+    with open(f"{__file__}.{what}.{os.getpid()}", "a") as file:
+        file.write(json.dumps([ids, rewards]) + "\\n")
     return rewards
 
-def total(prompts, completion_ids, trainer_state, **_):
-    rewards = [None if prompt.startswith("Item 3:") else float(sum(ids)) for prompt, ids in zip(prompts, completion_ids)]
-    return note("total", prompts, completion_ids, rewards)
+def total(prompts, completion_ids, **_):
+    return note("total", prompts, completion_ids, sum)
 
 def tokens(prompts, completion_ids, **_):
-    return note("tokens", prompts, completion_ids, [None if p.startswith("Item 3:") else len(i) for p, i in zip(prompts, completion_ids)])
+    return note("tokens", prompts, completion_ids, len)
 """
-    (tmp_path / "own.py").write_text(code)
-    names = [f"{tmp_path}/own.py:total", f"{tmp_path}/own.py:tokens"]
+"""Reward functions that keep what they paid, a line for each member; one of the prompts does not count."""
+
+
+@pytest.mark.slow
+def test_a_members_score_is_the_mean_of_weighted_rewards_over_the_prompts_that_count(tmp_path: Path) -> None:
+    functions = tmp_path / "noting.py"
+    functions.write_text(NOTING)
     recipe = write_reward_recipe(
         tmp_path,
         run={"iterations": 1},
-        reward={"functions": names, "weights": [0.25, -3.0]},
+        reward={"functions": [f"{functions}:total", f"{functions}:tokens"], "weights": [0.25, -3.0]},
         fitness={"samples": 12},
         eval={"every": 0},
     )
     run = finished_run(recipe, tmp_path / "run")
-    paid: dict[tuple, dict[str, list]] = {}
-    for notes in tmp_path.glob("notes-*"):
-        for line in notes.read_text().splitlines():
-            what, prompt, ids, reward = json.loads(line)
-            assert reward == (None if prompt.startswith("Item 3:") else sum(ids) if what == "total" else len(ids))
-            paid.setdefault((prompt, tuple(ids)), {}).setdefault(what, []).append(reward)
-    assert len({prompt for prompt, _ in paid}) == 12
-    # Four members and θ wrote something for each of the twelve prompts; one of the prompts does not count.
-    members = np.array(json.loads((run / "journal.jsonl").read_text().splitlines()[1])["scores"])
-    values = [
-        0.25 * total - 3.0 * tokens
-        for each in paid.values()
-        for total, tokens in zip(each["total"], each["tokens"], strict=True)
-        if total is not None
-    ]
-    assert len(values) == 5 * 11
-    theta = (sum(values) - 11 * members.sum()) / 11
-    assert np.ptp(members) > 0 and min(values) <= theta <= max(values)
+    paid: dict[str, dict[str, list]] = {"total": {}, "tokens": {}}
+    for what, by_completions in paid.items():
+        for notes in tmp_path.glob(f"noting.py.{what}.*"):
+            by_completions |= {str(ids): rewards for ids, rewards in map(json.loads, notes.read_text().splitlines())}
+    assert paid["total"].keys() == paid["tokens"].keys()
+    expected = []
+    for member, totals in paid["total"].items():
+        pairs = [(a, b) for a, b in zip(totals, paid["tokens"][member], strict=True) if a is not None]
+        assert len(pairs) == 11
+        expected.append(sum(0.25 * a - 3.0 * b for a, b in pairs) / 11)
+    scores = json.loads((run / "journal.jsonl").read_text().splitlines()[1])["scores"]
+    assert len(set(scores)) == 4 and len(expected) == 5  # the unperturbed model too, in the first step
+    assert all(min(abs(score - other) for other in expected) < 1e-12 * abs(score) for score in scores)

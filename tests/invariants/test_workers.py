@@ -50,7 +50,7 @@ def test_a_worker_that_hangs_is_replaced_and_changes_no_bit(undisturbed, tmp_pat
 
 
 def test_killing_graders_at_random_moments_changes_no_bit(reward_recipe: Path, reward_reference: Path, tmp_path: Path) -> None:
-    """Functions that take their time, so that graders are killed at work too. Once is nobody's fault: another repeats the work."""
+    """The functions take their time, so that graders are killed at work too; another repeats the work."""
     functions = tmp_path / "rewards.py"
     code = (reward_recipe.parent / "rewards.py").read_text().replace("    return", "    time.sleep(0.03)\n    return")
     functions.write_text("import time\n" + code)

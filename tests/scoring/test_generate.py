@@ -41,7 +41,9 @@ def expected(tiny: Tiny, perturbation: Perturbation, prompts: list[np.ndarray], 
         for row, prompt in enumerate(prompts):
             ids[row, width - prompt.size :] = torch.from_numpy(prompt)
             mask[row, width - prompt.size :] = 1
-        model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=new, eos_token_id=list(ends) or [-1], pad_token_id=0)
+        model.generation_config = GenerationConfig(
+            do_sample=False, max_new_tokens=new, eos_token_id=list(ends) or [-1], pad_token_id=0
+        )
         written = model.generate(ids, attention_mask=mask)[:, width:].numpy()
         for row in written:
             ending = np.flatnonzero(np.isin(row, ends))

@@ -30,10 +30,10 @@ def parts_of(storage: Storage = "bf16") -> dict[str, Part]:
     return {"matrix": part_of((20, 16), storage, 3), "vector": part_of((16,), storage, 4)}
 
 
-def block_of(matrix: Part) -> Part:
-    """Its rows 4 to 11."""
+def block_of(matrix: Part, first: int = 4) -> Part:
+    """Eight of its rows."""
     width = matrix.tensor.width
-    return Part(matrix.tensor, 4 * width, matrix.data[4 * width : 12 * width], matrix.scales)
+    return Part(matrix.tensor, first * width, matrix.data[first * width : (first + 8) * width], matrix.scales)
 
 
 def everything(scratch: Any, perturbation: Perturbation, storage: Storage) -> dict[str, list[bytes]]:
@@ -46,6 +46,7 @@ def everything(scratch: Any, perturbation: Perturbation, storage: Storage) -> di
         "vectors": [bits(own["vector"]) for own in scratch.kept(perturbation, vector)],
         "base": [bits(each) for each in scratch.base(parts).values()],
         "block": [bits(own) for own in scratch.block(perturbation, block_of(matrix))],
+        "next block": [bits(own) for own in scratch.block(perturbation, block_of(matrix, 12))],
     }
     rows, width = np.array([0, 7, 19]), matrix.tensor.width
     stored = matrix.data.reshape(-1, width)[rows]

@@ -20,8 +20,9 @@ from es_lite.algorithm.noise import gaussian
 from es_lite.algorithm.noise.lowrank import LowRank
 from es_lite.model.layout import Tensor
 from es_lite.scoring import shared as shared_module
+from es_lite.scoring.factors import LowRankFactors, MemberRows, factors_of
 from es_lite.scoring.scratch import Scratch
-from es_lite.scoring.shared import LowRankFactors, MemberRows, RowsMixed, Shared, factors_of
+from es_lite.scoring.shared import RowsMixed, Shared
 from es_lite.weights.parts import Part
 
 INPUTS, OUTPUTS, LENGTH, SAMPLES = 40, 56, 5, 3

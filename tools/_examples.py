@@ -44,16 +44,16 @@ class Examples:
     @property
     def height(self) -> float:
         """In inches."""
-        return LINE_INCHES * (3 + sum(example.lines for example in self.examples))
+        return LINE_INCHES * (4 + sum(example.lines for example in self.examples))
 
     def draw(self, figure: SubFigure) -> None:
         """Draws them with one column a step."""
         axes = figure.subplots()
         axes.set_axis_off()
         axes.set_title(f"What {self.run} wrote on held-out prompts, which are the same at each step")
-        total = self.height / LINE_INCHES - 3
+        total = sum(example.lines for example in self.examples)
         style: dict[str, Any] = {"transform": axes.transAxes, "va": "top", "parse_math": False}
-        line = 0.0
+        line = 0.4  # below the title
         for example in self.examples:
             axes.text(0, 1 - line / total, example.prompt, fontsize=9.5, fontweight="bold", **style)
             for column, (heading, lines) in enumerate(example.completions):

@@ -2,8 +2,8 @@
 
     python tools/plot_run.py RUN [RUN ...] [--out PNG]
 
-A colour is a run; a line's style is what it shows. A key that is missing or null on a line leaves no point. Runs with rewards have
-panels for what was written, and below them some of it, from the first such run's samples.jsonl.
+A colour is a run; a line's style is what it shows. A key that is missing or null on a line leaves no point. Runs with rewards
+have panels for what was written, and below them some of it, from the first such run's samples.jsonl.
 """
 
 import argparse
@@ -92,13 +92,13 @@ def draw_evaluation(axes: Axes, records: list[Record], colour: str) -> None:
     axes.plot(steps, scores, color=colour, marker="o", markersize=4.5)
     if len(steps):
         axes.annotate(
-            f"{scores[-1]:.3f}", (steps[-1], scores[-1]), (0, 7), textcoords="offset points",
+            f"{scores[-1]:#.4g}", (steps[-1], scores[-1]), (0, 7), textcoords="offset points",
             color=colour, ha="center", fontsize=9.5, fontweight="bold",
         )  # fmt: skip
 
 
 def draw_shares(axes: Axes, records: list[Record], colour: str) -> None:
-    for key, style in SHARES.items():
+    for key, style in zip(SHARES, ("-", "--", ":"), strict=True):
         steps, shares = columns(records, f"eval_{key}")
         axes.plot(steps, 100 * shares, color=colour, linestyle=style, marker="o", markersize=3.5, linewidth=1.5)
 
@@ -145,8 +145,8 @@ def line(axes: Axes, points: list[np.ndarray], colour: str, **style: Any) -> Non
     axes.plot(steps, values, color=colour, marker="o" if len(steps) == 1 else "", markersize=4, **style)
 
 
-SHARES = {"accuracy": "-", "format": "--", "cut": ":"}
-"""Shares of the completions of an evaluation, with the style of their lines."""
+SHARES = {"accuracy": "right", "format": "in the right form", "cut": "cut off"}
+"""Shares of the completions of an evaluation, in words."""
 
 PANELS = {  # title, unit of the y-axis, the function that draws a run
     "score": ("Training: scores of the population", "score (higher is better)", draw_score),
@@ -178,7 +178,7 @@ def writes(records: list[Record]) -> bool:
 
 
 def draw(runs: dict[str, list[Record]], examples: _examples.Examples | None, out: Path) -> None:
-    """Writes the PNG, 1400 pixels wide, 900 high and more with rewards; runs: by name. Raises OSError if `out` cannot be written."""
+    """Writes the PNG, 1400 pixels wide, 900 high or, with rewards, more; runs: by name. Raises OSError if it cannot be."""
     colours = dict(zip(runs, itertools.cycle(COLOURS), strict=False))
     rewards = any(map(writes, runs.values()))
     heights = [12.0 if rewards else 9.0, *([examples.height] if examples else [])]
@@ -221,9 +221,10 @@ def add_legends(panels: dict[str, Axes]) -> None:
     panels["memory"].legend([solid, dashed], ["now", "peak"], loc="lower right", ncols=2)
     if "shares" in panels:
         panels["shares"].set_ylim(-4, 118)  # room for the legend
-        panels["shares"].legend([solid, dashed, dotted], ["right", "in the right form", "cut off"], loc="upper right", ncols=3)
+        panels["shares"].legend([solid, dashed, dotted], SHARES.values(), loc="upper right", ncols=3)
         panels["length"].set_ylim(bottom=0)
-        panels["length"].legend([solid, pale], ["held-out prompts", "population, mean"], loc="upper right", ncols=2)
+        thin = Line2D([], [], color=GREY, linewidth=0.9, alpha=0.5)
+        panels["length"].legend([solid, thin], ["held-out prompts", "population, mean"], loc="upper right", ncols=2)
     if panels["evaluation"].get_legend_handles_labels()[0]:
         panels["evaluation"].legend()
 

@@ -33,6 +33,9 @@ CUDA_BYTES = 3 * 2**30
 """An allowance, not measured, for the GPU's driver and libraries: on the host for the coordinator and the worker each, and on the
 GPU."""
 
+PRODUCT_BYTES, PRODUCTS = 680_000, 256
+"""What oneDNN keeps of a product in bf16 that it has compiled (measured), and of how many (`engine.preload`)."""
+
 UPDATE_BYTES = 4 * SLICE * 4
 """Buffers of the update."""
 
@@ -138,6 +141,7 @@ class Needs:
             **self.scratch(pass_samples),
             "hidden states": pass_samples * hidden,
             **self._cache(members * min(pass_samples, self.samples)),
+            **self._products(),
             "activations": self.activations,
             "update buffers": UPDATE_BYTES,
         }
@@ -158,6 +162,10 @@ class Needs:
     def _cache(self, sequences: int) -> dict[str, int]:
         """Bytes of the keys and values of so many sequences."""
         return {"keys and values": sequences * self.item.cache} if self.generates else {}
+
+    def _products(self) -> dict[str, int]:
+        """Bytes of compiled products: tiles that sequences leave have many numbers of rows."""
+        return {"compiled products": PRODUCT_BYTES * PRODUCTS} if self.generates and self.compute == "bf16" else {}
 
     def _kept_bytes(self) -> int:
         """What a worker can keep during a generation: perturbed weights, or weights in the compute type; 0 if there is none."""
@@ -188,6 +196,7 @@ class Needs:
                 **self.scratch(pass_samples),
                 "hidden states": pass_samples * self._population * self.item.hidden,
                 **self._cache(pass_samples * self._population),
+                **self._products(),
                 f"activations ({lanes}x)": lanes * self.activations,
                 "update buffers": UPDATE_BYTES,
             }

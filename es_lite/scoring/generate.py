@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from es_lite.scoring.sequences import LEAVE, PADDING, KeyValueCache, SequenceTile
+from es_lite.scoring.sequences import LEAVE, PADDING, ROUND, KeyValueCache, SequenceTile
 from es_lite.scoring.tiles import PerturbationGroup
 
 
@@ -121,7 +121,11 @@ class Sequences:
             self._leave()
 
     def _leave(self) -> None:
-        stay = np.flatnonzero(~self._ended)
+        writing = np.count_nonzero(~self._ended)
+        fill = -writing % ROUND
+        stay = np.sort(np.concatenate([np.flatnonzero(~self._ended), np.flatnonzero(self._ended)[: fill if writing else 0]]))
+        if stay.size == self.rows:
+            return
         self._cache.keep(stay)
         self.member, self.prompt = self.member[stay], self.prompt[stay]
         self._written, self._ended = self._written[stay], self._ended[stay]

@@ -1,5 +1,6 @@
 """Greedy decoding under perturbed weights, against Hugging Face's own `generate` with weights that were perturbed in numpy."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -46,8 +47,8 @@ def expected(tiny: Tiny, perturbation: Perturbation, prompts: list[np.ndarray], 
         )
         written = model.generate(ids, attention_mask=mask)[:, width:].numpy()
         for row in written:
-            ending = np.flatnonzero(np.isin(row, ends))
-            found.append(row[: ending[0] + 1] if ending.size else row)
+            places = np.flatnonzero(np.isin(row, ends))
+            found.append(row[: places[0] + 1] if places.size else row)
     return found
 
 
@@ -139,11 +140,11 @@ def test_an_end_token_at_once_and_a_limit_of_one_token():
 
 
 def test_ended_sequences_leave_their_tile(monkeypatch):
-    """The products become smaller, once an eighth of the rows has ended."""
-    tiny, prompts = Tiny(config_of("qwen3")), prompts_of([5, 4, 4, 3])
-    free = tiny.model(micro_batch=4).generate([UNPERTURBED], prompts, Limits((), 12), 4)[0]
-    end = int(free[1][3])
-    rows, model = [], tiny.model(micro_batch=4)
+    """The products become smaller once an eighth of the rows has ended, and always have a multiple of 8 rows."""
+    tiny, prompts = Tiny(config_of("qwen3")), prompts_of([3] * 30)
+    free = tiny.model(micro_batch=30).generate([UNPERTURBED], prompts, Limits((), 12), 30)[0]
+    ends = tuple(int(free[prompt][place]) for prompt, place in zip(range(0, 30, 2), [1, 3, 5, 7, 9] * 3, strict=True))
+    rows, model = [], tiny.model(micro_batch=30)
     next_tokens = model._next_tokens
 
     def counted(tiles, tokens, seen, positions):
@@ -151,10 +152,14 @@ def test_ended_sequences_leave_their_tile(monkeypatch):
         return next_tokens(tiles, tokens, seen, positions)
 
     monkeypatch.setattr(model, "_next_tokens", counted)
-    found = model.generate([UNPERTURBED], prompts, Limits((end,), 12), 4)[0]
-    sizes = [row.size for row in found]
-    assert rows == [sum(size > step for size in sizes) for step in range(max(sizes))]
-    assert len(set(rows)) > 1
+    sizes = [row.size for row in model.generate([UNPERTURBED], prompts, Limits(ends, 12), 30)[0]]
+    assert rows[0] == 30
+    assert len(rows) == max(sizes)
+    for step, (before, now) in enumerate(itertools.pairwise(rows), start=1):
+        writing = sum(size > step for size in sizes)
+        fewest = -(-writing // 8) * 8
+        assert now == (fewest if (before - writing) * 8 >= before and fewest < before else before)
+    assert len(set(rows)) > 2
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3", "gpt2"])

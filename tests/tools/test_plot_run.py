@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import _examples
 import matplotlib.image
 import pytest
 from support import ROOT
@@ -33,9 +34,31 @@ def write_run(run: Path, steps: int = 20, **changes: object) -> Path:
     return run
 
 
+def write_reward_run(run: Path, steps: int = 20) -> Path:
+    """The same for a run with rewards, which writes on two prompts in every fifth step."""
+    write_run(run, steps, generated_tokens=900, length=50.0)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    samples = []
+    for line in lines:
+        if line.get("eval_score") is not None:
+            line |= {"eval_accuracy": 0.5, "eval_format": 0.75, "eval_length": 80.0 - line["step"], "eval_cut": 0.25}
+            asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How\nmany?"}]
+            written = f"After step {line['step']}: about $5 and $6, \t\x00 家 " + "a long story " * 60
+            samples.append({"step": line["step"], "prompt": asked, "completion": written, "score": -9.5, "cut": True})
+            samples.append({"step": line["step"], "prompt": "Which one?", "completion": "", "score": None, "cut": False})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    return run
+
+
+def size(path: Path) -> tuple[int, int]:
+    """Width and height of a PNG."""
+    return struct.unpack(">II", path.read_bytes()[16:24])
+
+
 def check_picture(path: Path, colours: int = 1) -> None:
     """It is a PNG of the right size, in which each of the first `colours` run colours is really drawn."""
-    assert struct.unpack(">II", path.read_bytes()[16:24]) == (1400, 900)
+    assert size(path) == (1400, 900)
     pixels = (matplotlib.image.imread(path)[..., :3] * 255).round().astype(int)
     for colour in ((0x0B, 0x6E, 0x99), (0xD9, 0x73, 0x0D))[:colours]:
         assert (abs(pixels - colour).max(axis=-1) < 3).sum() > 1000
@@ -101,3 +124,52 @@ def test_an_out_that_cannot_be_written(tmp_path: Path) -> None:
     result = plot(write_run(tmp_path / "run"), "--out", out)
     assert result.returncode == 2
     assert result.stderr == f"plot_run: {out}: cannot be written (No such file or directory)\n"
+
+
+def test_a_run_with_rewards_has_examples_below_its_panels(tmp_path: Path) -> None:
+    run = write_reward_run(tmp_path / "run")
+    result = plot(run, "--out", tmp_path / "with.png")
+    assert (result.returncode, result.stderr) == (0, "")
+    (run / "samples.jsonl").unlink()
+    assert plot(run, "--out", tmp_path / "without.png").returncode == 0
+    assert size(tmp_path / "without.png") == (1400, 1200)
+    width, height = size(tmp_path / "with.png")
+    assert width == 1400 and height == pytest.approx(
+        1200 + 100 * _examples.read(write_reward_run(tmp_path / "same"), "").height, abs=1
+    )
+    below = matplotlib.image.imread(tmp_path / "with.png")[1210:, :, :3]
+    assert all((column.min(axis=-1) < 0.5).sum() > 1000 for column in (below[:, :460], below[:, 470:930], below[:, 940:])), "text"
+
+
+def test_runs_with_and_without_rewards_are_overlaid(tmp_path: Path) -> None:
+    result = plot(write_run(tmp_path / "text"), write_reward_run(tmp_path / "rewards"), "--out", tmp_path / "both.png")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert size(tmp_path / "both.png")[1] > 1300, "with the examples of the second run"
+
+
+def test_examples_are_of_the_start_the_middle_and_the_end(tmp_path: Path) -> None:
+    run = write_reward_run(tmp_path / "run")
+    with (run / "samples.jsonl").open("a") as file:
+        file.write('{"step": 20, "prompt": "Which one?", "completion": "again", "score": 1, "cut": false}\n')
+        file.write('[]\n{"step": 20, "prompt": []}\n{"step": 25, "prom')
+    first, second = _examples.read(run, "run").examples
+    assert first.prompt == "How many?"
+    assert [heading for heading, _ in first.completions] == [f"step {step}, reward -9.5, cut off" for step in (0, 10, 20)]
+    for step, (_, lines) in zip((0, 10, 20), first.completions, strict=True):
+        assert lines[0].startswith(f"After step {step}: about $5 and $6, ") and "\\x00 家" in " ".join(lines)
+        assert len(lines) == _examples.LINES and lines[-1] == "…" and max(map(len, lines)) <= _examples.COLUMNS
+    assert second.completions == [("step 0", []), ("step 10", []), ("step 20, reward 1", ["again"])]
+
+
+@pytest.mark.parametrize(("evaluations", "steps"), [(1, [0]), (2, [0, 5])])
+def test_examples_of_a_run_with_few_evaluations(tmp_path: Path, evaluations: int, steps: list[int]) -> None:
+    run = write_reward_run(tmp_path / "run", 5 * (evaluations - 1))
+    headings = [heading for heading, _ in _examples.read(run, "run").examples[1].completions]
+    assert headings == [f"step {step}" for step in steps]
+    assert plot(run).returncode == 0
+
+
+def test_there_are_no_examples_without_samples(tmp_path: Path) -> None:
+    assert _examples.read(tmp_path, "run") is None
+    (tmp_path / "samples.jsonl").write_text("")
+    assert _examples.read(tmp_path, "run") is None

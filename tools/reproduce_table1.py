@@ -3,7 +3,8 @@
     python tools/reproduce_table1.py MODEL --dir DIR [--minutes M] [--population N] [--prompts M] [--new-tokens T] [--test K]
                                      [--set table.key=value ...]
 
-MODEL is a Hugging Face folder or a hub name; the paper's row is found by its name. Writes DIR/recipe.toml, made from
+MODEL is a Hugging Face folder or a hub name; the paper's row is found by its name, or
+else rows of its size are shown. Writes DIR/recipe.toml, made from
 recipes/countdown_qwen2p5_0p5b.toml with the paper's problems (four numbers up to 100; 200 to train on), trains it in DIR/run, and
 evaluates it and the base model on K of the 2,000 held-out problems. Prints the row and the paper's. The same command
 again continues a run that was stopped, also by --minutes, which counts for each command (without the evaluation at its end).
@@ -12,7 +13,6 @@ The problems are not the paper's own, but of the same kind, made by es_lite from
 """
 
 import argparse
-import difflib
 import json
 import re
 import subprocess
@@ -47,10 +47,10 @@ PAPER_POPULATION, PAPER_PROMPTS, PAPER_STEPS = 30, 200, 500
 PAPER_GENERATIONS = PAPER_POPULATION * PAPER_PROMPTS * PAPER_STEPS
 """Completions that ES was trained with."""
 
-HEAD = ["Countdown, right %", "base", "PPO", "GRPO (8)", "GRPO (30)", "GRPO-v", "Dr. GRPO", "ES", "ES trained with"]
+STDERR = 2
+"""Where the commands print: the table has standard output to itself."""
 
-SMALLEST_MATCH = 0.75
-"""Of the names of a model and of a row of the paper."""
+HEAD = ["Countdown, right %", "base", "PPO", "GRPO (8)", "GRPO (30)", "GRPO-v", "Dr. GRPO", "ES", "ES trained with"]
 
 
 @dataclass(frozen=True)
@@ -94,55 +94,54 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
     """Trains, or continues. Raises CalledProcessError, after the command's own message, if it fails."""
     sets = [word for setting in options.settings for word in ("--set", setting)]
     command = [sys.executable, "-m", "es_lite.train", str(options.dir / "recipe.toml"), "--resume", *sets]
-    subprocess.run(command, check=True, stdout=sys.stderr)
+    subprocess.run(command, check=True, stdout=STDERR)
 
 
 def evaluate(run: Path, test: int, out: Path) -> dict[str, Any]:
     """What `python -m es_lite.evaluate` finds for the run's last step and for the model that it started from; kept in `out`."""
     options = ["--against", "start", "--samples", str(test), "--out", str(out)]
-    subprocess.run([sys.executable, "-m", "es_lite.evaluate", str(run), *options], check=True, stdout=sys.stderr)
+    subprocess.run([sys.executable, "-m", "es_lite.evaluate", str(run), *options], check=True, stdout=STDERR)
     return json.loads(out.read_text(encoding="utf-8"))
 
 
-def paper_row(model: str) -> tuple[str, tuple[float | None, ...]]:
-    """The paper's row whose name is that of the model, and its name; one of None if there is none."""
-    name = _plain(Path(model).name)
-    near = difflib.get_close_matches(name, [_plain(known) for known in PAPER], n=1, cutoff=SMALLEST_MATCH)
-    for known, figures in PAPER.items():
-        if [_plain(known)] == near and _size(known) == _size(model):
-            return known, figures
-    return "none of this model", (None,) * 7
+def papers_models(model: str) -> tuple[list[str], bool]:
+    """The paper's models to compare with: of this name, or else of this size; whether the name is the same."""
+    name = _plain(model)
+    same = [known for known in PAPER if name.endswith(_plain(known))]
+    return same or [known for known in PAPER if _size(known) == _size(model)], bool(same)
 
 
 def rows(model: str, found: dict[str, Any], trained: Trained) -> list[list[str]]:
     """The table: this run's row, and the paper's."""
-    name, figures = paper_row(model)
     ours = [found["against"]["figures"]["accuracy"], found["figures"]["accuracy"]]
     base, own = (_percent(figure["mean"], figure["error"]) for figure in ours)
     used = f"{trained.generations:,} completions ({trained.steps} steps, {trained.tokens:,} tokens, {trained.hours:.2f} h)"
-    theirs = f"{PAPER_GENERATIONS:,} completions ({PAPER_STEPS} steps)" if figures[0] is not None else "–"
-    return [
-        HEAD,
-        [f"es_lite, {Path(model).name}", base, "–", "–", "–", "–", "–", own, used],
-        [f"the paper, {name}", *("–" if value is None else f"{value:.1f}" for value in figures), theirs],
-    ]
+    theirs = f"{PAPER_GENERATIONS:,} completions ({PAPER_STEPS} steps)"
+    made = [HEAD, [f"es_lite, {Path(model).name}", base, "–", "–", "–", "–", "–", own, used]]
+    known, same = papers_models(model)
+    for name in known:
+        title = f"the paper, {name}" + ("" if same else " (another model)")
+        made.append([title, *(f"{value:.1f}" for value in PAPER[name]), theirs])
+    return made if known else [*made, ["the paper has no model of this size", *["–"] * (len(HEAD) - 1)]]
 
 
 def notes(recipe: Recipe, found: dict[str, Any]) -> str:
     """How both rows were made."""
     es, box = recipe.es, system.box()
     problems = f"problems with {json.dumps(recipe.data.options)}, " if recipe.data.options else ""
-    return "\n".join(
-        [
-            f"es_lite: the model after the last step, greedy, {found['prompts']:,} held-out problems, mean ± standard error; {problems}"
-            f"N = {es.population}, {recipe.fitness.samples} prompts a step, drawn anew, at most {recipe.generation.max_new_tokens} "
-            f"new tokens, sigma {es.sigma:g}, alpha {es.alpha:g}, {recipe.noise.kind} noise; {box['cpu']}, {box['cores']} cores "
-            f"({box['cpu_features']}).",
-            f"The paper: N = {PAPER_POPULATION}, its {PAPER_PROMPTS} problems in each step, at most 512 new tokens, sigma 0.001, alpha "
-            "0.0005; 2,000 held-out problems, of the same kind but not the same. PPO and GRPO were tuned for each model; GRPO-v and "
-            "Dr. GRPO are of another implementation than PPO and GRPO.",
-        ]
-    )
+    ours = [
+        f"es_lite: the model after the last step, greedy, {found['prompts']:,} held-out problems, mean ± standard error",
+        f"{problems}N = {es.population}, {recipe.fitness.samples} prompts a step, drawn anew",
+        f"at most {recipe.generation.max_new_tokens} new tokens",
+        f"sigma {es.sigma:g}, alpha {es.alpha:g}, {recipe.noise.kind} noise",
+        f"{box['cpu']}, {box['cores']} cores ({box['cpu_features']})",
+    ]
+    theirs = [
+        f"The paper: N = {PAPER_POPULATION}, its {PAPER_PROMPTS} problems in each step, at most 512 new tokens, sigma 0.001",
+        "alpha 0.0005, 2,000 held-out problems, of the same kind but not the same",
+        'PPO and GRPO were tuned for each model; those with "-v" and "Dr." are of another implementation',
+    ]
+    return "; ".join(ours) + ".\n" + "; ".join(theirs) + "."
 
 
 def _plain(name: str) -> str:

@@ -41,6 +41,8 @@ def execution(workers: int = 1, threads: int = 1, direct: bool = False, compute:
         pass_samples=4,
         micro_batch=4,
         tile_members=1,
+        prompt_members=1,
+        kept=False,
         group=1,
     )
 
@@ -126,9 +128,9 @@ def test_corrections_are_measured_if_the_noise_has_a_rank(monkeypatch, products,
     shapes = []
     add = rates.LowRankFactors.add
 
-    def counted(self, y, projected):
+    def counted(self, y, projected, members):
         shapes.append((tuple(self.right.shape), tuple(self.left.shape), tuple(projected.shape)))
-        add(self, y, projected)
+        add(self, y, projected, members)
 
     monkeypatch.setattr(rates.LowRankFactors, "add", counted)
     monkeypatch.setattr(rates, "_fastest", lambda work: work() or 2.0)

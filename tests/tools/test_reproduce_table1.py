@@ -92,21 +92,19 @@ def test_a_command_that_fails_ends_it_with_its_code(tmp_path, capfd):
 
 
 @pytest.mark.parametrize(
-    ("model", "row"),
+    ("model", "known", "same"),
     [
-        ("Qwen/Qwen2.5-0.5B-Instruct", "Qwen2.5-0.5B-Instruct"),
-        ("~/.cache/es_lite/qwen2.5-1.5b-instruct", "Qwen2.5-1.5B-Instruct"),
-        ("Qwen/Qwen2.5-3B", "Qwen2.5-3B-Instruct"),
-        ("unsloth/Llama-3.2-1B-Instruct", "Llama-3.2-1B-Instruct"),
-        ("meta-llama/Meta-Llama-3.1-8B-Instruct", "Llama-3.1-8B-Instruct"),
-        ("Qwen/Qwen2.5-14B-Instruct", "none of this model"),
-        ("Qwen/Qwen3-0.6B", "none of this model"),
-        ("~/.cache/es_lite/smollm2-135m-instruct", "none of this model"),
-        ("qwen2.5-coder-0.5b-instruct", "none of this model"),
+        ("Qwen/Qwen2.5-0.5B-Instruct", ["Qwen2.5-0.5B-Instruct"], True),
+        ("~/.cache/es_lite/qwen2.5-1.5b-instruct", ["Qwen2.5-1.5B-Instruct"], True),
+        ("meta-llama/Meta-Llama-3.1-8B-Instruct", ["Llama-3.1-8B-Instruct"], True),
+        ("Qwen/Qwen2.5-3B", ["Qwen2.5-3B-Instruct", "Llama-3.2-3B-Instruct"], False),
+        ("qwen2.5-coder-0.5b-instruct/", ["Qwen2.5-0.5B-Instruct"], False),
+        ("Qwen/Qwen2.5-14B-Instruct", [], False),
+        ("~/.cache/es_lite/smollm2-135m-instruct", [], False),
     ],
 )
-def test_the_papers_row_is_found_by_name(model, row):
-    assert reproduce_table1.paper_row(model)[0] == row
+def test_the_papers_models_are_found_by_name_or_by_size(model, known, same):
+    assert reproduce_table1.papers_models(model) == (known, same)
 
 
 def test_what_is_not_known_is_left_out():
@@ -116,7 +114,7 @@ def test_what_is_not_known_is_left_out():
     assert ours == [
         "es_lite, smollm2-135m-instruct", "0.5 ± 0.2", *"–––––", "12.5", "1,200 completions (3 steps, 5,000 tokens, 0.50 h)"
     ]  # fmt: skip
-    assert paper == ["the paper, none of this model", *"–––––––", "–"]
+    assert paper == ["the paper has no model of this size", *"––––––––"]
 
 
 def test_a_step_that_a_crash_wrote_twice_counts_once(tmp_path):

@@ -8,7 +8,7 @@ import tomllib
 import pytest
 from support import ROOT, write_recipe
 
-from es_lite import __main__, plan, replay, system, train
+from es_lite import __main__, evaluate, plan, replay, system, train
 from es_lite.planning.rates import Estimate
 from es_lite.system import MemoryLimit
 
@@ -24,7 +24,7 @@ def test_help_lists_the_commands(capsys, word):
     assert __main__.main([word]) == 0
     output = capsys.readouterr()
     assert output.out.startswith("usage: es-lite COMMAND") and output.err == ""
-    assert [line.split()[0] for line in output.out.splitlines()[2:]] == ["train", "plan", "replay"]
+    assert [line.split()[0] for line in output.out.splitlines()[2:]] == ["train", "plan", "replay", "evaluate"]
 
 
 @pytest.mark.parametrize("words", [[], ["trian"], ["trian", "--help"], ["recipe.toml"]])
@@ -34,7 +34,7 @@ def test_an_unknown_command_is_refused(capsys, words):
     assert output.out == "" and "usage: es-lite COMMAND" in output.err and "  plan " in output.err
 
 
-@pytest.mark.parametrize(("name", "module"), [("train", train), ("plan", plan), ("replay", replay)])
+@pytest.mark.parametrize(("name", "module"), [("train", train), ("plan", plan), ("replay", replay), ("evaluate", evaluate)])
 def test_a_command_gets_the_words_after_it_and_gives_its_exit_code(monkeypatch, name, module):
     given = []
     monkeypatch.setattr(module, "main", lambda words: given.append(words) or 7)

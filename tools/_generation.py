@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import _llama
 import _packages
 import numpy as np
 import torch
@@ -320,9 +321,7 @@ def generation(words: Sequence[str]) -> None:
     load = Load(arguments.model.expanduser(), population, arguments.prompts, arguments.prompt_tokens, new_tokens)
     weights = f"`{load.model.name}`" if load.model.exists() else "random weights of SmolLM2-135M's shape"
     if arguments.llama:
-        import _llama
-
-        _llama.measure(arguments.prompts, arguments.prompt_tokens, arguments.new_tokens, arguments.turns)
+        _llama.measure(arguments.prompt_tokens, arguments.new_tokens, arguments.turns)
         return
     print(
         f"{weights}: N = {population}, {load.prompts} prompts of {load.prompt_tokens} tokens, {load.new_tokens} new tokens; "

@@ -91,7 +91,7 @@ def table(found: dict[str, Any]) -> str:
     others = [against["figures"]] if against else []
     rows = [["", found["model"], *([against["model"], "difference"] if against else [])]]
     for name in (name for name, value in own.items() if isinstance(value, dict) or value is None):
-        title = TITLES.get(name) or "  " + name.removeprefix("functions.")
+        title = TITLES.get(name) or "  " + name.removeprefix("functions.").rpartition("/")[2]
         cells = [_cell(side[name], name) for side in (own, *others)]
         rows.append([title, *cells, *([_cell(against["difference"][name], name, sign="+")] if against else [])])
     if against:

@@ -1,8 +1,13 @@
 """tools/benchmark.py generation: what it prints on a tiny model, the plain loop, and the matrices of the GEMM."""
 
+import contextlib
 import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import _generation
+import _llama
 import benchmark
 import numpy as np
 import pytest
@@ -101,6 +106,39 @@ def test_the_gemm_has_the_matrices_that_a_token_passes(tied):
     multiplied = sum(matrix.numel() for matrix in matrices)
     vectors = sum(tensor.size for tensor in layout.tensors if len(tensor.shape) == 1)
     assert multiplied == layout.size - vectors - (0 if tied else 257 * 32)  # the embedding is read, not multiplied
+
+
+class FakeServer:
+    """llama.cpp, whose CPU time is 1 s for a prompt and 0.5 s for each further token of all sequences."""
+
+    clock = 0.0
+
+    def __init__(self, parameters: SimpleNamespace) -> None:
+        assert parameters.cpuparams.n_threads == parameters.cpuparams_batch.n_threads == 1
+        self.batch = parameters.n_parallel
+
+    def handle_completions(self, asked: dict) -> dict:
+        assert asked["ignore_eos"] and len(asked["prompt"]) == 6
+        FakeServer.clock += (1 + 0.5 * (asked["n_predict"] - 1)) / self.batch
+        return {"usage": {"completion_tokens": asked["n_predict"]}}
+
+
+def test_llama_cpps_decoding_is_measured_in_cpu_time(monkeypatch, printed):
+    def parameters() -> SimpleNamespace:
+        return SimpleNamespace(model=SimpleNamespace(), cpuparams=SimpleNamespace(), cpuparams_batch=SimpleNamespace())
+
+    monkeypatch.setitem(sys.modules, "xllamacpp", SimpleNamespace(CommonParams=parameters, Server=FakeServer))
+    monkeypatch.setattr(_llama._packages, "wheel", lambda *_: contextlib.nullcontext(SimpleNamespace(extract=lambda *_: "gguf")))
+    monkeypatch.setattr(_llama, "ThreadPoolExecutor", lambda batch: ThreadPoolExecutor(1))
+    monkeypatch.setattr(_llama, "time", SimpleNamespace(process_time=lambda: FakeServer.clock))
+    rates = {line[0]: line[1] for line in cells(printed("--llama"))}
+    assert rates == {f"llama.cpp, Q4_1, batch {batch}, one thread": f"{2 * batch}" for batch in (1, 8, 32)}
+
+
+def test_llama_cpp_is_not_required(monkeypatch):
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    with pytest.raises(SystemExit, match="pip install xllamacpp=="):
+        benchmark.main(["generation", "--llama"])
 
 
 @pytest.mark.parametrize("words", [["--population", "3"], ["--turns", "0"], ["--plain-members", "0"], ["--rate", "--shares"]])

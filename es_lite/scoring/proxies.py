@@ -23,7 +23,7 @@ from es_lite.scoring.kept import KeptScratch
 from es_lite.scoring.lanes import Lanes
 from es_lite.scoring.perturbation import Perturbation
 from es_lite.scoring.scratch import Scratch
-from es_lite.scoring.sequences import SequenceOutput, SequenceRows, SequenceTile
+from es_lite.scoring.sequences import SequenceRows, SequenceTile
 from es_lite.scoring.shared import RowsMixed, Shared
 from es_lite.scoring.tiles import Output, PerturbationGroup, SampleRows, Tile
 from es_lite.scoring.weights import Weights
@@ -135,7 +135,7 @@ class Proxy(nn.Module):
         self,
         group: PerturbationGroup,
         parts: Mapping[str, Part],
-        output: Output | SequenceOutput,
+        output: Output,
         args: tuple,
         kwargs: dict[str, Any],
     ) -> None:
@@ -154,7 +154,7 @@ class Proxy(nn.Module):
         group: PerturbationGroup,
         parts: Mapping[str, Part],
         linear: Mapping[str, Part],
-        output: Output | SequenceOutput,
+        output: Output,
         args: tuple,
         kwargs: dict[str, Any],
     ) -> None:
@@ -169,7 +169,7 @@ class Proxy(nn.Module):
         group: PerturbationGroup,
         parts: Mapping[str, Part],
         linear: Mapping[str, Part],
-        output: Output | SequenceOutput,
+        output: Output,
         args: tuple,
         kwargs: dict[str, Any],
     ) -> None:
@@ -187,7 +187,7 @@ class Proxy(nn.Module):
         group: PerturbationGroup,
         linear: Mapping[str, Part],
         made: Sequence[Mapping[str, torch.Tensor]],
-        output: Output | SequenceOutput,
+        output: Output,
         args: tuple,
         kwargs: dict[str, Any],
         apart: bool,

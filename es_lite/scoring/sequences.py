@@ -18,7 +18,7 @@ from transformers import Cache, DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from es_lite.errors import UserError
-from es_lite.scoring.tiles import PerturbationGroup, signs_of
+from es_lite.scoring.tiles import Output, PerturbationGroup, signs_of
 
 PADDING = 1
 """Slots before the longest prompt of a tile."""
@@ -157,6 +157,10 @@ class SequenceTile:
     def signs(self) -> tuple[int, ...]:
         return signs_of(self.group, self.members)
 
+    def place(self, states: torch.Tensor) -> torch.Tensor:
+        """The tile's part of the states of all rows, [rows, length, ...] of [R, T, ...], a view."""
+        return states[self.rows, -self.length :]
+
     def apart(self) -> Iterator["SequenceTile"]:
         """The tile cut into tiles of one member each."""
         first = self.rows.start
@@ -224,28 +228,5 @@ class SequenceRows:
                 if 0 <= member < group.members:
                     yield replace(alone, group=group, members=range(member, member + 1))
 
-    def output(self) -> "SequenceOutput":
-        return SequenceOutput(self.count, max(tile.length for tile in self.all_tiles))
-
-
-class SequenceOutput:
-    """The output of a module for all rows, put together from its tiles."""
-
-    def __init__(self, rows: int, length: int) -> None:
-        self._shape = rows, length
-        self._making = threading.Lock()
-        self._states: torch.Tensor | None = None
-        self._tuple = False
-
-    def put(self, tile: Any, result: Any) -> None:
-        """result: the module's states, [rows, length, ...], or a tuple that begins with them."""
-        if isinstance(result, tuple):
-            self._tuple, result = True, result[0]
-        with self._making:
-            if self._states is None:
-                self._states = result.new_zeros(*self._shape, *result.shape[2:])
-        self._states[tile.rows, -tile.length :] = result
-
-    def result(self) -> Any:
-        assert self._states is not None
-        return (self._states,) if self._tuple else self._states
+    def output(self) -> Output:
+        return Output((self.count, max(tile.length for tile in self.all_tiles)))

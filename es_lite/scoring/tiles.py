@@ -8,7 +8,7 @@ Shapes: G members of all perturbations, B samples, T the longest sample.
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -70,6 +70,10 @@ class Tile:
         """Rows of each member."""
         return (self.samples.stop - self.samples.start,) * len(self.members)
 
+    def place(self, states: torch.Tensor) -> torch.Tensor:
+        """The tile's part of the states of all rows, [members, samples, length, ...] of [G, B, T, ...], a view."""
+        return states[self.rows][:, :, : self.length]
+
     def apart(self) -> Iterator["Tile"]:
         """The tile cut into tiles of one member each."""
         return (replace(self, members=range(member, member + 1)) for member in self.members)
@@ -129,30 +133,38 @@ class SampleRows:
                 yield Tile(group, range(member, member + each), slice(low, high), int(self.lengths[low]), batch)
 
     def output(self) -> "Output":
-        return Output((self.members, self.samples), int(self.lengths[0]))
+        return Output((self.members, self.samples, int(self.lengths[0])))
+
+
+class Placed(Protocol):
+    """A tile whose part of the states of all rows can be found."""
+
+    def place(self, states: torch.Tensor) -> torch.Tensor:
+        """The tile's part of the states of all rows, a view."""
+        ...
 
 
 class Output:
     """The output of a module for all rows, put together from its tiles."""
 
-    def __init__(self, batch: tuple[int, int], length: int) -> None:
-        """batch: (G, B); length: T."""
-        self._shape = *batch, length
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        """shape: (G, B, T) or, of sequences, (R, T)."""
+        self._shape = shape
         self._making = threading.Lock()
         self._states: torch.Tensor | None = None
         self._tuple = False
 
-    def put(self, tile: Any, result: Any) -> None:
+    def put(self, tile: Placed, result: Any) -> None:
         """result: the module's states, [rows, length, ...], or a tuple that begins with them."""
         if isinstance(result, tuple):
             self._tuple, result = True, result[0]
         with self._making:
             if self._states is None:
                 self._states = result.new_zeros(*self._shape, *result.shape[2:])
-        part = self._states[tile.rows]
-        part[:, :, : tile.length] = result.unflatten(0, part.shape[:2])
+        part = tile.place(self._states)
+        part[:] = result.view(part.shape)
 
     def result(self) -> Any:
         assert self._states is not None
-        states = self._states.flatten(0, 1)
+        states = self._states.flatten(0, len(self._shape) - 2)
         return (states,) if self._tuple else states

@@ -141,7 +141,7 @@ def test_an_output_is_put_together_from_tiles(as_tuple):
     state = state_of([*pairs(3), UNPERTURBED], tile_members=4)
     tiles = [tile for group in state.groups() for tile in state.rows.tiles(group, apart=False)]
     states = torch.randn(7 * 3, 9, 5)
-    output = Output((7, 3), 9)
+    output = Output((7, 3, 9))
     for tile in tiles[::-1]:
         part = tile.cut(states)
         output.put(tile, (part, "attention") if as_tuple else part)
@@ -155,6 +155,6 @@ def test_an_output_is_put_together_from_tiles(as_tuple):
 
 
 def test_an_output_has_the_type_of_its_parts():
-    output = Output((6, 4), 3)
+    output = Output((6, 4, 3))
     output.put(tile_of(range(4)), torch.ones(8, 3, 2, dtype=torch.bfloat16))
     assert output.result().dtype == torch.bfloat16 and output.result().sum() == 8 * 3 * 2

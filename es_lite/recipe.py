@@ -25,6 +25,15 @@ from es_lite.tables import (
     WorkersTable,
 )
 
+ONLY = {
+    "logprob": ("data.lines", "data.samples"),
+    "reward": (
+        *("data.system", "data.template", "data.chat", "data.options"),
+        *("reward.functions", "reward.weights", "reward.seconds", "generation.max_new_tokens"),
+    ),
+}
+"""Keys that one kind of fitness uses alone."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -118,3 +127,8 @@ def _contradictions(recipe: Recipe) -> typing.Iterator[tuple[set[str], str]]:
         yield {"noise"}, f'noise.rank = {noise.rank}: "{noise.kind}" noise has no rank; remove it, or set noise.kind = "lowrank"'
     if recipe.eval.every and not recipe.eval.path and recipe.eval.fraction == 0:
         yield {"eval"}, "eval.fraction = 0: nothing is held out for eval.every; give eval.path or a fraction"
+    for kind, used in ONLY.items():
+        for name in used if kind != recipe.fitness.kind else ():
+            table, key = name.split(".")
+            if getattr(getattr(recipe, table), key) != getattr(getattr(Recipe(), table), key):
+                yield {table, "fitness"}, f'{name}: only fitness.kind = "{kind}" uses it; remove it, or set that'

@@ -73,12 +73,12 @@ class Run:
         new_sigma = sigma != self.examined_sigma
         answers = self._score([*perturbations, self.theta] if new_sigma else perturbations, items)
         answered = time.perf_counter()
-        graded = self._grade(answers, items)
-        means = graded.means()
-        scores = means[: es.population]
+        graded = self._grade(answers[: es.population], items)
+        scores = graded.means()
+        centre = float(self._grade(answers[es.population :], items).means()[0]) if new_sigma else 0.0
         scored = time.perf_counter()
         if new_sigma:
-            self._examine(sigma, float(means[-1]), scores)
+            self._examine(sigma, centre, scores)
 
         # Decide: scores to utilities to coefficients. Once the journal has them, the step is done, whatever happens.
         finite = np.isfinite(scores)

@@ -126,7 +126,7 @@ def test_every_key_can_be_set(loads):
 
 
 def test_the_keys_of_rewards_can_be_set(loads):
-    overrides = ["data.options.numbers=[3, 4]", 'reward.functions=["m.f", "g.py:h"]', "reward.weights=[1, 0.5]"]
+    overrides = ["fitness.kind=reward", "data.options.numbers=[3, 4]", 'reward.functions=["m.f", "g.py:h"]', "reward.weights=[1, 0.5]"]
     recipe = loads("[data.options]\ntrain = 9\n[generation]\nmax_new_tokens = 5\n[reward]\nseconds = 2", *overrides)
     assert recipe.data.options == {"train": 9, "numbers": [3, 4]}
     assert (recipe.reward.functions, recipe.reward.weights) == (("m.f", "g.py:h"), (1.0, 0.5))
@@ -452,7 +452,7 @@ def test_a_missing_recipe_is_refused_by_name(tmp_path):
         "[workers]\ncount = 3\ndeadline = 0.30000000000000004",
         "[noise]\nkind = 'lowrank'\nrank = 3",
         "[data]\nsystem = 'a {b}'\ntemplate = '{q}'\nchat = true\noptions = {train = 3, numbers = [3, 4], whole = false}\n"
-        "[reward]\nfunctions = ['a.b', 'c.py:d']\nweights = [1, -0.5]\nseconds = 2",
+        "[fitness]\nkind = 'reward'\n[reward]\nfunctions = ['a.b', 'c.py:d']\nweights = [1, -0.5]\nseconds = 2",
     ],
 )
 def test_a_dumped_recipe_loads_as_the_same(loads, tmp_path, text):
@@ -497,3 +497,29 @@ def test_every_key_is_documented():
 def test_tables_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         ESTable().sigma = 1.0
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("data.template={q}", 'data.template: only fitness.kind = "reward" uses it; remove it, or set that'),
+        ("generation.max_new_tokens=4", 'generation.max_new_tokens: only fitness.kind = "reward" uses it'),
+        ('reward.functions=["puzzle"]', 'reward.functions: only fitness.kind = "reward" uses it'),
+    ],
+)
+def test_keys_that_only_rewards_use_are_refused_without_them(tmp_path, setting, message):
+    path = tmp_path / "recipe.toml"
+    path.write_text('[model]\npath = "folder"\n')
+    with pytest.raises(UserError) as caught:
+        Recipe.load(path, [setting])
+    assert message in str(caught.value)
+    assert Recipe.load(path, [setting, "fitness.kind=reward"]).fitness.kind == "reward"
+
+
+@pytest.mark.parametrize("setting", ["data.lines=3", "data.samples=lines"])
+def test_keys_that_only_text_uses_are_refused_with_rewards(tmp_path, setting):
+    path = tmp_path / "recipe.toml"
+    path.write_text('[model]\npath = "folder"\n')
+    with pytest.raises(UserError, match=r'only fitness\.kind = "logprob" uses it'):
+        Recipe.load(path, [setting, "fitness.kind=reward"])
+    Recipe.load(path, [setting])

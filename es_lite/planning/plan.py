@@ -239,7 +239,8 @@ class Plan:
         if run.checkpoint_every:
             found.append(f"  {run.dir}/checkpoint: the model after the last step, a Hugging Face folder, {size}")
         if self.recipe.eval.every and self.recipe.eval.best:
-            found.append(f"  {run.dir}/best: the model that scored best on held-out text, likewise")
+            what = "prompts" if self.recipe.fitness.kind == "reward" else "text"
+            found.append(f"  {run.dir}/best: the model that scored best on held-out {what}, likewise")
         if not found:
             found = [f"  {run.dir}/journal.jsonl: from it, `es-lite replay {run.dir} --out DIR` makes the model ({size})"]
         return ["at the end:", *found]

@@ -23,7 +23,6 @@ from transformers.utils import logging as transformers_logging
 
 from es_lite import system
 from es_lite.data.batch import Batch
-from es_lite.data.chat import encode
 from es_lite.data.corpus import BUILTIN
 from es_lite.engine.local import LocalEngine
 from es_lite.errors import RunError, UserError
@@ -42,10 +41,7 @@ def evaluate(subject: Subject, base: Subject | None, recipe: Recipe, options: ar
     tokenizer = subject.tokenizer(recipe.data)
     window = min(side.context for side in (subject, base) if side)
     vocabulary = min(side.config.get_text_config().vocab_size for side in (subject, base) if side)
-    room = options.max_length or window - recipe.generation.max_new_tokens
-    if room < 2:
-        raise UserError(f"--new-tokens {recipe.generation.max_new_tokens}: leaves no room for prompts in {window} tokens")
-    prompts = encode(rows, tokenizer, room)
+    prompts = settings.encoded(rows, tokenizer, settings.room_for_prompts(recipe, window, options.max_length))
     check_vocabulary(prompts, subject.config)
     text = None
     if base:

@@ -308,8 +308,8 @@ def test_what_is_no_model_and_no_run_is_refused(run: Path, tmp_path: Path, monke
         (["--step", "-1"], "has steps 0 to 2"),
         (["--model", "m"], "--model m: this run started from random weights"),
         (["--against", "absent"], "absent: no such folder"),
-        (["--new-tokens", "64"], "--new-tokens 64: leaves no room for prompts in 64 tokens"),
-        (["--new-tokens", "64", "--chat", "x"], "--new-tokens 64: leaves no room for prompts in 64 tokens"),
+        (["--new-tokens", "64"], "--new-tokens 64: leaves no room for prompts in the model's 64 tokens"),
+        (["--new-tokens", "64", "--chat", "x"], "--new-tokens 64: leaves no room for prompts in the model's 64 tokens"),
         (["--chat", "x" * 60], "the prompt has 60 tokens, but there is room for 58"),
         (["--max-length", "3"], "tokens, but there is room for 3"),
         (["--functions", "lenght"], 'reward function "lenght": there is no built-in one of this name'),
@@ -330,7 +330,7 @@ def test_a_plain_model_needs_a_task_and_has_neither_steps_nor_a_start(start: Pat
     assert "nothing says what a right completion is; add --task (countdown" in refused(start, "--prompts", held_out)
     assert "--step 1: only a run has it" in refused(start, "--task", "conciseness", "--step", 1)
     assert "--against start: only a run has a start" in refused(start, "--task", "conciseness", "--against", "start")
-    assert "no chat template" in refused(start, "--task", "conciseness")
+    assert "no chat template" in refused(start, "--task", "conciseness", "--new-tokens", 2)
     held_out.write_text('{"question": "a"}\n')
     message = refused(start, "--prompts", held_out, "--functions", "math_answer")
     assert f'{held_out}:1: has no "prompt", only question' in message
@@ -358,7 +358,7 @@ def test_a_broken_model_is_named(start: Path, held_out: Path, tmp_path: Path):
     weights = load_file(broken / "model.safetensors")
     weights["model.norm.weight"][3] = float("nan")
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
-    message = refused(broken, "--prompts", held_out, "--functions", "math_answer")
+    message = refused(broken, "--prompts", held_out, "--functions", "conciseness", "--new-tokens", 2)
     assert "model.norm.weight has values that are not finite" in message
 
 

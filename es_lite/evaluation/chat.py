@@ -8,10 +8,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from es_lite import system
-from es_lite.data.chat import decode, encode
+from es_lite.data.chat import decode
 from es_lite.data.prompt_batch import Prompts
 from es_lite.data.prompts import Row
 from es_lite.errors import UserError
+from es_lite.evaluation.settings import encoded, room_for_prompts
 from es_lite.evaluation.subject import Subject
 from es_lite.evaluation.weights import Opened, opened
 from es_lite.fitness.reward import Reward, check_vocabulary, end_tokens
@@ -36,7 +37,7 @@ class Conversation:
         """The tokens to continue after `text`, int32 [length]. Raises UserError if they are more than there is room for."""
         asked = [*(self.messages or self._system()), {"role": "user", "content": text}]
         row = Row(asked if self.tokenizer.chat_template else text, {}, "--chat")
-        tokens = encode([row], self.tokenizer, self.room)
+        tokens = encoded([row], self.tokenizer, self.room)
         check_vocabulary(tokens, self.subject.config)
         return tokens[0]
 
@@ -63,12 +64,7 @@ def chat(subject: Subject, recipe: Recipe, text: str, longest: int | None) -> No
 
     longest: tokens of the longest prompt; None: what the model takes, at most LONGEST. Raises UserError.
     """
-    room = subject.context - recipe.generation.max_new_tokens
-    if room < 2:
-        raise UserError(
-            f"--new-tokens {recipe.generation.max_new_tokens}: leaves no room in the model's {subject.context} tokens"
-        )
-    room = min(room, longest or LONGEST)
+    room = room_for_prompts(recipe, subject.context, longest or LONGEST)
     talk = Conversation(subject, subject.tokenizer(recipe.data), recipe, room)
     first = talk.prompt(text) if text else None
     length = room if first is None else first.size

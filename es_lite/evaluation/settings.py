@@ -1,13 +1,18 @@
 """The recipe of an evaluation, made of a run's recipe and the command's options, and the prompts that it names."""
 
 import difflib
+import sys
 import tomllib
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
 from es_lite import typed_toml
+from es_lite.data.chat import encode
 from es_lite.data.prompts import Row
 from es_lite.errors import UserError
 from es_lite.evaluation.progress import warn
@@ -110,6 +115,29 @@ def prompts_of(subject: Subject, recipe: Recipe, options: Namespace) -> list[Row
         rows = [*first, *(held_out or [])] if options.prompts else held_out or first
     count = min(recipe.eval.samples, len(rows))
     return [rows[index * len(rows) // count] for index in range(count)]
+
+
+def room_for_prompts(recipe: Recipe, context: int, longest: int | None) -> int:
+    """Tokens of the longest prompt. Raises UserError if there is no room for one.
+
+    context: tokens that the model takes; longest: --max-length.
+    """
+    new = recipe.generation.max_new_tokens
+    if context - new < 2:
+        raise UserError(f"--new-tokens {new}: leaves no room for prompts in the model's {context} tokens; lower it")
+    return min(context - new, longest or context)
+
+
+def encoded(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, room: int) -> list[np.ndarray]:
+    """The tokens of each prompt, int32 [length]. Raises UserError if they are more than `room`."""
+    prompts = encode(rows, tokenizer, sys.maxsize)
+    for row, prompt in zip(rows, prompts, strict=True):
+        if prompt.size > room:
+            raise UserError(
+                f"{row.where}: the prompt has {prompt.size} tokens, but there is room for {room}; shorten it, lower "
+                "--new-tokens, or raise --max-length"
+            )
+    return prompts
 
 
 def _held_out(recipe: Recipe) -> list[Row]:

@@ -126,7 +126,12 @@ def test_every_key_can_be_set(loads):
 
 
 def test_the_keys_of_rewards_can_be_set(loads):
-    overrides = ["fitness.kind=reward", "data.options.numbers=[3, 4]", 'reward.functions=["m.f", "g.py:h"]', "reward.weights=[1, 0.5]"]
+    overrides = [
+        "fitness.kind=reward",
+        "data.options.numbers=[3, 4]",
+        'reward.functions=["m.f", "g.py:h"]',
+        "reward.weights=[1, 0.5]",
+    ]
     recipe = loads("[data.options]\ntrain = 9\n[generation]\nmax_new_tokens = 5\n[reward]\nseconds = 2", *overrides)
     assert recipe.data.options == {"train": 9, "numbers": [3, 4]}
     assert (recipe.reward.functions, recipe.reward.weights) == (("m.f", "g.py:h"), (1.0, 0.5))

@@ -214,7 +214,7 @@ def test_a_text_on_which_a_function_hangs_is_counted_and_the_run_goes_on(tmp_pat
     finished = train_here(recipe, tmp_path / "run", *overrides, "reward.seconds=0.5")
     assert finished.code == 0, finished.err
     assert finished.err == f'warning: reward function "{tmp_path}/f.py:f" took more than 0.5 s on {prompts}:2 ("Hang")\n'
-    assert metrics(tmp_path / "run")[-1]["graders_killed"] == 3  # two members, and θ in the first step
+    assert metrics(tmp_path / "run")[-1]["graders_killed"] == 2  # members; θ, which the first step scores too, is not counted
     (tmp_path / "f.py").write_text(code.replace("sleep(30)", "sleep(0.6)"))
     finished = train_here(recipe, tmp_path / "run", *overrides, "reward.seconds=20", "run.iterations=2", resume=True)
     assert (finished.code, finished.err) == (0, "")
@@ -263,7 +263,7 @@ def test_a_model_without_an_end_token_writes_as_much_as_it_may(tmp_path: Path) -
     assert finished.out.count(line) == 1
     assert all(sample["cut"] for sample in samples(tmp_path / "run"))
     last = metrics(tmp_path / "run")[-1]
-    assert (last["cut"], last["generated_tokens"]) == (1.0, 5 * 4 * 6)
+    assert (last["cut"], last["generated_tokens"]) == (1.0, 4 * 4 * 6)
 
 
 def overflowing(factor: float) -> dict[str, Any]:

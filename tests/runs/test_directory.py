@@ -40,9 +40,9 @@ def recipe_of(path: Path, **changes: object) -> Recipe:
     return recipe
 
 
-def begun(path: Path) -> Path:
+def begun(path: Path, **changes: object) -> Path:
     """A run directory whose run has begun: it has a journal and the file of a layer."""
-    with RunDirectory(recipe_of(path), resume=False) as run:
+    with RunDirectory(recipe_of(path, **changes), resume=False) as run:
         run.journal.write_text("a header\n")
         (run.store / "final.safetensors").write_text("a layer")
     return path
@@ -155,8 +155,9 @@ def test_the_run_of_another_recipe_is_refused_with_all_that_differs(path):
 
 def test_what_does_not_change_the_meaning_of_a_step_may_change(path):
     assert {"run.dir", *CHANGES} == set(CHANGEABLE)
-    before = (begun(path) / "recipe.toml").read_text()
-    changed = recipe_of(path, **CHANGES)
+    rewards = {"fitness.kind": "reward"}  # one of the keys is theirs
+    before = (begun(path, **rewards) / "recipe.toml").read_text()
+    changed = recipe_of(path, **CHANGES, **rewards)
     with RunDirectory(changed, resume=True) as run:
         assert (path / "recipe.toml").read_text() == before  # until everything else has been found to agree
         run.keep(changed)

@@ -359,7 +359,8 @@ def test_a_module_runs_once_for_all_members_if_it_uses_vectors_element_by_elemen
     recorded.clear()
     assert torch.equal(shared((given,), {}).view(expected.shape), expected), "it is tried only once"
     each = 1 if shape else LENGTH
-    assert recorded == [each * sum(counts)] if once else [each * count for count in counts if count]
+    runs = [sum(counts)] if once else [count for count in counts if count]
+    assert recorded == [each * rows for rows in runs]
 
 
 @pytest.mark.parametrize("kind", [Qwen3RMSNorm, Gemma3RMSNorm, nn.LayerNorm])

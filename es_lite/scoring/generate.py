@@ -46,9 +46,9 @@ class Sequences:
         self.members = members
         self._prompts = prompts
         self._first_prompt = first_prompt
+        self._lengths = np.array([prompt.size for prompt in prompts])
         self._limits = limits
-        self._layers = layers
-        self.prompt_slots = PADDING + max(prompt.size for prompt in prompts)
+        self.prompt_slots = PADDING + int(self._lengths.max())
         rows = len(members) * len(prompts)
         self._cache = KeyValueCache(rows, self.prompt_slots + limits.new_tokens - 1, layers)
         self.member = np.repeat(np.arange(len(members)), len(prompts))
@@ -79,9 +79,7 @@ class Sequences:
         counts = np.bincount(self.member, minlength=len(self.members)).tolist()
         rows = slice(first_row, first_row + self.rows)
         length = 1 if self.slots else self.prompt_slots
-        whole = SequenceTile(
-            self.group, self.members, tuple(counts), rows, length, total, self._layers, self._cache, slice(0, self.rows)
-        )
+        whole = SequenceTile(self.group, self.members, tuple(counts), rows, length, total, self._cache, slice(0, self.rows))
         if self.slots or most_members >= len(self.members):
             return [whole]
         parts, each = [], len(self._prompts)
@@ -94,7 +92,7 @@ class Sequences:
 
     def inputs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens [R, T], what is no padding [R, S], positions [R, T] of the next forward."""
-        lengths = np.array([self._prompts[prompt].size for prompt in self.prompt])
+        lengths = self._lengths[self.prompt]
         if self.slots:
             tokens = self._written[:, self._count - 1 : self._count].astype(np.int64)
             positions = lengths[:, None] + self._count - 1

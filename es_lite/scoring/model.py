@@ -150,7 +150,7 @@ class PerturbedModel:
         state.rows = SequenceRows(tiles)
         device = state.scratch.device
         ids, mask, places = (torch.from_numpy(array.astype(np.int64)).to(device) for array in (tokens, seen, positions))
-        arguments: dict[str, Any] = {self._cache_name: AllRows(seen.shape[1] - tokens.shape[1], tiles[0].layers)}
+        arguments: dict[str, Any] = {self._cache_name: AllRows(seen.shape[1] - tokens.shape[1], tiles[0].cache.layers)}
         optional = {"position_ids": places, "logits_to_keep": 1}
         arguments |= {name: value for name, value in optional.items() if name in self._accepted}
         with state.weights.passing():

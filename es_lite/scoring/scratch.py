@@ -52,8 +52,7 @@ class Scratch:
         """
         if self._based is not parts:
             self._based, self._base = None, {}  # or the buffer could not be freed
-            converted = [part for part in parts.values() if part.data.dtype != self._numpy_type]
-            size = sum(part.data.size for part in converted)
+            size = self._conversion_size(parts)
             if self._base_buffer.size < size:
                 self._base_buffer = np.empty(0, self._numpy_type)  # free the old one first
                 self._base_buffer = np.empty(size, self._numpy_type)
@@ -63,9 +62,7 @@ class Scratch:
 
     def own_base(self, parts: Mapping[str, Part]) -> dict[str, torch.Tensor]:
         """The same; what has to be converted is in new memory, valid for as long as it is held."""
-        own = {name: part for name, part in parts.items() if part.data.dtype != self._numpy_type}
-        buffer: np.ndarray = np.empty(sum(part.data.size for part in own.values()), self._numpy_type)
-        return self._converted(parts, buffer)
+        return self._converted(parts, np.empty(self._conversion_size(parts), self._numpy_type))
 
     def factors(
         self, perturbations: Sequence[Perturbation], tensor: Tensor, first: int = 0, rows: int | None = None
@@ -74,6 +71,10 @@ class Scratch:
         if perturbations[0].sigma_of(tensor) == 0:
             return None
         return factors_of([each.factors(tensor, first, rows) for each in perturbations], self._compute)
+
+    def _conversion_size(self, parts: Mapping[str, Part]) -> int:
+        """Elements of the parts that have to be converted."""
+        return sum(part.data.size for part in parts.values() if part.data.dtype != self._numpy_type)
 
     def _converted(self, parts: Mapping[str, Part], buffer: np.ndarray) -> dict[str, torch.Tensor]:
         found, offset = {}, 0

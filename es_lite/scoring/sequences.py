@@ -18,7 +18,7 @@ from transformers import Cache, DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from es_lite.errors import UserError
-from es_lite.scoring.tiles import Output, PerturbationGroup, signs_of
+from es_lite.scoring.tiles import Output, PerturbationGroup, TileOfMembers
 
 PADDING = 1
 """Slots before the longest prompt of a tile."""
@@ -51,7 +51,20 @@ class KeyValueCache:
         """Slots in use."""
         self._capacity = capacity
         self._layers: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * layers
+        self._views: dict[tuple[int, int], Cache] = {}
+        """What `view` has made: every block asks for it at every token."""
         self._making = threading.Lock()
+
+    @property
+    def layers(self) -> int:
+        return len(self._layers)
+
+    def view(self, rows: slice) -> Cache:
+        """Some rows, as Hugging Face's modules use them; valid until `keep`."""
+        key = rows.start, rows.stop
+        if key not in self._views:
+            self._views[key] = Cache(layers=[_LayerView(self, layer, rows) for layer in range(self.layers)])
+        return self._views[key]
 
     def put(self, layer: int, rows: slice, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Adds the keys and values of the newest tokens, [rows, heads, T, width]; returns those of all slots."""
@@ -73,6 +86,7 @@ class KeyValueCache:
             for tensor in pair or ():
                 tensor[: rows.size, :, : self.slots] = tensor[which.to(tensor.device), :, : self.slots]
         self.rows = rows.size
+        self._views.clear()
 
     def _new(self, like: torch.Tensor) -> torch.Tensor:
         return like.new_empty(self.rows, like.shape[1], self._capacity, like.shape[3])
@@ -125,12 +139,9 @@ class AllRows(Cache):
 
 
 @dataclass(frozen=True)
-class SequenceTile:
+class SequenceTile(TileOfMembers):
     """Rows of some members of a group that are multiplied together in one forward; see `tiles.Tile`."""
 
-    group: PerturbationGroup
-    members: range
-    """Numbers in the group."""
     counts: tuple[int, ...]
     """Rows of each member."""
     rows: slice
@@ -139,7 +150,6 @@ class SequenceTile:
     """T of these rows."""
     total: int
     """R."""
-    layers: int
     cache: KeyValueCache
     cached: slice
     """Which rows of the cache."""
@@ -147,15 +157,6 @@ class SequenceTile:
     @property
     def count(self) -> int:
         return self.rows.stop - self.rows.start
-
-    @property
-    def perturbations(self) -> slice:
-        each = self.group.perturbations[0].members
-        return slice(self.members.start // each, -(-self.members.stop // each))
-
-    @property
-    def signs(self) -> tuple[int, ...]:
-        return signs_of(self.group, self.members)
 
     def place(self, states: torch.Tensor) -> torch.Tensor:
         """The tile's part of the states of all rows, [rows, length, ...] of [R, T, ...], a view."""
@@ -173,7 +174,7 @@ class SequenceTile:
     def part(self, members: range, counts: tuple[int, ...], rows: slice, offset: int) -> "SequenceTile":
         """The tile's rows of some members. offset: between rows of the forward and of the cache."""
         cached = slice(rows.start + offset, rows.stop + offset)
-        return SequenceTile(self.group, members, counts, rows, self.length, self.total, self.layers, self.cache, cached)
+        return SequenceTile(self.group, members, counts, rows, self.length, self.total, self.cache, cached)
 
     def cut(self, value: Any) -> Any:
         """The part of a module's argument that belongs to the tile.
@@ -182,7 +183,7 @@ class SequenceTile:
         others; that is in the first forward, where T is at least 2.
         """
         if isinstance(value, AllRows):
-            return Cache(layers=[_LayerView(self.cache, layer, self.cached) for layer in range(self.layers)])
+            return self.cache.view(self.cached)
         if isinstance(value, torch.Tensor) and value.dim() > 1:
             positions = value.dim() != 3 or value.shape[1] >= self.length  # else a bias of heads and positions
             if value.shape[0] == self.total and positions:

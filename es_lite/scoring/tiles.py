@@ -30,12 +30,30 @@ class PerturbationGroup:
 
 
 @dataclass(frozen=True)
-class Tile:
-    """The samples of one micro-batch for some members of a group, cut to the longest of these samples."""
+class TileOfMembers:
+    """What tiles of samples and of sequences have in common."""
 
     group: PerturbationGroup
     members: range
-    """Numbers in the group: all of them, or one."""
+    """Numbers in the group: all of them, or some that belong together, or one."""
+
+    @property
+    def perturbations(self) -> slice:
+        """Which perturbations of the group the members belong to."""
+        each = self.group.perturbations[0].members
+        return slice(self.members.start // each, -(-self.members.stop // each))
+
+    @property
+    def signs(self) -> tuple[int, ...]:
+        """The signs of the tile's members of a perturbation: all of them, or that of the only member."""
+        signs = self.group.perturbations[0].signs
+        return signs if len(self.members) > 1 else (signs[self.members.start % len(signs)],)
+
+
+@dataclass(frozen=True)
+class Tile(TileOfMembers):
+    """The samples of one micro-batch for some members of a group, cut to the longest of these samples."""
+
     samples: slice
     """Which of the B samples."""
     length: int
@@ -53,17 +71,6 @@ class Tile:
     def count(self) -> int:
         """Rows of the tile: members times samples."""
         return len(self.members) * (self.samples.stop - self.samples.start)
-
-    @property
-    def perturbations(self) -> slice:
-        """Which perturbations of the group the members belong to."""
-        each = self.group.perturbations[0].members
-        return slice(self.members.start // each, -(-self.members.stop // each))
-
-    @property
-    def signs(self) -> tuple[int, ...]:
-        """The signs of the tile's members of a perturbation."""
-        return signs_of(self.group, self.members)
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -95,12 +102,6 @@ class Tile:
         if isinstance(value, dict):
             return {name: self.cut(item) for name, item in value.items()}
         return value
-
-
-def signs_of(group: PerturbationGroup, members: range) -> tuple[int, ...]:
-    """The signs of one perturbation's members: all of them, or that of the only member."""
-    signs = group.perturbations[0].signs
-    return signs if len(members) > 1 else (signs[members.start % len(signs)],)
 
 
 @dataclass(frozen=True)

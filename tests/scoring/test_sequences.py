@@ -24,7 +24,7 @@ def tile_of(counts: tuple[int, ...], length: int = 3, first: int = 2, slots: int
     cache = KeyValueCache(cached + rows, CAPACITY, LAYERS)
     cache.slots = slots
     where = slice(first, first + rows), slice(cached, cached + rows)
-    return SequenceTile(GROUP, range(len(counts)), counts, where[0], length, TOTAL, LAYERS, cache, where[1])
+    return SequenceTile(GROUP, range(len(counts)), counts, where[0], length, TOTAL, cache, where[1])
 
 
 def numbered(*shape: int) -> torch.Tensor:
@@ -166,7 +166,7 @@ def test_a_tile_is_cut_into_tiles_of_one_member_each():
     assert [part.count for part in parts] == [2, 3, 1]
     assert [part.signs for part in parts] == [(1,), (1,), (-1,)]
     assert [part.perturbations for part in parts] == [slice(0, 1), slice(1, 2), slice(1, 2)]
-    assert all((part.length, part.total, part.layers) == (1, TOTAL, LAYERS) and part.cache is tile.cache for part in parts)
+    assert all((part.length, part.total, part.cache.layers) == (1, TOTAL, LAYERS) and part.cache is tile.cache for part in parts)
     assert (tile.signs, tile.perturbations, tile.count) == ((1, -1), slice(0, 2), 6)
 
 

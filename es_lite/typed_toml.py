@@ -6,7 +6,11 @@ import math
 import tomllib
 import typing
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
+
+from es_lite.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,15 @@ def read(cls: type, values: Any, path: str, problems: list[str]) -> Any:
         else:
             arguments[key] = _value(hints[key], value, where, problems)
     return cls(**arguments) if len(problems) == before else None
+
+
+def checked(cls: type[T], values: Any, path: str) -> T:
+    """An instance of the dataclass `cls`. Raises UserError with all that is wrong."""
+    problems: list[str] = []
+    found = read(cls, values, path, problems)
+    if problems:
+        raise UserError("\n".join(problems))
+    return found
 
 
 def _value(hint: Any, value: Any, where: str, problems: list[str]) -> Any:

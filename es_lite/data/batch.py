@@ -1,5 +1,6 @@
 """Batches of samples: which samples a step draws, and how they are packed."""
 
+from collections.abc import Sized
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,10 +32,10 @@ class Batch:
         return Batch(self.tokens[low:high, : self.lengths[low]], self.lengths[low:high])
 
 
-def spread(corpus: Corpus, count: int) -> np.ndarray:
-    """Indices of at most `count` evenly spaced samples, beginning with the first: int64."""
-    count = min(count, len(corpus))
-    return np.arange(count) * len(corpus) // count
+def spread(items: Sized, count: int) -> np.ndarray:
+    """Indices of at most `count` evenly spaced items, beginning with the first: int64."""
+    count = min(count, len(items))
+    return np.arange(count) * len(items) // count
 
 
 def draw(samples: int, m: int, seed: int, step: int) -> np.ndarray:

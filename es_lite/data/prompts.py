@@ -36,6 +36,11 @@ class Row:
     """For messages: "FILE:LINE", "FILE, row 3", or "builtin:countdown, problem 17"."""
 
 
+def completion_text(completion: str | Messages) -> str:
+    """The text of a completion as reward functions get it."""
+    return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
 def read_rows(path: str, system: str, template: str, chat: bool) -> list[Row]:
     """The rows of a .jsonl, .json or .parquet file, of a folder of such files, or of a Hugging Face dataset (see `read_records`).
 
@@ -44,10 +49,7 @@ def read_rows(path: str, system: str, template: str, chat: bool) -> list[Row]:
     system message implies it.
     """
     parts = _parse(template) if template else []
-    try:
-        rows = [_row(record, where, system, parts, chat) for where, record in read_records(path)]
-    except OSError as error:
-        raise UserError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from None
+    rows = [_row(record, where, system, parts, chat) for where, record in read_records(path)]
     if not rows:
         raise UserError(f"{path}: there is no prompt in it")
     return rows

@@ -30,8 +30,27 @@ def read_records(path: str) -> Iterator[tuple[str, Record]]:
     """All records, in order, each with where it stands: "FILE:LINE", or "PATH, row 3", counted from 1.
 
     path: a file or folder (sorted by name), a folder that `Dataset.save_to_disk` wrote, or a dataset's name at the hub,
-    optionally with its config and split (otherwise "train"). Raises OSError if a file cannot be read.
+    optionally with its config and split (otherwise "train").
     """
+    try:
+        yield from _records(path)
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from None
+
+
+def kind(value: Any) -> str:
+    """What `value` is, in JSON's words."""
+    names = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return "null" if value is None else names.get(type(value), f"a value of type {type(value).__name__}")
+
+
+def shown(value: Any) -> str:
+    """`value` as JSON, shortened, for messages."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:60] + "…"
+
+
+def _records(path: str) -> Iterator[tuple[str, Record]]:
     place = Path(path).expanduser()
     hub = HUB_NAME.fullmatch(path)
     if path and place.is_dir():
@@ -49,12 +68,6 @@ def read_records(path: str) -> Iterator[tuple[str, Record]]:
             check_characters(name, where, "a column's name")
             _check(value, where, name, DEPTH)
         yield where, record
-
-
-def kind(value: Any) -> str:
-    """What `value` is, in JSON's words."""
-    names = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return "null" if value is None else names.get(type(value), f"a value of type {type(value).__name__}")
 
 
 def _check(value: Any, where: str, name: str, depth: int) -> None:

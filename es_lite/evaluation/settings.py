@@ -12,6 +12,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from es_lite import typed_toml
+from es_lite.data import batch
 from es_lite.data.chat import encode
 from es_lite.data.prompts import Row
 from es_lite.errors import UserError
@@ -113,8 +114,7 @@ def prompts_of(subject: Subject, recipe: Recipe, options: Namespace) -> list[Row
     else:
         first, held_out = rows_of(recipe.data.path, recipe.data, recipe.run.seed)
         rows = [*first, *(held_out or [])] if options.prompts else held_out or first
-    count = min(recipe.eval.samples, len(rows))
-    return [rows[index * len(rows) // count] for index in range(count)]
+    return [rows[index] for index in batch.spread(rows, recipe.eval.samples)]
 
 
 def room_for_prompts(recipe: Recipe, context: int, longest: int | None) -> int:

@@ -67,9 +67,7 @@ class RewardItems:
         return self._pack(drawn)
 
     def held_out(self) -> Prompts:
-        count = len(self.rows) - self.train
-        shown = min(self.recipe.eval.samples, count)
-        return self._pack(self.train + np.arange(shown) * count // shown)
+        return self._pack(self.train + batch.spread(self.rows[self.train :], self.recipe.eval.samples))
 
     def _pack(self, rows: np.ndarray) -> Prompts:
         return Prompts.pack(rows, self.tokens, self.ends, self.recipe.generation.max_new_tokens)
@@ -117,7 +115,6 @@ class RewardItems:
         }
         causes = {cause for grade in grades for cause in grade.causes.values()} - self.causes
         self.causes.update(causes)
-        shown = range(0, len(rows), max(1, len(rows) // self.shown))
         samples = [
             Sample(
                 prompt=row.prompt,
@@ -126,7 +123,7 @@ class RewardItems:
                 score=_number(scores[0, i]),
                 cut=bool(cut[0, i]),
             )
-            for i, row in ((i, rows[i]) for i in shown)
+            for i, row in ((i, rows[i]) for i in batch.spread(rows, self.shown))
         ]
         return Graded(scores, figures, self._described(parts, texts, cut), samples, sorted(causes))
 

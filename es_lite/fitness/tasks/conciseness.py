@@ -4,15 +4,14 @@ The reward looks at nothing but the length, so `right` says beside it whether th
 have short answers that nobody disputes.
 """
 
-import json
 import re
 import unicodedata
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from es_lite import typed_toml
-from es_lite.data.prompts import Messages, Row
-from es_lite.data.records import read_records
+from es_lite.data.prompts import Row, completion_text
+from es_lite.data.records import read_records, shown
 from es_lite.errors import UserError
 from es_lite.typed_toml import Check
 
@@ -103,10 +102,7 @@ def rows(what: str, options: dict[str, Any], seed: int) -> tuple[list[Row], list
         if options:
             raise UserError(f"data.options.{next(iter(options))}: questions from a file have no options; take data.options out")
         return _read(what), None
-    problems: list[str] = []
-    read = typed_toml.read(Options, options, "data.options", problems)
-    if problems:
-        raise UserError("\n".join(problems))
+    read = typed_toml.checked(Options, options, "data.options")
     return _builtin("train", TRAIN[: read.train]), _builtin("test", TEST[: read.test])
 
 
@@ -116,7 +112,7 @@ def brevity(prompts, completions, completion_ids=None, *, answers, **columns) ->
     0 is best. A completion without a character scores as the formula says: minus the length of that answer.
     """
     return [
-        float(-abs(len(_text(completion)) - min(map(len, _answers(these, FUNCTIONS[0])))))
+        float(-abs(len(completion_text(completion)) - min(map(len, _answers(these, FUNCTIONS[0])))))
         for completion, these in zip(completions, answers, strict=True)
     ]
 
@@ -131,7 +127,7 @@ def right(prompts, completions, completion_ids=None, *, answers, **columns) -> l
     answer, or lists it among wrong ones, passes as well: read some.
     """
     return [
-        float(_has(_text(completion)[:MOST_CHARACTERS], _answers(these, FUNCTIONS[1])))
+        float(_has(completion_text(completion)[:MOST_CHARACTERS], _answers(these, FUNCTIONS[1])))
         for completion, these in zip(completions, answers, strict=True)
     ]
 
@@ -144,10 +140,7 @@ def _builtin(part: str, questions: Questions) -> list[Row]:
 
 
 def _read(path: str) -> list[Row]:
-    try:
-        read = [_row(*_question(record, where), where) for where, record in read_records(path)]
-    except OSError as error:
-        raise UserError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from None
+    read = [_row(*_question(record, where), where) for where, record in read_records(path)]
     if not read:
         raise UserError(f"{path}: there is no question in it")
     return read
@@ -164,7 +157,7 @@ def _question(record: dict[str, Any], where: str) -> tuple[str, list[str]]:
         found[column] = record[name]
     question = found["prompt"]
     if not isinstance(question, str) or not question.strip() or "\0" in question:
-        raise UserError(f"{where}: the question is {_shown(question)}; expected text that is not empty and has no NUL character")
+        raise UserError(f"{where}: the question is {shown(question)}; expected text that is not empty and has no NUL character")
     return question, _answers(found["answers"], where)
 
 
@@ -172,19 +165,15 @@ def _answers(value: Any, where: str) -> list[str]:
     """The right answers, checked; a single one may be text."""
     answers = [value] if isinstance(value, str) else value
     if not isinstance(answers, list) or not answers:
-        raise UserError(f"{where}: the right answers are {_shown(value)}; expected text, or a list of texts")
+        raise UserError(f"{where}: the right answers are {shown(value)}; expected text, or a list of texts")
     for answer in answers:
         if not isinstance(answer, str) or not _words(answer):
-            raise UserError(f"{where}: a right answer is {_shown(answer)}; expected text with a letter or a digit")
+            raise UserError(f"{where}: a right answer is {shown(answer)}; expected text with a letter or a digit")
     return answers
 
 
 def _row(question: str, answers: list[str], where: str) -> Row:
     return Row([{"role": "user", "content": question}], {"answers": answers}, where)
-
-
-def _text(completion: str | Messages) -> str:
-    return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
 def _has(text: str, answers: list[str]) -> bool:
@@ -197,8 +186,3 @@ def _words(text: str) -> list[str]:
     letters = unicodedata.normalize("NFKD", text)
     plain = "".join(letter for letter in letters if not unicodedata.combining(letter))
     return [word.replace(",", "") for word in WORD.findall(plain.casefold())]
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:60] + "…"

@@ -5,7 +5,6 @@ times a reward for the format. What a model wrote is parsed and computed here; i
 """
 
 import ast
-import json
 import operator
 import random
 import re
@@ -14,8 +13,8 @@ from fractions import Fraction
 from typing import Annotated, Any
 
 from es_lite import typed_toml
-from es_lite.data.prompts import Messages, Row
-from es_lite.data.records import read_records
+from es_lite.data.prompts import Messages, Row, completion_text
+from es_lite.data.records import read_records, shown
 from es_lite.errors import UserError
 from es_lite.typed_toml import Check
 
@@ -82,10 +81,7 @@ def rows(what: str, options: dict[str, Any], seed: int) -> tuple[list[Row], list
         return _read(what), None
     counts = options.get("numbers", 4)
     options = {**options, "numbers": counts if isinstance(counts, list) else [counts]}
-    problems: list[str] = []
-    read = typed_toml.read(Options, options, "data.options", problems)
-    if problems:
-        raise UserError("\n".join(problems))
+    read = typed_toml.checked(Options, options, "data.options")
     return _made(read, seed)
 
 
@@ -97,7 +93,7 @@ def answer(prompts, completions, completion_ids=None, *, numbers, target, **colu
     code, which evaluates Python, in that ** and // are wrong.
     """
     return [
-        float(_right(_last_answer(_text(completion)), *_problem(these, goal, FUNCTIONS[0])))
+        float(_right(_last_answer(completion_text(completion)), *_problem(these, goal, FUNCTIONS[0])))
         for completion, these, goal in zip(completions, numbers, target, strict=True)
     ]
 
@@ -108,7 +104,7 @@ def form(prompts, completions, completion_ids=None, **columns) -> list[float | N
     1 for <think>…</think>, a newline, <answer>…</answer> and nothing else; otherwise 0.1 if there is a pair of think tags, and
     0.5 more if there is a pair of answer tags. What is between the tags does not matter.
     """
-    return [_form(_text(completion)) for completion in completions]
+    return [_form(completion_text(completion)) for completion in completions]
 
 
 def _made(options: Options, seed: int) -> tuple[list[Row], list[Row]]:
@@ -171,18 +167,15 @@ def _suits(numbers: list[int], target: Fraction) -> bool:
 
 
 def _read(path: str) -> list[Row]:
-    try:
-        read = []
-        for number, (where, record) in enumerate(read_records(path), start=1):
-            record = {"numbers": record["nums"], **record} if "nums" in record else record
-            for column in ("numbers", "target"):
-                if column not in record:
-                    has = ", ".join(record)[:300] or "none"
-                    raise UserError(f'{where}: has no column "{column}" (it has: {has}); a problem needs "numbers" and "target"')
-            numbers, _ = _problem(record["numbers"], record["target"], where)
-            read.append(_row(record.get("id", number), numbers, _target_text(record["target"]), where))
-    except OSError as error:
-        raise UserError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from None
+    read = []
+    for number, (where, record) in enumerate(read_records(path), start=1):
+        record = {"numbers": record["nums"], **record} if "nums" in record else record
+        for column in ("numbers", "target"):
+            if column not in record:
+                has = ", ".join(record)[:300] or "none"
+                raise UserError(f'{where}: has no column "{column}" (it has: {has}); a problem needs "numbers" and "target"')
+        numbers, _ = _problem(record["numbers"], record["target"], where)
+        read.append(_row(record.get("id", number), numbers, _target_text(record["target"]), where))
     if not read:
         raise UserError(f"{path}: there is no problem in it")
     return read
@@ -200,13 +193,13 @@ def _row(name: Any, numbers: list[int], target: str, where: str) -> Row:
 def _problem(numbers: Any, target: Any, where: str) -> tuple[list[int], Fraction]:
     """The columns, checked."""
     if not isinstance(numbers, list) or not 1 <= len(numbers) <= MOST_NUMBERS:
-        raise UserError(f'{where}: "numbers" is {_shown(numbers)}; expected a list of 1 to {MOST_NUMBERS} whole numbers')
+        raise UserError(f'{where}: "numbers" is {shown(numbers)}; expected a list of 1 to {MOST_NUMBERS} whole numbers')
     for number in numbers:
         if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number <= LARGEST_NUMBER:
-            raise UserError(f'{where}: "numbers" has {_shown(number)}; expected whole numbers from 0 to {LARGEST_NUMBER:,}')
+            raise UserError(f'{where}: "numbers" has {shown(number)}; expected whole numbers from 0 to {LARGEST_NUMBER:,}')
     text = _target_text(target)
     if not TARGET.fullmatch(text):
-        raise UserError(f'{where}: "target" is {_shown(target)}; expected a number such as 98 or "15.5", of at most 15 digits')
+        raise UserError(f'{where}: "target" is {shown(target)}; expected a number such as 98 or "15.5", of at most 15 digits')
     return numbers, Fraction(text)
 
 
@@ -215,15 +208,6 @@ def _target_text(target: Any) -> str:
     if isinstance(target, bool) or not isinstance(target, str | int | float):
         return ""
     return str(int(target) if isinstance(target, float) and target.is_integer() else target).strip()
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:60] + "…"
-
-
-def _text(completion: str | Messages) -> str:
-    return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
 def _last_answer(text: str) -> str:

@@ -21,7 +21,7 @@ from typing import Annotated, Any
 
 from es_lite import typed_toml
 from es_lite.data.lines import check_characters, parse_line
-from es_lite.data.prompts import Messages, Row
+from es_lite.data.prompts import Messages, Row, completion_text
 from es_lite.data.records import kind, read_records
 from es_lite.errors import UserError
 from es_lite.fitness.latex_answers import LONGEST_ANSWER, is_right, last_box, math_verify, normal, number
@@ -61,14 +61,8 @@ def rows(what: str, options: dict[str, Any], seed: int) -> tuple[list[Row], list
     Columns: kind ("gsm8k", "math", "minerva", "olympiad"); answers, list of str; several (bool: all of them are asked for, in any
     order); tolerances, list of float or None, one for each answer; solution, all answers as text.
     """
-    problems: list[str] = []
-    read = typed_toml.read(Options, options, "data.options", problems)
-    if problems:
-        raise UserError("\n".join(problems))
-    try:
-        made = [_row(record, where, read.instruction) for where, record in _records(what)]
-    except OSError as error:
-        raise UserError(f"{error.filename or what}: cannot be read ({error.strerror or error})") from None
+    read = typed_toml.checked(Options, options, "data.options")
+    made = [_row(record, where, read.instruction) for where, record in _records(what)]
     if not made:
         raise UserError(f"{what}: there is no problem in it")
     if read.test >= len(made):
@@ -114,8 +108,7 @@ def _graded(
         right = [answers[index]] if isinstance(answers[index], str) else answers[index]
         if not isinstance(right, list) or not right or not all(isinstance(one, str) for one in right):
             raise UserError(f'the column "answers" is {right!r:.60}; expected the right answer as text, or a list of them')
-        text = completion if isinstance(completion, str) else completion[-1]["content"]
-        found = final(text, kinds[index] if kinds else "math")
+        found = final(completion_text(completion), kinds[index] if kinds else "math")
         allowed = (tolerances[index] if tolerances else None) or [None] * len(right)
         graded.append(float(found is not None and is_right(found, right, allowed, bool(several and several[index]))))
     return graded
@@ -162,6 +155,8 @@ def _records(what: str) -> Iterator[tuple[str, dict[str, Any]]]:
                     yield where, record
     except (EOFError, gzip.BadGzipFile, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as compressed UTF-8 text ({error})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def _row(record: dict[str, Any], where: str, instruction: str) -> Row:

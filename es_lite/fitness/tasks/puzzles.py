@@ -35,7 +35,7 @@ from functools import lru_cache
 from typing import Annotated, Any
 
 from es_lite import typed_toml
-from es_lite.data.prompts import Row
+from es_lite.data.prompts import Row, completion_text
 from es_lite.errors import UserError
 from es_lite.typed_toml import Check
 
@@ -101,10 +101,7 @@ def rows(what: str, options: dict[str, Any], seed: int) -> tuple[list[Row], list
     _check_name(what)
     puzzle = {key: value for key, value in options.items() if key not in OWN}
     _check_options(what, puzzle)
-    problems: list[str] = []
-    own = typed_toml.read(Options, {key: options[key] for key in OWN if key in options}, "data.options", problems)
-    if problems:
-        raise UserError("\n".join(problems))
+    own = typed_toml.checked(Options, {key: options[key] for key in OWN if key in options}, "data.options")
     try:
         written = json.dumps(puzzle, sort_keys=True)
     except TypeError as error:
@@ -148,7 +145,7 @@ def prepare() -> None:
 
 def answer_of(completion: str | list[dict[str, str]]) -> str:
     """The answer in a completion (see `score`)."""
-    text = completion if isinstance(completion, str) else completion[-1]["content"]
+    text = completion_text(completion)
     end = text.rfind("</answer>")
     start = text.rfind("<answer>", 0, end) if end >= 0 else -1
     if start >= 0:

@@ -92,7 +92,11 @@ def tokenize(
 
 def check_vocabulary(corpus: Corpus, vocab_size: int) -> None:
     """Raises `UserError` if a token has no row in an embedding of `vocab_size` rows."""
-    largest = int(corpus.tokens.max())
+    check_largest(int(corpus.tokens.max()), vocab_size)
+
+
+def check_largest(largest: int, vocab_size: int) -> None:
+    """The same for the largest of any tokens."""
     if largest >= vocab_size:
         raise UserError(
             f"data.tokenizer: makes the token {largest}, but the model's vocab_size is {vocab_size}; take the model's "

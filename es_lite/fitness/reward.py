@@ -16,7 +16,7 @@ from es_lite import system
 from es_lite.data import batch, prompts
 from es_lite.data.batch import Batch
 from es_lite.data.chat import decode, encode
-from es_lite.data.corpus import Document
+from es_lite.data.corpus import Document, check_largest
 from es_lite.data.prompt_batch import Prompts
 from es_lite.data.prompts import Row
 from es_lite.data.tokenizer import load_tokenizer
@@ -224,9 +224,7 @@ def split_rows(recipe: Recipe) -> tuple[list[Row], list[Row]]:
 
 def check_vocabulary(tokens: Sequence[np.ndarray], config: PretrainedConfig) -> None:
     """Raises UserError if a prompt, int32 [length], has a token that the model does not know."""
-    vocabulary, largest = config.get_text_config().vocab_size, max(int(prompt.max()) for prompt in tokens)
-    if largest >= vocabulary:
-        raise UserError(f"data.tokenizer: makes the token {largest}, but the model's vocab_size is {vocabulary}")
+    check_largest(max(int(prompt.max()) for prompt in tokens), config.get_text_config().vocab_size)
 
 
 def functions_of(recipe: Recipe) -> tuple[tuple[str, ...], tuple[float, ...]]:

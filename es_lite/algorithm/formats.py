@@ -5,9 +5,11 @@ stored as round(x · ((1 / scale) · 127)), halves to even, and its value is ele
 A row of zeros has the scale 0. Values are assumed to be finite.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+from numba import types
+from numba.extending import overload
 
 from es_lite.algorithm.jit import CHUNK, jit
 
@@ -26,6 +28,35 @@ TINY = np.float32(1e-36)
 
 NO_SCALES = np.zeros(0, np.float32)
 """Stands for the scales of a tensor without any."""
+
+
+def wide(element: Any) -> Any:
+    """In kernels: a float32, or bfloat16 bits, as a float32."""
+    raise NotImplementedError
+
+
+def narrow(value: Any, like: Any) -> Any:
+    """In kernels: a float32 as it is, or rounded to the nearest bfloat16 bits, ties to even; `like` has the type."""
+    raise NotImplementedError
+
+
+@overload(wide)
+def _wide(element):
+    if element == types.uint16:
+        return lambda element: _u32(_u32(element) << _u32(16)).view(np.float32)
+    return lambda element: element
+
+
+@overload(narrow)
+def _narrow(value, like):
+    if like == types.uint16:
+
+        def rounded(value, like):
+            bits = _f32(value).view(np.uint32)
+            return np.uint16((bits + _u32(0x7FFF) + ((bits >> _u32(16)) & _u32(1))) >> _u32(16))
+
+        return rounded
+    return lambda value, like: value
 
 
 @jit

@@ -31,6 +31,7 @@ from es_lite.scoring.generate import Limits
 from es_lite.scoring.heads import VOCABULARY_BLOCK
 from es_lite.scoring.model import PerturbedModel
 from es_lite.scoring.perturbation import Perturbation
+from es_lite.scoring.attention import room
 from es_lite.scoring.sequences import PADDING, check_cache
 
 SHOWN = 8
@@ -198,7 +199,7 @@ class Reward:
             hidden=3 * (length + PADDING) * width * itemsize,
             activations=micro * (length + PADDING) * block,
             new_tokens=new,
-            cache=2 * slots * heads * head * itemsize * text.num_hidden_layers,
+            cache=(room(slots) + slots) * heads * head * itemsize * text.num_hidden_layers,
             decoding=block + 2 * VOCABULARY_BLOCK * itemsize + 4 * slots * heads * head * itemsize,
             graders=system.cores() * GRADER_BYTES,
         )

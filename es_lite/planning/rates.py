@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from es_lite import system
 from es_lite.algorithm import formats
+from es_lite.algorithm.jit import Threads
 from es_lite.algorithm.noise import gaussian
 from es_lite.algorithm.noise.kinds import NoiseKind
 from es_lite.algorithm.noise.lowrank import LowRank
@@ -107,7 +108,8 @@ def scoring_rate(work: Work, execution: Execution, rank: int) -> float:
     """
     torch.set_num_threads(execution.threads)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[execution.compute]
-    device = torch_device(execution.device)
+    device, threads = torch_device(execution.device), Threads(execution.threads)
+    kernels = execution.device == "cpu"
     width, rows = min(work.hidden, MATRIX // 64), min(work.rows, ROWS)
     inner = max(1, min(work.intermediate, MATRIX // width))
 
@@ -116,12 +118,12 @@ def scoring_rate(work: Work, execution: Execution, rank: int) -> float:
 
     states, shapes = random(rows, width), ((inner, width), (inner, width), (width, inner))
     matrices = [random(*shape) for shape in shapes]
-    factors = [LowRankFactors(random(1, shape[1], rank), random(1, rank, shape[0])) for shape in shapes]
+    factors = [LowRankFactors(random(1, shape[1], rank), random(1, rank, shape[0]), kernels) for shape in shapes]
 
     def linear(which: int, x: torch.Tensor) -> torch.Tensor:
         y = functional.linear(x, matrices[which])
         if rank:
-            factors[which].add(y, factors[which].project(x, ALONE), ALONE)
+            factors[which].add(y, factors[which].project(x, ALONE, threads), ALONE, threads)
         return y
 
     def mlp() -> None:

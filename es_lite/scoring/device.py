@@ -99,7 +99,8 @@ class DeviceScratch:
         """The perturbations of a matrix (of rows first … first + rows - 1; default: all); None if it is not perturbed."""
         if perturbations[0].sigma_of(tensor) == 0:
             return None
-        return factors_of([each.factors(tensor, first, rows, self.device) for each in perturbations], self._compute)
+        each = [perturbation.factors(tensor, first, rows, self.device) for perturbation in perturbations]
+        return factors_of(each, self._compute, kernels=False)
 
     def block(self, perturbation: Perturbation, part: Part) -> list[torch.Tensor]:
         """For each member: the part, whole rows of a tensor, [rows, ...]."""
@@ -131,6 +132,9 @@ class DeviceScratch:
 
     def log_sum_exp(self, targets: np.ndarray) -> "DeviceLogSumExp":
         return DeviceLogSumExp(targets, self.device)
+
+    def greatest(self, rows: int) -> "DeviceGreatest":
+        return DeviceGreatest(rows, self.device)
 
     def _upload(self, parts: list[Part]) -> list[tuple[Tensor, int, torch.Tensor, torch.Tensor | None]]:
         """The parts on the device: (tensor, start, stored elements, scales of their rows)."""
@@ -211,3 +215,25 @@ class DeviceLogSumExp:
         """Log-probabilities of the targets, float64 [tokens]."""
         chosen, greatest, total = (t.to("cpu", torch.float64).numpy() for t in (self._chosen, self._greatest, self._total))
         return chosen - (greatest + np.log(total))
+
+
+class DeviceGreatest:
+    """`RunningGreatest` on a device."""
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self._greatest = torch.full((rows,), -torch.inf, device=device)
+        self._tokens = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._broken = torch.zeros(rows, dtype=torch.bool, device=device)
+
+    def update(self, logits: torch.Tensor, first: int, _: Threads) -> None:
+        """Adds the logits of vocabulary entries first, first + 1, …: [rows, block]."""
+        values, places = logits.max(dim=1)
+        values = values.to(torch.float32)
+        self._broken |= values.isnan()  # which the greatest is if any is
+        greater = values > self._greatest
+        self._greatest = torch.where(greater, values, self._greatest)
+        self._tokens = torch.where(greater, places + first, self._tokens)
+
+    def tokens(self) -> np.ndarray:
+        """The token of each row, or -1 if one of its logits is not a number: int64 [rows]."""
+        return torch.where(self._broken, -1, self._tokens).cpu().numpy()

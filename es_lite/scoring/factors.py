@@ -7,9 +7,14 @@ Shapes: P perturbations of the tile, S members of each, R rows of each member (s
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
+import numpy as np
 import torch
+
+from es_lite.algorithm.jit import Threads
+from es_lite.scoring import corrections
 
 
 @dataclass(frozen=True)
@@ -20,10 +25,24 @@ class MemberRows:
     """Of each perturbation's members."""
     counts: Sequence[int] = ()
     """Rows of each member; none: all have the same number."""
+    _ends: dict[int, np.ndarray] = field(default_factory=dict, compare=False)
+    """What `ends` has found: every linear map asks."""
 
     @property
     def uneven(self) -> bool:
         return len(set(self.counts)) > 1
+
+    @cached_property
+    def sign_array(self) -> np.ndarray:
+        """The signs, float32."""
+        return np.array(self.signs, np.float32)
+
+    def ends(self, rows: int, members: int) -> np.ndarray:
+        """Where each member's rows end, int64 [members]; rows: of all members."""
+        if rows not in self._ends:
+            counts = np.array(self.counts or (1,) * members)
+            self._ends[rows] = counts.cumsum() * (rows // counts.sum())
+        return self._ends[rows]
 
     def places(self, rows: int, device: torch.device) -> tuple[torch.Tensor, int]:
         """Where rows are if each member is given as many as the one that has most, int64 [rows]; and how many there are then.
@@ -50,17 +69,33 @@ class LowRankFactors:
     """B, [P, in, r]."""
     left: torch.Tensor
     """(σ/√r)·Aᵀ, [P, r, out]."""
+    kernels: bool = True
+    """Compute with the kernels of `corrections`; else with torch operations, on any device."""
 
     def __getitem__(self, which: slice) -> "LowRankFactors":
         """Those of some perturbations."""
-        return LowRankFactors(self.right[which], self.left[which])
+        if (which.start, which.stop) == (0, self.right.shape[0]):
+            return self
+        return LowRankFactors(self.right[which], self.left[which], self.kernels)
+
+    @cached_property
+    def _arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """B, [P, r, in], and (σ/√r)·Aᵀ, as the kernels take them."""
+        return _array(self.right.transpose(1, 2).contiguous()), _array(self.left.contiguous())
 
     def transposed(self) -> "LowRankFactors":
         """Of the transposed matrix."""
-        return LowRankFactors(self.left.transpose(1, 2), self.right.transpose(1, 2))
+        return LowRankFactors(self.left.transpose(1, 2), self.right.transpose(1, 2), self.kernels)
 
-    def project(self, x: torch.Tensor, rows: MemberRows) -> torch.Tensor:
-        """±x B, [P, S·R, r]; x: [P·S·R, in], or fewer rows if they are uneven; R is then the most that a member has."""
+    def project(self, x: torch.Tensor, rows: MemberRows, threads: Threads) -> torch.Tensor:
+        """±x B of each row, for `add`; x: [P·S·R, in], or fewer rows if they are uneven.
+
+        The result is float32 [rows, r]; without kernels, [P, S·R, r] in x's type, where R is the most that a member has.
+        """
+        if self.kernels:
+            right = self._arrays[0]
+            ends = rows.ends(x.shape[0], right.shape[0] * len(rows.signs))
+            return torch.from_numpy(corrections.project(_array(x.contiguous()), right, ends, rows.sign_array, threads))
         if rows.uneven:
             places, size = rows.places(x.shape[0], x.device)
             x = x.new_zeros(size, x.shape[-1]).index_copy_(0, places, x)
@@ -70,8 +105,13 @@ class LowRankFactors:
                 part.neg_()
         return projected
 
-    def add(self, y: torch.Tensor, projected: torch.Tensor, rows: MemberRows) -> None:
-        """y += (σ/√r)(±x B)Aᵀ, in place; y: [P·S·R, out], or fewer rows if they are uneven."""
+    def add(self, y: torch.Tensor, projected: torch.Tensor, rows: MemberRows, threads: Threads) -> None:
+        """y += (σ/√r)(±x B)Aᵀ, in place; y: [P·S·R, out], contiguous, or fewer rows if they are uneven."""
+        if self.kernels:
+            left = self._arrays[1]
+            ends = rows.ends(y.shape[0], left.shape[0] * len(rows.signs))
+            corrections.add(_array(y), projected.numpy(), left, ends, len(rows.signs), threads)
+            return
         if rows.uneven:
             places, _ = rows.places(y.shape[0], y.device)
             y.add_(torch.bmm(projected, self.left).flatten(0, 1)[places])
@@ -79,8 +119,16 @@ class LowRankFactors:
         y.view(projected.shape[0], -1, y.shape[-1]).baddbmm_(projected, self.left)
 
 
-def factors_of(each: Sequence[tuple[torch.Tensor, torch.Tensor, float]], compute: torch.dtype) -> LowRankFactors:
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    """A contiguous tensor as the kernels take it."""
+    assert tensor.is_contiguous()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def factors_of(
+    each: Sequence[tuple[torch.Tensor, torch.Tensor, float]], compute: torch.dtype, kernels: bool = True
+) -> LowRankFactors:
     """The factors in the compute type; each: A [out, r], B [in, r] and σ/√r of a perturbation, float32."""
-    right = torch.stack([right for _, right, _ in each]).to(compute)
+    right = torch.stack([right.T for _, right, _ in each]).to(compute).transpose(1, 2)
     left = torch.stack([left.T * scale for left, _, scale in each]).to(compute)
-    return LowRankFactors(right, left)
+    return LowRankFactors(right, left, kernels)

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from es_lite.errors import UserError
 from es_lite.model.layout import Layer, Tensor
-from es_lite.scoring.device import DeviceLogSumExp
+from es_lite.scoring.device import DeviceGreatest, DeviceLogSumExp
 from es_lite.scoring.factors import LowRankFactors, MemberRows
 from es_lite.scoring.greatest import RunningGreatest
 from es_lite.scoring.logsumexp import RunningLogSumExp
@@ -105,7 +105,7 @@ class Positions:
 
     tile: Tile | SequenceTile
     states: torch.Tensor
-    running: RunningLogSumExp | DeviceLogSumExp | RunningGreatest
+    running: RunningLogSumExp | DeviceLogSumExp | RunningGreatest | DeviceGreatest
     projected: torch.Tensor | None
     """The states projected on B of the head's low-rank perturbations (`LowRankFactors.project`)."""
     members: MemberRows
@@ -146,7 +146,7 @@ class Head:
         found = np.empty(state.rows.count, np.int64)
         for _, positions in groups:
             for part in positions:
-                assert isinstance(part.tile, SequenceTile) and isinstance(part.running, RunningGreatest)
+                assert isinstance(part.tile, SequenceTile) and isinstance(part.running, RunningGreatest | DeviceGreatest)
                 found[part.tile.rows] = part.running.tokens()
         return found
 
@@ -196,7 +196,7 @@ class Head:
             members = part.tile.members
             values = nn.functional.linear(part.states, matrix)
             if factors and part.projected is not None:
-                factors[part.tile.perturbations].add(values, part.projected, part.members)
+                factors[part.tile.perturbations].add(values, part.projected, part.members, self._state.lanes.threads)
             if offsets is not None:
                 values.add_(part.members.repeated(offsets[members.start : members.stop], values.shape[0]))
             self._add(part, values, block)
@@ -219,25 +219,24 @@ class Head:
 
     def _scored(self, group: PerturbationGroup, rows: SampleRows, hidden: torch.Tensor, tokens: np.ndarray) -> list[Positions]:
         """The scored positions of the group's tiles."""
-        state, found = self._state, []
-        factors = self._factors(group)
+        state, found, factors = self._state, [], self._factors(group)
         for tile in rows.tiles(group, apart=not group.perturbations[0].factored):
             scored = np.arange(tile.length - 1) < rows.lengths[tile.samples, None] - 1
             mask = torch.from_numpy(np.tile(scored, (len(tile.members), 1))).to(hidden.device)
             states = tile.cut(hidden)[:, : tile.length - 1][mask]
             targets = np.tile(tokens[tile.samples, 1 : tile.length][scored], len(tile.members))
             members = MemberRows(tile.signs)
-            projected = factors[tile.perturbations].project(states, members) if factors else None
+            projected = factors[tile.perturbations].project(states, members, state.lanes.threads) if factors else None
             found.append(Positions(tile, states, state.scratch.log_sum_exp(targets), projected, members))
         return found
 
     def _continued(self, group: PerturbationGroup, rows: SequenceRows, hidden: torch.Tensor) -> list[Positions]:
         """The last positions of the rows of the group's tiles."""
-        found, factors = [], self._factors(group)
+        state, found, factors = self._state, [], self._factors(group)
         for tile in rows.tiles(group, apart=not group.perturbations[0].factored):
             states, members = hidden[tile.rows, -1], MemberRows(tile.signs, tile.counts)
-            projected = factors[tile.perturbations].project(states, members) if factors else None
-            found.append(Positions(tile, states, RunningGreatest(tile.count, hidden.device), projected, members))
+            projected = factors[tile.perturbations].project(states, members, state.lanes.threads) if factors else None
+            found.append(Positions(tile, states, state.scratch.greatest(tile.count), projected, members))
         return found
 
     def _factors(self, group: PerturbationGroup) -> LowRankFactors | None:
@@ -251,7 +250,7 @@ class Head:
         found: list[list[np.ndarray]] = [[] for _ in range(group.members)]
         for part in positions:
             members = part.tile.members
-            assert not isinstance(part.running, RunningGreatest)
+            assert not isinstance(part.running, RunningGreatest | DeviceGreatest)
             for member, values in zip(members, np.split(part.running.log_probabilities(), len(members)), strict=True):
                 found[member].append(values)
         return np.stack([np.concatenate(values) for values in found])

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 
 from es_lite.model.layout import Tensor
-from es_lite.scoring.device import DeviceLogSumExp, DeviceScratch
+from es_lite.scoring.device import DeviceGreatest, DeviceLogSumExp, DeviceScratch
 from es_lite.scoring.factors import LowRankFactors
+from es_lite.scoring.greatest import RunningGreatest
 from es_lite.scoring.logsumexp import RunningLogSumExp
 from es_lite.scoring.perturbation import Perturbation
 from es_lite.scoring.scratch import Scratch
@@ -63,6 +64,9 @@ class KeptScratch:
 
     def log_sum_exp(self, targets: np.ndarray) -> RunningLogSumExp | DeviceLogSumExp:
         return self._scratch.log_sum_exp(targets)
+
+    def greatest(self, rows: int) -> RunningGreatest | DeviceGreatest:
+        return self._scratch.greatest(rows)
 
     def _once(self, key: object, make: Callable[[], T]) -> T:
         if key not in self._made:

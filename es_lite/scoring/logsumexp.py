@@ -19,7 +19,7 @@ C4, C5, C6 = np.float32(0.009618129107628477), np.float32(0.0013333558146428443)
 
 
 @jit
-def _halve_max(values, scratch):
+def halve_max(values, scratch):
     """Maximum of values, whose size is a power of two; each loop is over whole halves, which LLVM vectorises."""
     half = values.size // 2
     low, high = values[:half], values[half:]
@@ -34,7 +34,7 @@ def _halve_max(values, scratch):
 
 
 @jit
-def _halve_sum(values):
+def halve_sum(values):
     """Sum of values, whose size is a power of two, in a fixed order; destroys them."""
     half = values.size
     while half > 1:
@@ -46,13 +46,12 @@ def _halve_sum(values):
 
 
 @jit
-def _row(values, power, power_bits, greatest, total):
-    """One token's block, float32 [a power of two], -inf in the padding: the new (greatest, total).
+def exponentials(values, top, power, power_bits):
+    """values = exp(values - top), float32, where top is at least the greatest; 2^-125 for what is smaller, as of -inf.
 
     exp(x) = 2^n · 2^f with n the nearest whole number to x·log2(e), found by adding and subtracting MAGIC: the
-    low bits of the sum are n. `power_bits` is `power` seen as uint32.
+    low bits of the sum are n. power: a buffer of the same size; `power_bits` is the same seen as uint32.
     """
-    top = max(greatest, _halve_max(values, power))
     for i in range(values.size):
         t = (values[i] - top) * LOG2_E
         t = _f32(-125) if t < _f32(-125) else t  # NaN stays
@@ -63,15 +62,22 @@ def _row(values, power, power_bits, greatest, total):
     for i in range(values.size):
         f = values[i]
         values[i] = power[i] * (_f32(1) + f * (C1 + f * (C2 + f * (C3 + f * (C4 + f * (C5 + f * C6))))))
+
+
+@jit
+def _row(values, power, power_bits, greatest, total):
+    """One token's block, float32 [a power of two], -inf in the padding: the new (greatest, total)."""
+    top = max(greatest, halve_max(values, power))
+    exponentials(values, top, power, power_bits)
     # The padding's terms are 2^-125 each: far below the resolution of a sum that holds a 1.
-    block = _halve_sum(values)
+    block = halve_sum(values)
     if total != 0:  # also NaN
         block += total * np.exp(greatest - top)
     return top, block
 
 
 @jit
-def _scratch(width):
+def scratch(width):
     """Buffers for a block: values and powers, float32 [the next power of two]."""
     padded = 2
     while padded < width:
@@ -82,7 +88,7 @@ def _scratch(width):
 @jit
 def _update_bf16(greatest, total, chosen, logits, targets, first):
     count, width = logits.shape
-    values, power = _scratch(width)
+    values, power = scratch(width)
     value_bits, power_bits = values.view(_u32), power.view(_u32)
     for i in range(count):
         row = logits[i]
@@ -98,7 +104,7 @@ def _update_bf16(greatest, total, chosen, logits, targets, first):
 @jit
 def _update_fp32(greatest, total, chosen, logits, targets, first):
     count, width = logits.shape
-    values, power = _scratch(width)
+    values, power = scratch(width)
     power_bits = power.view(_u32)
     for i in range(count):
         values[:width] = logits[i]

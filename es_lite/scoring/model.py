@@ -4,6 +4,7 @@ Proxies replace decoder blocks and every other module that owns parameters, exce
 once over all members and samples; the input of its head goes to `heads.Head`.
 """
 
+import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 from es_lite.data.batch import Batch
 from es_lite.errors import UserError
 from es_lite.model.layout import Layout, Tensor, blocks
+from es_lite.scoring.attention import one_query_attention
 from es_lite.scoring.device import DeviceScratch
 from es_lite.scoring.generate import Limits, generate
 from es_lite.scoring.heads import Head, HeadInput, LogitTransform
@@ -61,6 +63,7 @@ class PerturbedModel:
         self._model = model
         self._prompt_members = prompt_members
         self._keep_weights = keep_weights
+        self._kernels = device is None
         self._accepted = inspect.signature(model.forward).parameters
         self._cache_name = "cache" if "cache" in self._accepted else "past_key_values"
         for module in model.modules():  # such as the rotary frequencies; the parameters stay on the meta device
@@ -153,7 +156,8 @@ class PerturbedModel:
         arguments: dict[str, Any] = {self._cache_name: AllRows(seen.shape[1] - tokens.shape[1], tiles[0].cache.layers)}
         optional = {"position_ids": places, "logits_to_keep": 1}
         arguments |= {name: value for name, value in optional.items() if name in self._accepted}
-        with state.weights.passing():
+        attention = one_query_attention(state.lanes.threads) if self._kernels else contextlib.nullcontext()
+        with state.weights.passing(), attention:
             self._model(input_ids=ids, attention_mask=mask, use_cache=True, **arguments)
             return self._head.greatest(self._head_input.take())
 

@@ -98,7 +98,7 @@ class Proxy(nn.Module):
         super().__init__()
         lanes = range(state.lanes.count)
         modules = [module, *(copy.deepcopy(module) for _ in lanes[1:])]
-        shared = [Shared(module, tensors) for _ in lanes]
+        shared = [Shared(module, tensors, state.lanes.threads) for _ in lanes]
         # Not registered as a submodule: the model must not list these parameters as its own.
         self.__dict__["wrapped"] = Wrapped(modules, shared, layer, tensors, state)
 

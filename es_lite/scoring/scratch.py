@@ -10,9 +10,13 @@ from es_lite.algorithm import formats
 from es_lite.algorithm.jit import Threads
 from es_lite.model.layout import Tensor
 from es_lite.scoring.factors import LowRankFactors, factors_of
+from es_lite.scoring.greatest import RunningGreatest
 from es_lite.scoring.logsumexp import RunningLogSumExp
 from es_lite.scoring.perturbation import Perturbation
 from es_lite.weights.parts import Part
+
+# The working copy's memory is not, nor does anyone write to it.
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 
 class Scratch:
@@ -132,6 +136,9 @@ class Scratch:
     def log_sum_exp(self, targets: np.ndarray) -> RunningLogSumExp:
         return RunningLogSumExp(targets)
 
+    def greatest(self, rows: int) -> RunningGreatest:
+        return RunningGreatest(rows)
+
     def _perturb(self, perturbation: Perturbation, outs: list[np.ndarray], part: Part) -> None:
         sigma = perturbation.sigma_of(part.tensor)
         if sigma == 0:
@@ -158,7 +165,5 @@ class Scratch:
         return [buffer[:size] for buffer in self._buffers[:members]]
 
     def _torch(self, array: np.ndarray) -> torch.Tensor:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nor does anyone write to it
-            tensor = torch.from_numpy(array)
+        tensor = torch.from_numpy(array)
         return tensor.view(torch.bfloat16) if array.dtype == np.uint16 else tensor

@@ -18,6 +18,7 @@ from transformers import Cache, DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from es_lite.errors import UserError
+from es_lite.scoring.attention import keys_of
 from es_lite.scoring.tiles import Output, PerturbationGroup, TileOfMembers
 
 PADDING = 1
@@ -70,7 +71,8 @@ class KeyValueCache:
         """Adds the keys and values of the newest tokens, [rows, heads, T, width]; returns those of all slots."""
         with self._making:  # lanes fill parts of a tile at the same time
             if self._layers[layer] is None:
-                self._layers[layer] = (self._new(keys), self._new(values))
+                shape = self.rows, keys.shape[1], self._capacity
+                self._layers[layer] = keys_of(*shape, keys.shape[3], keys), values.new_empty(*shape, values.shape[3])
         all_keys, all_values = self._layers[layer]  # type: ignore[misc]
         end = self.slots + keys.shape[2]
         all_keys[rows, :, self.slots : end] = keys
@@ -87,9 +89,6 @@ class KeyValueCache:
                 tensor[: rows.size, :, : self.slots] = tensor[which.to(tensor.device), :, : self.slots]
         self.rows = rows.size
         self._views.clear()
-
-    def _new(self, like: torch.Tensor) -> torch.Tensor:
-        return like.new_empty(self.rows, like.shape[1], self._capacity, like.shape[3])
 
 
 class _LayerView(DynamicLayer):

@@ -15,6 +15,7 @@ from torch.func import functional_call
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from es_lite.algorithm.jit import Threads
 from es_lite.model.layout import Tensor
 from es_lite.scoring.factors import LowRankFactors, MemberRows
 from es_lite.scoring.sequences import SequenceTile
@@ -29,6 +30,8 @@ class RowsMixed(Exception):
 class Operands:
     """What the shared modules of one copy compute with, set for each tile and cleared after it."""
 
+    threads: Threads
+    """For kernels; the same for all tiles."""
     rows: int = 0
     """Rows of the tile: members times samples."""
     length: int = 0
@@ -97,7 +100,8 @@ class SharedLinear(nn.Module):
         y = functional.linear(flat, base.T if self._transposed else base, bias)
         if factors:
             factors = factors.transposed() if self._transposed else factors
-            factors.add(y, factors.project(flat, operands.members), operands.members)
+            projected = factors.project(flat, operands.members, operands.threads)
+            factors.add(y, projected, operands.members, operands.threads)
         if self._bias and members > 1:
             biases = torch.stack([made[self._bias] for made in operands.made])
             if operands.members.uneven:
@@ -144,7 +148,7 @@ class VectorsShared(nn.Module):
         made = self._operands.made
         values = [{own: member[name] for own, name in self._names.items()} for member in made]
         if len(made) == 1:
-            return functional_call(self._module[0], values[0], args, kwargs)
+            return self._run(values[0], args, kwargs)
         if any(isinstance(value, torch.Tensor) for value in kwargs.values()):
             raise RowsMixed
         for value in args:
@@ -152,16 +156,26 @@ class VectorsShared(nn.Module):
                 self._operands.check(value)
         if len(args) == 1 and not kwargs and self._broadcasts(args[0]):
             own = {name: self._of_each_row(torch.stack([member[name] for member in values]), args[0]) for name in values[0]}
-            return functional_call(self._module[0], own, args)
+            return self._run(own, args, {})
         parts = [self._operands.split(value) if isinstance(value, torch.Tensor) else [value] * len(made) for value in args]
         results = [
-            functional_call(self._module[0], own, tuple(part), kwargs)
+            self._run(own, tuple(part), kwargs)
             for own, count, *part in zip(values, self._operands.members.counts, *parts, strict=True)
             if count
         ]
         if not all(isinstance(result, torch.Tensor) for result in results):
             raise RowsMixed
         return torch.cat(results)
+
+    def _run(self, vectors: Mapping[str, torch.Tensor], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The module's output with these tensors, by its own names; `functional_call` takes longer than a norm of one token."""
+        module = self._module[0]
+        own = module._parameters
+        module._parameters = {**own, **vectors}  # type: ignore[dict-item]
+        try:
+            return module(*args, **kwargs)
+        finally:
+            module._parameters = own
 
     def _of_each_row(self, vectors: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """A vector for each row of x, [rows, 1, …, width]; vectors: [members, width]."""
@@ -170,19 +184,18 @@ class VectorsShared(nn.Module):
 
     def _broadcasts(self, x: torch.Tensor) -> bool:
         """Whether the module can be run on the rows of all members at once, with the same bits; tried once."""
-        own = dict(self._module[0].named_parameters())
-        if x.dim() < 2 or any(parameter.shape != x.shape[-1:] for parameter in own.values()):
+        own = self._module[0]._parameters
+        if x.dim() < 2 or any(p is not None and p.shape != x.shape[-1:] for p in own.values()):
             return False
         if self._element_by_element is None:
             generator = torch.Generator(x.device).manual_seed(0)
             width = x.shape[-1]
             states = torch.randn(2, 3, width, generator=generator, device=x.device).to(x.dtype)
-            vectors = {name: torch.randn(2, 1, width, generator=generator, device=x.device).to(x.dtype) for name in own}
+            vectors = {name: torch.randn(2, 1, width, generator=generator, device=x.device).to(x.dtype) for name in self._names}
             try:
-                together = functional_call(self._module[0], vectors, (states,))
+                together = self._run(vectors, (states,), {})
                 apart = [
-                    functional_call(self._module[0], {name: each[i, 0] for name, each in vectors.items()}, (states[i : i + 1],))
-                    for i in range(2)
+                    self._run({name: each[i, 0] for name, each in vectors.items()}, (states[i : i + 1],), {}) for i in range(2)
                 ]
                 self._element_by_element = torch.equal(together, torch.cat(apart))
             except (RuntimeError, TypeError):  # it checks the vectors' shapes, as nn.LayerNorm does
@@ -193,9 +206,9 @@ class VectorsShared(nn.Module):
 class Shared:
     """A copy of a module in which linear maps are `SharedLinear`, and owners of vectors `VectorsShared`."""
 
-    def __init__(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        """tensors: of the module's parameters, by name."""
-        self.operands = Operands()
+    def __init__(self, module: nn.Module, tensors: Mapping[str, Tensor], threads: Threads) -> None:
+        """tensors: of the module's parameters, by name; threads: for kernels."""
+        self.operands = Operands(threads)
         self.linear: list[str] = []
         """Matrices of linear maps, by parameter name."""
         self.others: list[str] = []

@@ -5,6 +5,7 @@ Here they are rows of samples that are scored; `sequences` has those of sequence
 Shapes: G members of all perturbations, B samples, T the longest sample.
 """
 
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -159,6 +160,9 @@ class Output:
         """result: the module's states, [rows, length, ...], or a tuple that begins with them."""
         if isinstance(result, tuple):
             self._tuple, result = True, result[0]
+        if result.shape[:2].numel() == math.prod(self._shape) and result.is_contiguous():  # the only tile
+            self._states = result.view(*self._shape, *result.shape[2:])
+            return
         with self._making:
             if self._states is None:
                 self._states = result.new_zeros(*self._shape, *result.shape[2:])

@@ -42,13 +42,18 @@ class WorkingCopy:
         self._offsets, size = _offsets(layout, storage)
         self._descriptor = descriptor
         self._map = mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+        self._parts: dict[str, Part] = {}
+        """What `part` has made: a generation asks for every tensor at every token."""
 
     def part(self, tensor: Tensor) -> Part:
         """The whole stored tensor: a read-only view, which shows later writes."""
-        at, scales_at = self._offsets[tensor.name]
-        data = np.frombuffer(self._map, dtype_of(tensor, self._storage), tensor.size, at)
-        count = scales_of(tensor, self._storage)
-        return Part(tensor, 0, data, np.frombuffer(self._map, np.float32, count, scales_at) if count else NO_SCALES)
+        if tensor.name not in self._parts:
+            at, scales_at = self._offsets[tensor.name]
+            data = np.frombuffer(self._map, dtype_of(tensor, self._storage), tensor.size, at)
+            count = scales_of(tensor, self._storage)
+            scales = np.frombuffer(self._map, np.float32, count, scales_at) if count else NO_SCALES
+            self._parts[tensor.name] = Part(tensor, 0, data, scales)
+        return self._parts[tensor.name]
 
     def rows(self, tensor: Tensor, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The rows `rows`, int64 [R], of a matrix: [R, W] as stored, and their scales, [R] or empty."""

@@ -1,9 +1,11 @@
 """A recipe and undisturbed runs of it, with which tests compare other runs; no test changes them."""
 
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from combinations import Reference, References
 from support import FITNESSES, finished_run, write_recipe, write_reward_recipe
 
 STEPS = 100
@@ -55,3 +57,14 @@ def three_steps(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of three steps, evaluated and exported at the second and at the end."""
     overrides = ("run.iterations=3", "eval.every=2", "run.checkpoint_every=2")
     return finished_run(recipe, tmp_path_factory.mktemp("three-steps") / "run", *overrides)
+
+
+@pytest.fixture(scope="session")
+def references(tmp_path_factory: pytest.TempPathFactory) -> References:
+    """The reference of a noise, a storage and settings, made when it is first asked for."""
+
+    @cache
+    def reference(noise: str, weights: str, master: str, settings: str) -> Reference:
+        return Reference(tmp_path_factory.mktemp("reference"), noise, weights, master, settings)
+
+    return reference

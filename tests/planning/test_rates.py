@@ -128,14 +128,14 @@ def test_corrections_are_measured_if_the_noise_has_a_rank(monkeypatch, products,
     shapes = []
     add = rates.LowRankFactors.add
 
-    def counted(self, y, projected, members):
+    def counted(self, y, projected, members, threads):
         shapes.append((tuple(self.right.shape), tuple(self.left.shape), tuple(projected.shape)))
-        add(self, y, projected, members)
+        add(self, y, projected, members, threads)
 
     monkeypatch.setattr(rates.LowRankFactors, "add", counted)
     monkeypatch.setattr(rates, "_fastest", lambda work: work() or 2.0)
     assert rates.scoring_rate(WORK, execution(), rank) == 6 * 32 * 64 * 128 / 2
-    wide, narrow = ((1, 64, 3), (1, 3, 128), (1, 32, 3)), ((1, 128, 3), (1, 3, 64), (1, 32, 3))
+    wide, narrow = ((1, 64, 3), (1, 3, 128), (32, 3)), ((1, 128, 3), (1, 3, 64), (32, 3))
     assert shapes == ([wide, wide, narrow] if rank else [])
     assert len(products) == 3
 

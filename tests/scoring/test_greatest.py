@@ -1,20 +1,33 @@
 """The greatest logit of each row over blocks of the vocabulary: the first of equal ones, and logits that are not numbers."""
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import pytest
 import torch
 
 from es_lite.algorithm.jit import Threads
+from es_lite.scoring.device import DeviceGreatest
 from es_lite.scoring.greatest import RunningGreatest
 
 NAN, INF = float("nan"), float("inf")
 
 
-def greatest(logits: torch.Tensor, *blocks: int) -> list[int]:
-    """The tokens that are found if the logits come in blocks of these sizes."""
-    running, first = RunningGreatest(logits.shape[0], logits.device), 0
+def greatest(logits: torch.Tensor, *blocks: int, threads: int = 1) -> list[int]:
+    """The tokens that are found if the logits come in blocks of these sizes, by the kernel and, equally, by torch operations."""
+    found = [in_blocks(kind, logits, blocks, Threads(threads)) for kind in (RunningGreatest, on_cpu)]
+    assert found[0] == found[1]
+    return found[0]
+
+
+def on_cpu(rows: int) -> DeviceGreatest:
+    return DeviceGreatest(rows, torch.device("cpu"))
+
+
+def in_blocks(kind: Callable, logits: torch.Tensor, blocks: Sequence[int], threads: Threads) -> list[int]:
+    running, first = kind(logits.shape[0]), 0
     for block in logits.split(blocks or logits.shape[1], dim=1):
-        running.update(block, first, Threads(1))
+        running.update(block, first, threads)
         first += block.shape[1]
     found = running.tokens()
     assert found.dtype == np.int64 and found.shape == (logits.shape[0],)
@@ -26,7 +39,7 @@ def greatest(logits: torch.Tensor, *blocks: int) -> list[int]:
 def test_blocks_find_what_the_whole_row_has(compute, blocks):
     """Of random logits, of which bfloat16 makes many equal."""
     logits = torch.randn(200, 100, generator=torch.Generator().manual_seed(1)).mul(3).to(compute)
-    assert greatest(logits, *blocks) == logits.argmax(dim=1).tolist()
+    assert greatest(logits, *blocks) == greatest(logits, *blocks, threads=3) == logits.argmax(dim=1).tolist()
 
 
 def test_of_equal_logits_the_first_counts_within_a_block_and_across_blocks():

@@ -19,10 +19,9 @@ from es_lite.algorithm.jit import Threads
 from es_lite.algorithm.noise import gaussian
 from es_lite.algorithm.noise.lowrank import LowRank
 from es_lite.model.layout import Tensor
-from es_lite.scoring import shared as shared_module
 from es_lite.scoring.factors import LowRankFactors, MemberRows, factors_of
 from es_lite.scoring.scratch import Scratch
-from es_lite.scoring.shared import RowsMixed, Shared
+from es_lite.scoring.shared import RowsMixed, Shared, VectorsShared
 from es_lite.weights.parts import Part
 
 INPUTS, OUTPUTS, LENGTH, SAMPLES = 40, 56, 5, 3
@@ -36,6 +35,7 @@ UNEVEN = pytest.mark.parametrize(
     [((1, -1), (3, 1)), ((1, -1), (2, 2, 0, 3)), ((1,), (1, 4, 2)), ((-1,), (0, 6)), ((1, -1), (1, 0, 0, 0))],
 )
 """Signs of each perturbation's members, and rows of each member."""
+ALONE = Threads(1)
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 """The largest relative error of a rounding."""
 
@@ -87,7 +87,7 @@ def whole_numbers(*shape: int) -> torch.Tensor:
 def test_each_member_has_its_own_correction_and_bias(kind, bias, signs, perturbations, rank, shape):
     """Exactly, with numbers that are not rounded, for rows of any shape, or all tokens in one dimension."""
     module = module_of(kind, bias)
-    shared, members = Shared(module, tensors_of(module)), len(signs) * perturbations
+    shared, members = Shared(module, tensors_of(module), ALONE), len(signs) * perturbations
     base, left = whole_numbers(OUTPUTS, INPUTS), whole_numbers(perturbations, OUTPUTS, rank)
     right, biases = whole_numbers(perturbations, INPUTS, rank), whole_numbers(members, OUTPUTS)
     factors = LowRankFactors(right, left.transpose(1, 2))
@@ -126,7 +126,7 @@ def test_shared_and_perturbed_in_scratch_a_linear_map_is_what_the_noise_defines(
     matrix, vector = {"weight": parts["weight"]}, {"bias": parts["bias"]}
     group = [replace(of_kind(BOTH, LowRank(rank)), sigma=0.2, pair=pair, signs=signs) for pair in range(perturbations)]
     made = [each for perturbation in group for each in scratch.kept(perturbation, vector)]
-    shared, factors = Shared(module, tensors), {"weight": scratch.factors(group, tensors["weight"])}
+    shared, factors = Shared(module, tensors, ALONE), {"weight": scratch.factors(group, tensors["weight"])}
     operands(shared, made, signs, base=scratch.base(matrix), factors=factors)
     x = torch.from_numpy(random.standard_normal((len(made), SAMPLES * LENGTH, INPUTS), np.float32)).to(compute)
     found = shared((x.view(-1, LENGTH, INPUTS),), {}).view(*x.shape[:2], OUTPUTS).double()
@@ -166,7 +166,7 @@ def test_without_factors_a_linear_map_is_the_plain_product_bit_for_bit(kind, bia
     base = torch.randn(*module.weight.shape, generator=random).to(compute)
     made = [{"bias": torch.randn(OUTPUTS, generator=random).to(compute)} if bias else {} for _ in range(members)]
     x = torch.randn(members * SAMPLES, LENGTH, INPUTS, generator=random).to(compute)
-    shared = Shared(module, tensors_of(module))
+    shared = Shared(module, tensors_of(module), ALONE)
     operands(shared, made, (1,), base={"weight": base})
     matrix = base.T if kind is Conv1D else base
     expected = functional.linear(x.view(-1, INPUTS), matrix, made[0]["bias"] if bias and members == 1 else None)
@@ -178,7 +178,7 @@ def test_without_factors_a_linear_map_is_the_plain_product_bit_for_bit(kind, bia
 def test_a_slice_of_wider_states_is_an_input_like_any_other():
     """Its rows are not beside each other in memory."""
     module = module_of(nn.Linear, bias=False)
-    shared, wide = Shared(module, tensors_of(module)), whole_numbers(2 * SAMPLES, LENGTH, 2 * INPUTS)
+    shared, wide = Shared(module, tensors_of(module), ALONE), whole_numbers(2 * SAMPLES, LENGTH, 2 * INPUTS)
     factors = LowRankFactors(whole_numbers(1, INPUTS, 2), whole_numbers(1, 2, OUTPUTS))
     operands(shared, [{}, {}], base={"weight": whole_numbers(OUTPUTS, INPUTS)}, factors={"weight": factors})
     part = wide[..., 7 : 7 + INPUTS]
@@ -191,7 +191,7 @@ def test_a_slice_of_wider_states_is_an_input_like_any_other():
 def test_members_may_have_different_numbers_of_rows(kind, bias, signs, counts):
     """As those of sequences do, some of which have ended: each row has its own member's correction and bias."""
     module, members = module_of(kind, bias), len(counts)
-    shared, pairs = Shared(module, tensors_of(module)), members // len(signs)
+    shared, pairs = Shared(module, tensors_of(module), ALONE), members // len(signs)
     base, left, right = whole_numbers(OUTPUTS, INPUTS), whole_numbers(pairs, OUTPUTS, 2), whole_numbers(pairs, INPUTS, 2)
     biases, x = whole_numbers(members, OUTPUTS), whole_numbers(sum(counts), LENGTH, INPUTS)
     factors = LowRankFactors(right, left.transpose(1, 2))
@@ -248,10 +248,11 @@ def test_a_members_value_is_repeated_for_each_of_its_rows(counts, rows, expected
 
 @UNEVEN
 @pytest.mark.parametrize("tokens", [1, 4])
-def test_factors_correct_rows_of_members_that_have_different_numbers_of_them(signs, counts, tokens):
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "torch"])
+def test_factors_correct_rows_of_members_that_have_different_numbers_of_them(signs, counts, tokens, kernels):
     """Against a loop over the rows, exactly."""
     pairs, members = len(counts) // len(signs), MemberRows(signs, counts)
-    factors = LowRankFactors(whole_numbers(pairs, INPUTS, 2), whole_numbers(pairs, 2, OUTPUTS))
+    factors = LowRankFactors(whole_numbers(pairs, INPUTS, 2), whole_numbers(pairs, 2, OUTPUTS), kernels)
     rows = sum(counts) * tokens
     x, y = whole_numbers(rows, INPUTS), whole_numbers(rows, OUTPUTS)
     owner = [member for member, count in enumerate(counts) for _ in range(count * tokens)]
@@ -260,9 +261,9 @@ def test_factors_correct_rows_of_members_that_have_different_numbers_of_them(sig
         p, sign = divmod(member, len(signs))
         expected[row] += signs[sign] * (x[row] @ factors.right[p]) @ factors.left[p]
 
-    projected = factors.project(x, members)
-    assert projected.shape == (pairs, len(signs) * max(counts) * tokens, 2)
-    factors.add(y, projected, members)
+    projected = factors.project(x, members, ALONE)
+    assert projected.shape == ((rows, 2) if kernels else (pairs, len(signs) * max(counts) * tokens, 2))
+    factors.add(y, projected, members, ALONE)
     assert torch.equal(y, expected)
     assert torch.equal(x, whole_numbers(rows, INPUTS)), "the argument is as it was"
 
@@ -293,7 +294,7 @@ def test_the_scale_is_applied_to_a_in_float32_before_it_is_rounded(compute):
 def norm() -> Shared:
     with torch.device("meta"):
         module = nn.LayerNorm(INPUTS)
-    return Shared(module, tensors_of(module))
+    return Shared(module, tensors_of(module), ALONE)
 
 
 @pytest.mark.parametrize("members", [1, 2, 3])
@@ -348,7 +349,7 @@ def test_a_module_runs_once_for_all_members_if_it_uses_vectors_element_by_elemen
     """And otherwise once for each that has rows; either way with the bits of that member alone."""
     function, width, once = USES[use]
     module, random = Vector(function, width), torch.Generator().manual_seed(1)
-    shared = Shared(module, tensors_of(module))
+    shared = Shared(module, tensors_of(module), ALONE)
     recorded = shared.module.rows
     made = [{"vector": torch.randn(width, generator=random).to(compute)} for _ in counts]
     x = torch.randn(sum(counts), *(shape or (LENGTH, INPUTS)), generator=random).to(compute)
@@ -368,13 +369,14 @@ def test_a_module_runs_once_for_all_members_if_it_uses_vectors_element_by_elemen
 def test_norms_of_models_have_the_bits_of_each_member_alone(monkeypatch, kind, compute):
     with torch.device("meta"):
         module = kind(INPUTS)
-    shared, random, calls = Shared(module, tensors_of(module)), torch.Generator().manual_seed(1), []
+    run = VectorsShared._run
+    shared, random, calls = Shared(module, tensors_of(module), ALONE), torch.Generator().manual_seed(1), []
     made = [{name: torch.randn(INPUTS, generator=random).to(compute) for name, _ in module.named_parameters()} for _ in range(3)]
     counts, x = (2, 1, 4), torch.randn(7, 1, INPUTS, generator=random).to(compute)
     expected = [functional_call(module, own, (rows,)) for own, rows in zip(made, x.split(counts), strict=True)]
     operands(shared, made, (1,), counts, length=1)
     shared((x,), {})
-    monkeypatch.setattr(shared_module, "functional_call", lambda *each: calls.append(each) or functional_call(*each))
+    monkeypatch.setattr(VectorsShared, "_run", lambda *each: calls.append(each) or run(*each))
     assert torch.equal(shared((x,), {}), torch.cat(expected))
     assert len(calls) == (3 if kind is nn.LayerNorm else 1)
 
@@ -395,7 +397,7 @@ def test_the_other_arguments_of_an_owner_of_vectors_reach_every_member():
     """Those that are tensors are divided as the states are; numbers are not."""
     gate = Gate()
     shared, x, beside = (
-        Shared(gate, tensors_of(gate)),
+        Shared(gate, tensors_of(gate), ALONE),
         whole_numbers(2 * SAMPLES, LENGTH, INPUTS),
         whole_numbers(2 * SAMPLES, LENGTH, 1),
     )
@@ -422,7 +424,7 @@ def test_the_other_arguments_of_an_owner_of_vectors_reach_every_member():
 @pytest.mark.parametrize("rows", [1, SAMPLES, 2 * SAMPLES - 1, 2 * SAMPLES * LENGTH + 1])
 def test_rows_that_are_not_the_tiles_are_refused_if_they_belong_to_several_members(rows):
     module = module_of(nn.Linear)
-    shared, made = Shared(module, tensors_of(module)), [{"bias": torch.zeros(OUTPUTS)}] * 2
+    shared, made = Shared(module, tensors_of(module), ALONE), [{"bias": torch.zeros(OUTPUTS)}] * 2
     base = {"weight": whole_numbers(OUTPUTS, INPUTS)}
     operands(shared, made, base=base)
     with pytest.raises(RowsMixed):
@@ -436,7 +438,7 @@ def test_rows_that_are_not_the_tiles_are_refused_if_they_belong_to_several_membe
 
 def test_a_matrix_that_another_module_reads_is_made_for_one_member_only():
     module = module_of(nn.Linear)
-    shared, asked = Shared(module, tensors_of(module)), []
+    shared, asked = Shared(module, tensors_of(module), ALONE), []
     matrix, bias = whole_numbers(OUTPUTS, INPUTS), whole_numbers(OUTPUTS)
     operands(shared, [{"bias": bias}], make=lambda name: asked.append(name) or matrix)
     assert shared.module.weight is matrix and shared.module.bias is bias and asked == ["weight"]
@@ -446,11 +448,11 @@ def test_a_matrix_that_another_module_reads_is_made_for_one_member_only():
             getattr(shared.module, name)
     assert asked == ["weight"]
     bare = module_of(nn.Linear, bias=False)
-    assert Shared(bare, tensors_of(bare)).module.bias is None
+    assert Shared(bare, tensors_of(bare), ALONE).module.bias is None
 
 
 def test_a_vector_that_another_module_reads_is_given_for_one_member_only():
-    shared, vector = Shared(gate := Gate(), tensors_of(gate)), whole_numbers(INPUTS)
+    shared, vector = Shared(gate := Gate(), tensors_of(gate), ALONE), whole_numbers(INPUTS)
     operands(shared, [{"vector": vector}])
     assert shared.module.vector is vector
     assert shared.module.power == 2.0  # other attributes are the module's
@@ -495,7 +497,7 @@ def test_linear_maps_are_shared_and_what_owns_more_than_vectors_makes_members_ta
     with torch.device("meta"):
         module = block()
     kinds = [type(part) for part in module.modules()]
-    shared = Shared(module, tensors_of(module))
+    shared = Shared(module, tensors_of(module), ALONE)
     exact = [name for name, part in module.named_modules() if type(part) in (nn.Linear, Conv1D)]
     assert shared.linear == [f"{name}.weight" for name in exact]
     assert (shared.others, shared.mixes) == (others, mixes)
@@ -507,7 +509,7 @@ def test_a_block_of_shared_modules_uses_the_tensors_of_each_name():
     """A linear map within the block has its own matrix and factors."""
     with torch.device("meta"):
         module = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Sequential(nn.Linear(6, 2, bias=False)))
-    shared, x = Shared(module, tensors_of(module)), whole_numbers(2 * SAMPLES, LENGTH, 4)
+    shared, x = Shared(module, tensors_of(module), ALONE), whole_numbers(2 * SAMPLES, LENGTH, 4)
     base = {"0.weight": whole_numbers(6, 4), "2.0.weight": whole_numbers(2, 6)}
     factors = {"2.0.weight": LowRankFactors(whole_numbers(1, 6, 1), whole_numbers(1, 1, 2))}
     made = [{"0.bias": k + whole_numbers(6), "1.weight": torch.full((6,), k), "1.bias": torch.ones(6)} for k in (1.0, 2.0)]

@@ -91,6 +91,8 @@ class Load:
     prompts: int
     prompt_tokens: int
     new_tokens: int
+    compute: str
+    """es_lite's compute type, as `workers.compute`."""
 
     @property
     def table(self) -> ModelTable:
@@ -151,7 +153,7 @@ def engine(load: Load, noise: str, workers: int, threads: int = 1) -> Iterator[E
             generation=GenerationTable(load.new_tokens),
             es=ESTable(population=load.population, antithetic=True, sigma=SIGMA),
             noise=NoiseTable(kind=noise),  # type: ignore[arg-type]
-            workers=WorkersTable(count=workers, threads=threads),
+            workers=WorkersTable(count=workers, threads=threads, compute=load.compute),  # type: ignore[arg-type]
         )
         origin = Origin.of_recipe(recipe)
         model, layout = origin.skeleton()
@@ -307,6 +309,7 @@ def generation(words: Sequence[str]) -> None:
     parser.add_argument("--prompt-tokens", type=int, default=48)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2, help="the plain loop's threads; es_lite's workers of one thread")
+    parser.add_argument("--compute", default="auto", choices=("auto", "bf16", "fp32"), help="es_lite's type; auto: the plan's")
     parser.add_argument("--kinds", nargs="+", default=["lowrank", "gaussian"], choices=("lowrank", "gaussian", "rademacher"))
     parser.add_argument("--plain-members", type=int, default=4, help="of a turn of the plain loop, whose rate they do not change")
     parser.add_argument("--turns", type=int, default=3)
@@ -318,7 +321,9 @@ def generation(words: Sequence[str]) -> None:
     transformers_logging.disable_progress_bar()
     print(f"{provenance('benchmark.py', ['generation', *words])}\n", flush=True)
     new_tokens = 1 + DECODED if arguments.rate else arguments.new_tokens
-    load = Load(arguments.model.expanduser(), population, arguments.prompts, arguments.prompt_tokens, new_tokens)
+    load = Load(
+        arguments.model.expanduser(), population, arguments.prompts, arguments.prompt_tokens, new_tokens, arguments.compute
+    )
     weights = f"`{load.model.name}`" if load.model.exists() else "random weights of SmolLM2-135M's shape"
     if arguments.llama:
         _llama.measure(arguments.prompt_tokens, arguments.new_tokens, arguments.turns)

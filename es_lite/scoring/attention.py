@@ -151,7 +151,7 @@ def _attend(out, query, keys, key_steps, values, value_steps, seen, scale):
     and from an element of all keys, or a slot of all values, to the next. seen: bool [R, S].
     """
     rows, heads, group, width = query.shape
-    slots = -(-seen.shape[1] // LANES) * LANES
+    slots = -(-seen.shape[1] // LANES) * LANES  # as `room`
     queries, totals = np.empty((group, width), _f32), np.empty((group, width), _f32)
     total_bits = totals.view(_u32)
     scores = np.empty((group, slots), _f32)
@@ -159,7 +159,7 @@ def _attend(out, query, keys, key_steps, values, value_steps, seen, scale):
     power_bits = power.view(_u32)
     for r in range(rows):
         low, high = _range(seen[r])
-        low = low // LANES * LANES
+        low = low // LANES * LANES  # so that the last columns are within the memory of the keys
         for h in range(heads):
             for g in range(group):
                 for j in range(width):
@@ -190,7 +190,7 @@ def attend(
 ) -> torch.Tensor:
     """softmax(scale · query · keysᵀ) · values, bfloat16 [R, K, Q, D].
 
-    query: bfloat16 [R, K, Q, D]; keys: [R, K, S, D], stored `by_element`; values: [R, K, S, D]; seen: bool [R, S], at least one
+    query: bfloat16 [R, K, Q, D]; keys: [R, K, S, D], in the memory of `keys_of`; values: [R, K, S, D]; seen: bool [R, S], at least one
     slot of each row. An infinity or NaN among the scores of a row makes its output NaN.
     """
     out = torch.empty(query.shape, dtype=query.dtype)
@@ -211,6 +211,13 @@ def _bits(tensor: torch.Tensor) -> np.ndarray:
     return tensor.view(torch.uint16).numpy()
 
 
+def _readable(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> bool:
+    """Whether they are one token's, the same mask for all heads, and keys and values as `KeyValueCache` has them."""
+    one = query.shape[2] == 1 and mask.dtype == torch.bool and mask.shape[1:] == (1, 1, keys.shape[2])
+    mine = keys.stride(2) == 1 and keys.stride(3) % LANES == 0 and values.shape == keys.shape and values.stride(3) == 1
+    return one and mine and query.dtype == keys.dtype == values.dtype == torch.bfloat16 and query.device.type == "cpu"
+
+
 @contextlib.contextmanager
 def one_query_attention(threads: Threads) -> Iterator[None]:
     """Within it, models attend with this kernel where it can be used, and with torch's elsewhere."""
@@ -226,14 +233,12 @@ def one_query_attention(threads: Threads) -> Iterator[None]:
         position_bias: torch.Tensor | None = None,
         **others: Any,
     ) -> tuple[torch.Tensor, None]:
-        rows, heads, length, width = query.shape
-        stored = query.dtype == torch.bfloat16 and query.device.type == "cpu" and length == 1 and key.stride(2) == 1
-        plain = attention_mask is not None and attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1
-        if not (stored and plain and value.shape == key.shape and position_bias is None and not others.get("softcap")):
+        usual = position_bias is None and not others.get("softcap")
+        if attention_mask is None or not (usual and _readable(query, key, value, attention_mask)):
             return sdpa_attention_forward(
                 module, query, key, value, attention_mask, dropout, scaling, position_bias=position_bias, **others
             )
-        assert attention_mask is not None
+        rows, heads, _, width = query.shape
         seen = attention_mask[:, 0, 0].expand(rows, -1)
         grouped = query.view(rows, key.shape[1], heads // key.shape[1], width)
         out = attend(grouped, key, value, seen, width**-0.5 if scaling is None else scaling, threads)

@@ -27,11 +27,11 @@ from es_lite.fitness.grading import Completions, Graders
 from es_lite.fitness.tasks.known import rows_of, task_of
 from es_lite.quantities import count
 from es_lite.recipe import Recipe
+from es_lite.scoring.attention import room
 from es_lite.scoring.generate import Limits
 from es_lite.scoring.heads import VOCABULARY_BLOCK
 from es_lite.scoring.model import PerturbedModel
 from es_lite.scoring.perturbation import Perturbation
-from es_lite.scoring.attention import room
 from es_lite.scoring.sequences import PADDING, check_cache
 
 SHOWN = 8

@@ -14,10 +14,10 @@ train: setup
 	$(BIN)/python -m es_lite.train $(RECIPE) $(ARGS)
 
 test: setup lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not long" $(ARGS)
 
 test-long: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m long $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m long $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -10,7 +10,7 @@ pytest.importorskip("matplotlib")
 import compare_rounding
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_over_300_steps_the_held_out_score_stays_close_to_the_masters(tmp_path: Path) -> None:
     """At every evaluation; rounded to nearest, int8 learns nothing and bfloat16 less. One seed: every machine finds the same."""
     paths = {way: np.array(runs[0]) for way, runs in compare_rounding.all_paths(1, 300).items()}

@@ -15,7 +15,7 @@ import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, register_jitable
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -35,6 +35,7 @@ OURS = "sdpa"
 """Transformers' name of the attention that is replaced: models compare it with their own, so it keeps its name."""
 
 
+@register_jitable
 def room(slots: int) -> int:
     """Slots of memory for the keys of so many."""
     return -(-slots // LANES) * LANES
@@ -151,7 +152,7 @@ def _attend(out, query, keys, key_steps, values, value_steps, seen, scale):
     and from an element of all keys, or a slot of all values, to the next. seen: bool [R, S].
     """
     rows, heads, group, width = query.shape
-    slots = -(-seen.shape[1] // LANES) * LANES  # as `room`
+    slots = room(seen.shape[1])
     queries, totals = np.empty((group, width), _f32), np.empty((group, width), _f32)
     total_bits = totals.view(_u32)
     scores = np.empty((group, slots), _f32)
@@ -166,7 +167,7 @@ def _attend(out, query, keys, key_steps, values, value_steps, seen, scale):
                     queries[g, j] = wide(query[r, h, g, j]) * scale
             first = keys + r * key_steps[0] + h * key_steps[1] + 2 * low
             _prefetch_rows(first + key_steps[1], width, key_steps[2], 2 * (high - low))  # the next head's
-            columns = -(-(high - low) // LANES) * LANES
+            columns = room(high - low)
             _sums(group, queries.ctypes.data, first, scores.ctypes.data, width, columns, 4 * width, key_steps[2], 4 * slots)
             for g in range(group):
                 some[: high - low] = scores[g, : high - low]

@@ -1,18 +1,20 @@
 """A model as layers: its skeleton on the meta device, its decoder blocks, its tensors and their numbers in the noise."""
 
-import contextlib
 import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
+from unittest import mock
 
+import numpy as np
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from es_lite.errors import UserError
+from es_lite.model.ghosts import OwnForward
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,8 @@ class Factors:
 @dataclass(frozen=True)
 class Layout:
     layers: tuple[Layer, ...]
+    unused: frozenset[str] = frozenset()
+    """Parameters that a text does not pass, such as those for images: they are not perturbed, and stay as they are."""
 
     @classmethod
     def of(cls, model: PreTrainedModel, groups: Sequence[Factors] = (), nes: bool = False, shared: bool = False) -> Self:
@@ -90,6 +94,7 @@ class Layout:
         block_of = re.compile(re.escape(prefix) + r"\.(\d+)\.")
         named = list(model.named_parameters())
         _check_patterns(groups, [name for name, _ in named])
+        unused = _unused(model, prefix)
         first_block = next(i for i, (name, _) in enumerate(named) if block_of.match(name))
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         tied = head is not None and head.weight is embedding.weight
@@ -99,6 +104,7 @@ class Layout:
             shape = tuple(parameter.shape)
             first = first_of_shape.setdefault(shape, position)
             group = next((g for g in groups if re.search(g.pattern, name)), Factors("", 1.0, 1.0))
+            group = Factors("", 0.0, 0.0) if name in unused else group
             is_head = head is not None and parameter is getattr(head, "weight", None) and not tied
             tensor = Tensor(
                 name,
@@ -114,7 +120,7 @@ class Layout:
             tensors_of[index].append(tensor)
         names = ["embedding", *(f"block-{i:03d}" for i in range(len(block_list))), "final"]
         last = len(names) - 1
-        return cls(tuple(Layer(i, names[i], tuple(tensors_of[i]), block=0 < i < last) for i in range(len(names))))
+        return cls(tuple(Layer(i, names[i], tuple(tensors_of[i]), block=0 < i < last) for i in range(len(names))), unused)
 
     @property
     def blocks(self) -> tuple[Layer, ...]:
@@ -146,8 +152,7 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     Raises UserError if there is no such model.
     """
     try:
-        with _parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model = on_meta(lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=False), _to_meta)
     except Exception as error:  # each architecture raises its own exceptions for impossible sizes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
@@ -158,12 +163,29 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Name and list of the model's decoder blocks. Raises UserError if it has none."""
-    count = model.config.get_text_config().num_hidden_layers
-    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    if not lists or count < 1:
+    """Name and list of the model's decoder blocks: the largest list of as many modules as its configuration has layers or, if
+    there is none, of any number. Raises UserError if it has none."""
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    lists = [item for item in lists if len(item[1]) == count] or lists
+    if not lists:
         raise UserError(f"{type(model).__name__}: has no list of decoder blocks, so es_lite cannot process it layer by layer")
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+def _unused(model: PreTrainedModel, blocks: str) -> frozenset[str]:
+    """The names of the parameters outside the blocks that a text does not pass: those of a model that takes images or sound too.
+
+    blocks: the name of their list. Of what is in them, a text may pass some today and others later (experts).
+    """
+    config = model.config
+    if not config.sub_configs and config.get_text_config() is config:
+        return frozenset()
+    try:
+        unused = OwnForward(model).unused(np.array([0, 1], np.int32))
+    except Exception:  # whatever its own code raises; the rehearsal says so
+        return frozenset()
+    return frozenset(name for name in unused if not name.startswith(f"{blocks}."))
 
 
 def _check_patterns(groups: Sequence[Factors], names: Sequence[str]) -> None:
@@ -174,21 +196,19 @@ def _check_patterns(groups: Sequence[Factors], names: Sequence[str]) -> None:
             )
 
 
-@contextlib.contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Moves each parameter to the meta device as it is registered, before anything touches its memory.
+def on_meta(build: Callable[[], PreTrainedModel], registered: Callable[[nn.Parameter], nn.Parameter]) -> PreTrainedModel:
+    """The model that `build` makes; `registered` replaces each parameter as it is registered, before anything touches its memory.
 
     Under `torch.device("meta")` the buffers (the rotary frequencies) would be lost too.
     """
     register = nn.Module.register_parameter
 
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:
-            parameter = nn.Parameter(parameter.data.to("meta"), requires_grad=False)
-        register(module, name, parameter)
+    def replacing(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, None if parameter is None else registered(parameter))
 
-    nn.Module.register_parameter = on_meta  # type: ignore[assignment, method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[assignment, method-assign]
+    with mock.patch.object(nn.Module, "register_parameter", replacing):
+        return build()
+
+
+def _to_meta(parameter: nn.Parameter) -> nn.Parameter:
+    return parameter if parameter.is_meta else nn.Parameter(parameter.data.to("meta"), requires_grad=False)

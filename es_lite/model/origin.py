@@ -10,6 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from es_lite.algorithm.formats import Storage
 from es_lite.algorithm.jit import Threads
 from es_lite.errors import UserError
+from es_lite.model import random_weights
 from es_lite.model.configuration import configuration, locate
 from es_lite.model.layout import Factors, Layout, skeleton
 from es_lite.model.source import Source, open_source
@@ -29,6 +30,8 @@ class Origin:
     shared_noise: bool
     storage: Storage = "fp32"
     """What the updates are applied to: the fp32 master, or the bf16 or int8 weights themselves."""
+    initialisation: int = random_weights.NEWEST
+    """The version in which random weights are drawn; headers of the first version do not name it."""
 
     @classmethod
     def of_recipe(cls, recipe: Recipe) -> Self:
@@ -49,7 +52,8 @@ class Origin:
                 "may change what its records mean; use the version that wrote it"
             )
         try:
-            return cls(**document | {"groups": tuple(Factors(**group) for group in groups)})
+            groups = tuple(Factors(**group) for group in groups)
+            return cls(**{"initialisation": 1, **document, "groups": groups})
         except TypeError as error:  # a key is missing
             raise UserError(f"{where}: its origin is incomplete ({error}); restore the file from a copy") from None
 
@@ -62,7 +66,7 @@ class Origin:
 
     def source(self, model: PreTrainedModel, layout: Layout, threads: Threads) -> Source:
         """θ₀."""
-        return open_source(self.path, model, layout, self.seed, threads)
+        return open_source(self.path, model, layout, self.seed, threads, self.initialisation)
 
     def header(self, layout: Layout, theta_0: Source) -> dict[str, Any]:
         """The part of the journal's header that `check` compares."""

@@ -1,24 +1,19 @@
 """θ₀: a pretrained model's safetensors, or random weights that the run's seed determines."""
 
 import contextlib
-import copy
 import hashlib
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from es_lite.algorithm.jit import Threads
-from es_lite.algorithm.noise import gaussian, philox
-from es_lite.algorithm.noise.place import INITIALISATION, Place
 from es_lite.errors import DamagedFile, UserError
 from es_lite.files import view_of
+from es_lite.model import random_weights
 from es_lite.model.configuration import locate, read_json
 from es_lite.model.layout import Layout, Tensor
 from es_lite.model.sliced_safetensors import Entry, Reader, open_tensors
@@ -114,57 +109,10 @@ def _entries(folder: Path) -> dict[str, Entry]:
     return entries
 
 
-class Random:
-    """θ₀ drawn from the run's seed: matrices N(0, initializer_range²), vectors as the architecture initialises them.
-
-    A matrix is initializer_range·ε(seed, INITIALISATION, pair 0, its position among the layout's tensors).
-    """
-
-    def __init__(self, model: PreTrainedModel, layout: Layout, seed: int, threads: Threads) -> None:
-        self._seed = seed
-        self._threads = threads
-        config = model.config.get_text_config()
-        self._deviation = getattr(config, "initializer_range", 0.02)
-        self._constants = {t.name: _initial_constant(model, t.name) for t in layout.tensors if len(t.shape) < 2}
-        drawn_from = f"{philox.VERSION} {seed} {self._deviation} {sorted(self._constants.items())} {layout.structure()}"
-        self._fingerprint = hashlib.sha256(drawn_from.encode()).hexdigest()
-        self._numbers = {tensor.name: number for number, tensor in enumerate(layout.tensors)}
-
-    def read(self, tensor: Tensor, start: int, count: int) -> np.ndarray:
-        if tensor.name in self._constants:
-            return np.full(count, self._constants[tensor.name], np.float32)
-        out = np.empty(count, np.float32)
-        place = Place(self._seed, INITIALISATION, 0, self._numbers[tensor.name])
-
-        def part(low: int, high: int) -> None:
-            gaussian.fill(out[low:high], place, self._deviation, start=start + low)
-
-        self._threads.each(count, part)
-        return out
-
-    def fingerprint(self) -> str:
-        return self._fingerprint
-
-
-def _initial_constant(model: PreTrainedModel, name: str) -> float:
-    """The value to which the architecture initialises a vector: mostly 1 or 0."""
-    owner, _, attribute = name.rpartition(".")
-    module = model.get_submodule(owner)
-    if any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
-        return 0.0  # the bias of a linear map
-    fresh: nn.Module = copy.deepcopy(module).to_empty(device="cpu")
-    with torch.no_grad():
-        for parameter in fresh.parameters(recurse=False):
-            parameter.fill_(math.nan)
-        model._init_weights(fresh)
-    value = float(fresh.get_parameter(attribute).flatten()[0])
-    if not math.isfinite(value):
-        raise UserError(
-            f"{type(model).__name__}: es_lite does not know how {name} is initialised; give model.path instead of model.config"
-        )
-    return value
-
-
-def open_source(path: str, model: PreTrainedModel, layout: Layout, seed: int, threads: Threads) -> Source:
-    """θ₀ of the recipe's model: of the folder `path` if given, else random from `seed`."""
-    return Pretrained(locate(path), model, layout) if path else Random(model, layout, seed, threads)
+def open_source(
+    path: str, model: PreTrainedModel, layout: Layout, seed: int, threads: Threads, initialisation: int = random_weights.NEWEST
+) -> Source:
+    """θ₀ of the recipe's model: of the folder `path` if given, else random from `seed`, in this version of the initialisation."""
+    if path:
+        return Pretrained(locate(path), model, layout)
+    return random_weights.VERSIONS[initialisation](model, layout, seed, threads)

@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from es_lite.algorithm.formats import round_bf16, wide
 from es_lite.algorithm.jit import Threads, jit
+from es_lite.scoring.arrays import as_array
 from es_lite.scoring.logsumexp import exponentials, halve_max, halve_sum, scratch
 
 _f32, _u32 = np.float32, np.uint32
@@ -197,7 +198,7 @@ def attend(
     out = torch.empty(query.shape, dtype=query.dtype)
     key_steps = tuple(2 * keys.stride(axis) for axis in (0, 1, 3))
     value_steps = tuple(2 * step for step in values.stride()[:3])
-    query_bits, out_bits, mask = _bits(query.contiguous()), _bits(out), seen.contiguous().numpy()
+    query_bits, out_bits, mask = as_array(query.contiguous()), as_array(out), seen.contiguous().numpy()
 
     def part(low: int, high: int) -> None:
         some = slice(low, high)
@@ -206,10 +207,6 @@ def attend(
 
     threads.each(query.shape[0], part, least=8)
     return out
-
-
-def _bits(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.view(torch.uint16).numpy()
 
 
 def _readable(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> bool:

@@ -15,6 +15,7 @@ import torch
 
 from es_lite.algorithm.jit import Threads
 from es_lite.scoring import corrections
+from es_lite.scoring.arrays import as_array
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class LowRankFactors:
     @cached_property
     def _arrays(self) -> tuple[np.ndarray, np.ndarray]:
         """B, [P, r, in], and (σ/√r)·Aᵀ, as the kernels take them."""
-        return _array(self.right.transpose(1, 2).contiguous()), _array(self.left.contiguous())
+        return as_array(self.right.transpose(1, 2).contiguous()), as_array(self.left.contiguous())
 
     def transposed(self) -> "LowRankFactors":
         """Of the transposed matrix."""
@@ -95,7 +96,7 @@ class LowRankFactors:
         if self.kernels:
             right = self._arrays[0]
             ends = rows.ends(x.shape[0], right.shape[0] * len(rows.signs))
-            return torch.from_numpy(corrections.project(_array(x.contiguous()), right, ends, rows.sign_array, threads))
+            return torch.from_numpy(corrections.project(as_array(x.contiguous()), right, ends, rows.sign_array, threads))
         if rows.uneven:
             places, size = rows.places(x.shape[0], x.device)
             x = x.new_zeros(size, x.shape[-1]).index_copy_(0, places, x)
@@ -110,19 +111,13 @@ class LowRankFactors:
         if self.kernels:
             left = self._arrays[1]
             ends = rows.ends(y.shape[0], left.shape[0] * len(rows.signs))
-            corrections.add(_array(y), projected.numpy(), left, ends, len(rows.signs), threads)
+            corrections.add(as_array(y), projected.numpy(), left, ends, len(rows.signs), threads)
             return
         if rows.uneven:
             places, _ = rows.places(y.shape[0], y.device)
             y.add_(torch.bmm(projected, self.left).flatten(0, 1)[places])
             return
         y.view(projected.shape[0], -1, y.shape[-1]).baddbmm_(projected, self.left)
-
-
-def _array(tensor: torch.Tensor) -> np.ndarray:
-    """A contiguous tensor as the kernels take it."""
-    assert tensor.is_contiguous()
-    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def factors_of(

@@ -5,6 +5,7 @@ import torch
 
 from es_lite.algorithm.formats import wide
 from es_lite.algorithm.jit import Threads, jit
+from es_lite.scoring.arrays import as_array
 
 LANES = 64
 """Elements whose maxima are found side by side."""
@@ -50,7 +51,7 @@ class RunningGreatest:
 
     def update(self, logits: torch.Tensor, first: int, threads: Threads) -> None:
         """Adds the logits of vocabulary entries first, first + 1, …: [rows, block], float32 or bfloat16."""
-        values = (logits.view(torch.uint16) if logits.dtype == torch.bfloat16 else logits).numpy()
+        values = as_array(logits)
 
         def part(low: int, high: int) -> None:
             some = slice(low, high)

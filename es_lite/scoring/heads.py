@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from es_lite.errors import UserError
 from es_lite.model.layout import Layer, Tensor
@@ -31,14 +30,6 @@ VOCABULARY_BLOCK = 2048
 """Rows of the head that are perturbed and multiplied at a time; sections of a stream are multiples of it."""
 
 
-@dataclass
-class BodyOutput(BaseModelOutputWithPastAndCrossAttentions):
-    """What models read of their body's output."""
-
-    router_logits: tuple[torch.Tensor, ...] | None = None
-    """Of models with experts."""
-
-
 @dataclass(frozen=True)
 class LogitTransform:
     """What the model does with its logits: logits·scale, or cap·tanh(logits/cap) if cap is not 0."""
@@ -51,30 +42,36 @@ class LogitTransform:
     @classmethod
     def of(cls, model: PreTrainedModel) -> "LogitTransform":
         """Determined by giving the model known logits. Raises UserError if it does anything else with them."""
-
-        class Body(nn.Module):
-            def forward(self, *_: Any, **__: Any) -> BodyOutput:
-                return BodyOutput(last_hidden_state=torch.zeros(1, 1, 1))
-
-        class Head(nn.Module):
-            def forward(self, _: torch.Tensor) -> torch.Tensor:
-                return cls.PROBE
-
-        body, head = model.base_model, model.get_output_embeddings()
-        head_name = next(name for name, module in model.named_modules() if module is head)
-        setattr(model, model.base_model_prefix, Body())
-        setattr(model, head_name, Head())
-        with torch.inference_mode():
-            logits = model(input_ids=torch.zeros(1, 1, dtype=torch.int64)).logits
-        setattr(model, model.base_model_prefix, body)
-        setattr(model, head_name, head)
-        scale = float(logits[0, 0, -1] / cls.PROBE[0, 0, -1])
-        if torch.allclose(logits, cls.PROBE * scale, rtol=1e-5):
-            return cls(scale, 0.0)
-        cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None) or 0.0
-        if cap and torch.allclose(logits, cap * torch.tanh(cls.PROBE / cap), rtol=1e-5):
-            return cls(1.0, cap)
+        names = {id(module): name for name, module in model.named_modules()}
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        body_name = names[id(embedding)].partition(".")[0]
+        body = model.get_submodule(body_name)
+        hidden = torch.zeros(1, 1, model.config.get_text_config().hidden_size, device="meta")
+        known = {body_name: _Body(body, hidden), names[id(head)]: KnownLogits(cls.PROBE, head.weight)}
+        try:
+            for name, module in known.items():
+                model.set_submodule(name, module)
+            with torch.inference_mode():
+                logits = model(input_ids=torch.zeros(1, 1, dtype=torch.int64)).logits
+        except Exception as error:  # whatever its own code raises
+            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            raise UserError(f"{type(model).__name__}: es_lite cannot find out what it does with its logits ({reason})") from None
+        finally:
+            model.set_submodule(body_name, body)
+            model.set_submodule(names[id(head)], head)
+        config = model.config.get_text_config().to_dict()
+        caps = [value for key, value in config.items() if "cap" in key and isinstance(value, int | float) and value > 0]
+        scale = float(logits[..., -1].flatten()[0] / cls.PROBE[0, 0, -1])
+        for transform in (cls(scale, 0.0), *(cls(1.0, float(cap)) for cap in caps)):
+            if transform.explains(logits):
+                return transform
         raise UserError(f"{type(model).__name__}: changes its logits in a way that es_lite does not know")
+
+    def explains(self, logits: torch.Tensor) -> bool:
+        """Whether a model made these logits of `PROBE`."""
+        return logits.shape == self.PROBE.shape and torch.allclose(
+            logits.float(), self(self.PROBE.to(logits.dtype)).float(), rtol=1e-5
+        )
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         if self.cap:
@@ -82,12 +79,52 @@ class LogitTransform:
         return logits * self.scale if self.scale != 1 else logits
 
 
+class _Body(nn.Module):
+    """In place of a model's body, and of any part of it: whichever is called returns the same hidden states."""
+
+    def __init__(self, body: nn.Module, hidden: torch.Tensor) -> None:
+        super().__init__()
+        self.__dict__["replaced"], self.__dict__["hidden"] = body, hidden
+
+    def forward(self, *_: Any, **__: Any) -> "_BodyOutput":
+        return _BodyOutput((self.hidden,))
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.__dict__["replaced"], name)
+        return self if isinstance(value, nn.Module) else value
+
+
+class _BodyOutput(tuple):
+    """A body's output of whatever kind: hidden states, and nothing else that a model may read of it."""
+
+    @property
+    def last_hidden_state(self) -> torch.Tensor:
+        return self[0]
+
+    def __getattr__(self, _: str) -> None:
+        return None
+
+
+class KnownLogits(nn.Module):
+    """In place of a model's head: returns known logits."""
+
+    def __init__(self, logits: torch.Tensor, weight: torch.Tensor) -> None:
+        """weight: what the model may ask for the type of."""
+        super().__init__()
+        self.__dict__["logits"], self.__dict__["weight"] = logits, weight
+
+    def forward(self, _: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.__dict__["logits"]
+        return logits
+
+
 class HeadInput(nn.Module):
     """Replaces the model's head: keeps its input, and returns a single 0 as the logits."""
 
-    def __init__(self) -> None:
+    def __init__(self, compute: torch.dtype) -> None:
         super().__init__()
         self._hidden: list[torch.Tensor] = []
+        self.__dict__["weight"] = torch.empty(0, dtype=compute)  # some models ask for its type
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         self._hidden.append(hidden)

@@ -34,17 +34,17 @@ class KeptScratch:
     def tensors(self, perturbation: Perturbation, parts: Mapping[str, Part]) -> list[dict[str, torch.Tensor]]:
         if not self._whole:
             return self._scratch.tensors(perturbation, parts)
-        return self._once(("tensors", perturbation, _names(parts)), lambda: self._scratch.kept(perturbation, parts))
+        return self._once(("tensors", perturbation, _places(parts)), lambda: self._scratch.kept(perturbation, parts))
 
     def kept(self, perturbation: Perturbation, parts: Mapping[str, Part]) -> list[dict[str, torch.Tensor]]:
         if not self._whole and any(len(part.tensor.shape) > 1 for part in parts.values()):
             return self._scratch.kept(perturbation, parts)
-        return self._once(("kept", perturbation, _names(parts)), lambda: self._scratch.kept(perturbation, parts))
+        return self._once(("kept", perturbation, _places(parts)), lambda: self._scratch.kept(perturbation, parts))
 
     def base(self, parts: Mapping[str, Part]) -> dict[str, torch.Tensor]:
         if not self._whole:
             return self._scratch.base(parts)
-        return self._once(("base", _names(parts)), lambda: self._scratch.own_base(parts))
+        return self._once(("base", _places(parts)), lambda: self._scratch.own_base(parts))
 
     def factors(
         self, perturbations: Sequence[Perturbation], tensor: Tensor, first: int = 0, rows: int | None = None
@@ -74,5 +74,5 @@ class KeptScratch:
         return self._made[key]  # type: ignore[return-value]
 
 
-def _names(parts: Mapping[str, Part]) -> tuple[tuple[str, int], ...]:
-    return tuple((part.tensor.name, part.start) for part in parts.values())
+def _places(parts: Mapping[str, Part]) -> tuple[tuple[str, int, int], ...]:
+    return tuple((part.tensor.name, part.start, part.data.size) for part in parts.values())

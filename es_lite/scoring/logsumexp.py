@@ -9,6 +9,7 @@ import torch
 
 from es_lite.algorithm.formats import MAGIC
 from es_lite.algorithm.jit import Threads, jit
+from es_lite.scoring.arrays import as_array
 
 _f32, _u32 = np.float32, np.uint32
 
@@ -128,7 +129,7 @@ class RunningLogSumExp:
     def update(self, logits: np.ndarray | torch.Tensor, first: int, threads: Threads) -> None:
         """Adds the logits of vocabulary entries first, first + 1, …: [tokens, block], float32 or bfloat16 (bits: uint16)."""
         if isinstance(logits, torch.Tensor):
-            logits = (logits.view(torch.uint16) if logits.dtype == torch.bfloat16 else logits).numpy()
+            logits = as_array(logits)
         kernel = _update_bf16 if logits.dtype == np.uint16 else _update_fp32
 
         def part(low: int, high: int) -> None:

@@ -48,6 +48,7 @@ class PerturbedModel:
         keep_weights: bool = False,
         device: torch.device | None = None,
         progress: Callable[[float], None] = lambda share: None,
+        scratch: Scratch | DeviceScratch | None = None,
     ) -> None:
         """model: a new `layout.skeleton`, which is modified.
 
@@ -55,15 +56,17 @@ class PerturbedModel:
         prompt_members: likewise, while prompts are read. keep_weights: what is perturbed or converted for a generation stays in
         memory until its end.
         device: compute there, with torch operations only; None: on the CPU, with the kernels. progress: called with the share of
-        a call's work that is done.
+        a call's work that is done. scratch: makes perturbed tensors; None: as `device` and `compute` say.
         """
-        scratch = DeviceScratch(device, compute) if device else Scratch(compute, lanes.all_threads)
-        self._state = ScoringState(weights, scratch, lanes, micro_batch, tile_members, progress=progress)
+        if scratch is None:
+            scratch = DeviceScratch(device, compute) if device else Scratch(compute, lanes.all_threads)
+        self._state = ScoringState(weights, scratch, lanes, micro_batch, tile_members, progress=progress, compute=compute)
         self._parameters = layout.size
         self._model = model
         self._prompt_members = prompt_members
         self._keep_weights = keep_weights
         self._kernels = device is None
+        self._heads = int(getattr(model.config.get_text_config(), "num_attention_heads", 0) or 0)
         self._accepted = inspect.signature(model.forward).parameters
         self._cache_name = "cache" if "cache" in self._accepted else "past_key_values"
         for module in model.modules():  # such as the rotary frequencies; the parameters stay on the meta device
@@ -99,6 +102,17 @@ class PerturbedModel:
         return np.concatenate(passes, axis=1)
 
     @torch.inference_mode()
+    def head_input(self, perturbations: Sequence[Perturbation], batch: Batch) -> torch.Tensor:
+        """What the head would get, [G·B, T, H]."""
+        state = self._state
+        state.perturbations = perturbations
+        state.rows = SampleRows(state.members, batch.lengths, state.micro_batch, state.tile_members, self._heads)
+        ids = torch.from_numpy(batch.tokens.astype(np.int64)).repeat(state.members, 1).to(state.scratch.device)
+        with state.weights.passing():
+            self._model(input_ids=ids, use_cache=False)
+        return self._head_input.take()
+
+    @torch.inference_mode()
     def _scored(
         self, perturbations: Sequence[Perturbation], batch: Batch, pass_samples: int
     ) -> Iterator[tuple[Batch, np.ndarray]]:
@@ -108,7 +122,7 @@ class PerturbedModel:
         state.work, state.done = -(-len(batch) // pass_samples) * self._parameters * len(perturbations), 0.0
         for low in range(0, len(batch), pass_samples):
             part = batch.part(low, min(low + pass_samples, len(batch)))
-            state.rows = SampleRows(state.members, part.lengths, state.micro_batch, state.tile_members)
+            state.rows = SampleRows(state.members, part.lengths, state.micro_batch, state.tile_members, self._heads)
             ids = torch.from_numpy(part.tokens.astype(np.int64)).repeat(state.members, 1).to(state.scratch.device)
             with state.weights.passing():
                 self._model(input_ids=ids, use_cache=False)
@@ -163,7 +177,10 @@ class PerturbedModel:
 
 
 def _replace_modules(model: PreTrainedModel, layout: Layout, state: ScoringState) -> tuple[HeadInput, Head]:
-    """Replaces every block, and every module outside the blocks that owns parameters, by its proxy, and the head by its input."""
+    """Replaces every block, and every module outside the blocks that owns parameters, by its proxy, and the head by its input.
+
+    A module that owns some itself is replaced with all that is in it. Raises UserError if that includes the blocks.
+    """
     by_identity = {id(parameter): name for name, parameter in model.named_parameters()}
     tensor_of = {tensor.name: tensor for tensor in layout.tensors}
     layer_of = {tensor.name: layer for layer in layout.layers for tensor in layer.tensors}
@@ -176,12 +193,18 @@ def _replace_modules(model: PreTrainedModel, layout: Layout, state: ScoringState
     if not isinstance(head, nn.Linear):
         raise UserError(f"{type(model).__name__}: its head is not a linear map of the hidden states, which es_lite needs")
     own = tensors(head, recurse=False)
-    head_input, our_head = HeadInput(), Head(layer_of[own["weight"].name], own, LogitTransform.of(model), state)
+    head_input, our_head = HeadInput(state.compute), Head(layer_of[own["weight"].name], own, LogitTransform.of(model), state)
     replaced: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        own = tensors(module, recurse=False)
-        if name.startswith(prefix + ".") or not own:
+        inside = any(name.startswith(f"{outer}.") for outer in (prefix, *replaced))
+        if inside or not any(by_identity[id(p)] not in layout.unused for p in module.parameters(recurse=False)):
             continue
+        own = tensors(module, recurse=True)
+        if prefix.startswith(f"{name}."):
+            raise UserError(
+                f"{type(model).__name__}: {next(iter(own))} belongs to the part of it that has the decoder blocks, and to no "
+                "layer; take a model of another architecture"
+            )
         layer = layer_of[next(iter(own.values())).name]
         if module is head:
             replaced[name] = head_input

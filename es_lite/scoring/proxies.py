@@ -40,6 +40,7 @@ class ScoringState:
     micro_batch: int
     tile_members: int
     """Members that share a tile, if their perturbations are factored: 1, or those of one or more perturbations."""
+    compute: torch.dtype = torch.float32
     perturbations: Sequence[Perturbation] = ()
     rows: SampleRows | SequenceRows = field(default_factory=lambda: SequenceRows(()))
     """What a forward computes."""
@@ -245,7 +246,13 @@ class Proxy(nn.Module):
 
 
 class EmbeddingProxy(Proxy):
-    """The token embedding: only the rows that the batch uses are perturbed."""
+    """The token embedding: only the rows that the batch uses are perturbed. It may own more, such as a norm."""
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """For modules that ask for its type or device, or take rows of it for what is not in a text; no numbers."""
+        state, shape = self.wrapped.state, self.wrapped.tensors["weight"].shape
+        return torch.full((), torch.nan, dtype=state.compute, device=state.scratch.device).expand(shape)
 
     def forward(self, ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         state, tensor = self.wrapped.state, self.wrapped.tensors["weight"]
@@ -256,11 +263,18 @@ class EmbeddingProxy(Proxy):
         weights, scales = state.weights.rows(tensor, rows)
         return torch.cat(
             [
-                functional_call(self.wrapped.modules[0], {"weight": values}, (positions,))
+                functional_call(self.wrapped.modules[0], {"weight": values, **others}, (positions,))
                 for perturbation in state.perturbations
-                for values in state.scratch.rows(perturbation, tensor, rows, weights, scales)
+                for values, others in zip(
+                    state.scratch.rows(perturbation, tensor, rows, weights, scales), self._others(perturbation), strict=True
+                )
             ]
         )
+
+    def _others(self, perturbation: Perturbation) -> list[dict[str, torch.Tensor]]:
+        """For each member: what it owns beside its matrix."""
+        parts = {name: part for name, part in self._parts().items() if name != "weight"}
+        return self.wrapped.state.scratch.kept(perturbation, parts)
 
     def _sequences(self, ids: torch.Tensor, rows: SequenceRows) -> torch.Tensor:
         """For sequences that are generated: every member has tokens of its own."""
@@ -280,6 +294,7 @@ class EmbeddingProxy(Proxy):
                         perturbation, tensor, every.cpu().numpy()[some], weights[some], scales[some] if scales.size else scales
                     )
                     own = values[member % perturbation.members]
-                    made.append(functional_call(self.wrapped.modules[0], {"weight": own}, (positions,)))
+                    others = self._others(perturbation)[member % perturbation.members]
+                    made.append(functional_call(self.wrapped.modules[0], {"weight": own, **others}, (positions,)))
                 output.put(tile, torch.cat(made))
         return output.result()

@@ -9,6 +9,7 @@ import torch
 from es_lite.algorithm import formats
 from es_lite.algorithm.jit import Threads
 from es_lite.model.layout import Tensor
+from es_lite.scoring.arrays import as_tensor
 from es_lite.scoring.factors import LowRankFactors, factors_of
 from es_lite.scoring.greatest import RunningGreatest
 from es_lite.scoring.logsumexp import RunningLogSumExp
@@ -88,7 +89,7 @@ class Scratch:
                 data = buffer[offset : offset + part.data.size]
                 offset += data.size
                 self._dequantise(data, part)
-            found[name] = self._torch(data).view(part.shape)
+            found[name] = as_tensor(data).view(part.shape)
         return found
 
     def _dequantise(self, out: np.ndarray, part: Part) -> None:
@@ -109,7 +110,7 @@ class Scratch:
             outs = [buffer[offset : offset + part.data.size] for buffer in buffers]
             self._perturb(perturbation, outs, part)
             for member, out in zip(members, outs, strict=True):
-                member[name] = self._torch(out).view(part.shape)
+                member[name] = as_tensor(out).view(part.shape)
             offset += part.data.size
         return members
 
@@ -117,7 +118,7 @@ class Scratch:
         """For each member: the part, whole rows of a tensor, [rows, ...]."""
         outs = self._reserve(perturbation.members, part.data.size)
         self._perturb(perturbation, outs, part)
-        return [self._torch(out).view(part.shape) for out in outs]
+        return [as_tensor(out).view(part.shape) for out in outs]
 
     def rows(
         self, perturbation: Perturbation, tensor: Tensor, rows: np.ndarray, weights: np.ndarray, scales: np.ndarray
@@ -131,7 +132,7 @@ class Scratch:
             noise.perturb_rows(outs[0][some], minus, weights[some], rows[some], place, sigma, tensor.shape, scales=scales[some])
 
         self._threads.each(rows.size, cut, least=64)
-        return [self._torch(out) for out in outs]
+        return [as_tensor(out) for out in outs]
 
     def log_sum_exp(self, targets: np.ndarray) -> RunningLogSumExp:
         return RunningLogSumExp(targets)
@@ -163,7 +164,3 @@ class Scratch:
                 self._buffers[index] = np.empty(0, self._numpy_type)  # free the old one first
                 self._buffers[index] = np.empty(size, self._numpy_type)
         return [buffer[:size] for buffer in self._buffers[:members]]
-
-    def _torch(self, array: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor.view(torch.bfloat16) if array.dtype == np.uint16 else tensor

@@ -61,6 +61,10 @@ class Tile(TileOfMembers):
     """Tokens."""
     batch: tuple[int, int]
     """(G, B)."""
+    longest: int
+    """T."""
+    heads: int
+    """Of the model's attention."""
 
     @property
     def rows(self) -> tuple[slice, slice]:
@@ -89,20 +93,29 @@ class Tile(TileOfMembers):
     def cut(self, value: Any) -> Any:
         """The part of a module's argument that belongs to the tile: [rows, ...], member by member.
 
-        Tensors are [G·B or 1, T, ...] states or positions, or [G·B or 1, heads or 1, T, T] masks; others stay as they are.
+        Tensors are [G·B or 1, T, ...] states or positions, [T] positions, [G·B or 1, heads or 1, T or 1, T] masks, or
+        [G·B·heads, T or 1, T] biases of positions; others stay as they are.
         """
         if isinstance(value, torch.Tensor):
-            rows = value.dim() and value.shape[0] == self.batch[0] * self.batch[1]
-            if rows and not (value.dim() == 3 and value.shape[1] == 1):  # that would be a bias of heads and positions
-                value = value.unflatten(0, self.batch)[self.rows].flatten(0, 1)
-            if value.dim() == 4:
-                return value[..., : self.length, : self.length]
-            return value[:, : self.length] if value.dim() > 1 else value
+            return self._cut(value)
         if isinstance(value, tuple):
             return tuple(map(self.cut, value))
         if isinstance(value, dict):
             return {name: self.cut(item) for name, item in value.items()}
         return value
+
+    def _cut(self, value: torch.Tensor) -> torch.Tensor:
+        longest, rows = self.longest, self.batch[0] * self.batch[1]
+        if value.dim() < 2:
+            return value[: self.length] if value.shape == (longest,) else value
+        biases = value.dim() == 3 and value.shape[0] == rows * self.heads and value.shape[1] in (1, longest)
+        if biases or (value.shape[0] == rows and not (value.dim() == 3 and value.shape[1] == 1)):  # not biases [heads, 1, T]
+            value = value.unflatten(0, (*self.batch, -1))[self.rows].flatten(0, 2)
+        if biases or (value.dim() == 4 and value.shape[3] == longest and value.shape[2] in (1, longest)):
+            value = value[..., : self.length]
+            return value[..., : self.length, :] if value.shape[-2] == longest else value
+        # Contiguous, as a model has them: some look at them as another shape.
+        return value[:, : self.length].contiguous() if value.shape[1] == longest else value
 
 
 @dataclass(frozen=True)
@@ -116,6 +129,9 @@ class SampleRows:
     micro_batch: int
     tile_members: int
     """Members that share a tile, if their perturbations are factored: 1, or those of one or more perturbations."""
+
+    heads: int
+    """Of the model's attention."""
 
     @property
     def samples(self) -> int:
@@ -131,8 +147,9 @@ class SampleRows:
         for low in range(0, self.samples, self.micro_batch):
             high = min(low + self.micro_batch, self.samples)
             for member in range(0, group.members, each):
-                batch = self.members, self.samples
-                yield Tile(group, range(member, member + each), slice(low, high), int(self.lengths[low]), batch)
+                members, batch = range(member, member + each), (self.members, self.samples)
+                length, longest = int(self.lengths[low]), int(self.lengths[0])
+                yield Tile(group, members, slice(low, high), length, batch, longest, self.heads)
 
     def output(self) -> "Output":
         return Output((self.members, self.samples, int(self.lengths[0])))
@@ -140,6 +157,11 @@ class SampleRows:
 
 class Placed(Protocol):
     """A tile whose part of the states of all rows can be found."""
+
+    @property
+    def count(self) -> int:
+        """Rows."""
+        ...
 
     def place(self, states: torch.Tensor) -> torch.Tensor:
         """The tile's part of the states of all rows, a view."""
@@ -154,12 +176,17 @@ class Output:
         self._shape = shape
         self._making = threading.Lock()
         self._states: torch.Tensor | None = None
-        self._tuple = False
+        self._others: list[None] | tuple[None, ...] | None = None
+        """What follows the states in a block's result that is a list or a tuple."""
 
     def put(self, tile: Placed, result: Any) -> None:
-        """result: the module's states, [rows, length, ...], or a tuple that begins with them."""
-        if isinstance(result, tuple):
-            self._tuple, result = True, result[0]
+        """result: the module's states, [rows, length, ...]; [1, length, ...] or [length, ...] if they are the same for all rows;
+        or a tuple or list that begins with them, of which nothing else is kept (attention weights, routing).
+        """
+        if isinstance(result, tuple | list):
+            self._others, result = type(result)([None] * (len(result) - 1)), result[0]
+        if result.shape[:1] != (tile.count,):
+            result = result.expand(tile.count, *result.shape[-2:])
         if result.shape[:2].numel() == math.prod(self._shape) and result.is_contiguous():  # the only tile
             self._states = result.view(*self._shape, *result.shape[2:])
             return
@@ -167,9 +194,9 @@ class Output:
             if self._states is None:
                 self._states = result.new_zeros(*self._shape, *result.shape[2:])
         part = tile.place(self._states)
-        part[:] = result.view(part.shape)
+        part[:] = result.reshape(part.shape)
 
     def result(self) -> Any:
         assert self._states is not None
         states = self._states.flatten(0, len(self._shape) - 2)
-        return (states,) if self._tuple else states
+        return states if self._others is None else type(self._others)([states]) + self._others  # type: ignore

@@ -1,9 +1,11 @@
 """A model's configuration: from a folder, the hub, a config.json, a table of keys, or one of the paper's sizes."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from es_lite.errors import UserError
 
@@ -45,22 +47,43 @@ def locate(path: str) -> Path:
 def configuration(path: str, config: str | dict) -> PretrainedConfig:
     """The configuration of the model folder `path` or, if that is "", `config`: a size of the paper, a config.json, or keys."""
     if path:
-        where, document = f"model.path = {path!r}", read_json(locate(path) / "config.json")
-    elif isinstance(config, dict):
+        return _from_file(f"model.path = {path!r}", locate(path) / "config.json")
+    if isinstance(config, str) and config.endswith(".json"):
+        return _from_file(f"model.config = {config!r}", Path(config).expanduser())
+    if isinstance(config, dict):
         where, document = "model.config", dict(config)
     elif config in SIZES:
         where, document = f"model.config = {config!r}", dict(SIZES[config])
-    elif config.endswith(".json"):
-        where, document = f"model.config = {config!r}", read_json(Path(config).expanduser())
     else:
         raise UserError(f"model.config = {config!r}: expected {', '.join(SIZES)}, a .json file or a table")
     kind = document.pop("model_type", None)
     if kind is None:
         raise UserError(f'{where}: has no model_type, for instance "qwen3"')
-    if "auto_map" in document:
-        raise UserError(f"{where}: needs code from the model's folder, which es_lite never runs")
-    try:
+    with _accepted(where):
         return AutoConfig.for_model(kind, **document)
+
+
+def _from_file(where: str, file: Path) -> PretrainedConfig:
+    """As `from_pretrained` reads it, which also knows numbers that JSON does not."""
+    document = read_json(file)
+    if "model_type" not in document:
+        raise UserError(f'{where}: has no model_type, for instance "qwen3"')
+    kind = document["model_type"]
+    if kind not in CONFIG_MAPPING and "auto_map" in document:
+        raise UserError(f"{where}: needs code from the model's folder, which es_lite never runs")
+    if document.get("quantization_config"):
+        method = document["quantization_config"].get("quant_method", "unknown")
+        raise UserError(
+            f"{where}: its weights are quantised ({method}), which es_lite does not read; take the model in bf16 or fp32"
+        )
+    with _accepted(where):
+        return (CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else AutoConfig.for_model(kind)).from_pretrained(str(file))
+
+
+@contextlib.contextmanager
+def _accepted(where: str) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # each configuration class has its own checks and exceptions
         raise UserError(f"{where}: not a configuration that transformers accepts: {error}") from None
 

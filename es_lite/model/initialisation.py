@@ -155,8 +155,11 @@ class _Listener(TorchFunctionMode):
         stretches = self._heard.get(_storage(parameter), [])
         whole = [i for i, s in enumerate(stretches) if (s.start, s.count) == (0, parameter.numel())]
         stretches = stretches[whole[-1] :] if whole else []
-        known = all(not isinstance(s.how, Filled) or np.isfinite(s.how.numbers).all() for s in stretches)
-        return stretches if known else []
+        if any(isinstance(s.how, Filled) and not np.isfinite(s.how.numbers).all() for s in stretches):
+            stretches = []
+        if not stretches and not parameter.is_meta and parameter.isfinite().all():  # its memory was replaced
+            stretches = [Stretch(0, parameter.numel(), Filled(_numbers(parameter)))]
+        return stretches
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ from typing import Self
 from unittest import mock
 
 import numpy as np
+import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -152,7 +153,9 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     Raises UserError if there is no such model.
     """
     try:
-        model = on_meta(lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=False), _to_meta)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # for buffers that are drawn at random
+            model = on_meta(lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=False), _to_meta)
     except Exception as error:  # each architecture raises its own exceptions for impossible sizes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(

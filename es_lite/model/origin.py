@@ -13,7 +13,7 @@ from es_lite.errors import UserError
 from es_lite.model import random_weights
 from es_lite.model.configuration import configuration, locate
 from es_lite.model.layout import Factors, Layout, skeleton
-from es_lite.model.source import Source, open_source
+from es_lite.model.source import Source, open_source, read_buffers
 from es_lite.recipe import Recipe
 
 
@@ -58,8 +58,10 @@ class Origin:
             raise UserError(f"{where}: its origin is incomplete ({error}); restore the file from a copy") from None
 
     def skeleton(self) -> tuple[PreTrainedModel, Layout]:
-        """The model without weights, and its layout. Raises UserError if there is no such model."""
+        """The model without weights but with its buffers, and its layout. Raises UserError if there is no such model."""
         model = skeleton(configuration(self.path, self.config))
+        if self.path:
+            read_buffers(locate(self.path), model)
         if self.path and (locate(self.path) / "generation_config.json").exists():
             model.generation_config = GenerationConfig.from_pretrained(locate(self.path))
         return model, Layout.of(model, self.groups, self.nes, self.shared_noise)

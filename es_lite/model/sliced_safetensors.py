@@ -7,8 +7,10 @@ offsets in the header.
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -18,6 +20,8 @@ from es_lite.errors import DamagedFile, RunError, UserError
 from es_lite.files import NewFile, TruncatedFile, open_file, read_fully, view_of
 
 _NUMPY: dict[str, np.dtype] = {"F32": np.dtype("<f4"), "BF16": np.dtype("<u2"), "F16": np.dtype("<f2")}
+
+_NAMES = {"float32": "F32", "float64": "F64", "int64": "I64", "int32": "I32", "uint8": "U8", "bool": "BOOL", "uint16": "U16"}
 
 
 @dataclass(frozen=True)
@@ -101,16 +105,32 @@ class Reader:
 class Writer:
     """Writes a safetensors file from front to back. A context manager: if the block raises, the file is not written."""
 
-    def __init__(self, path: Path, shapes: dict[str, tuple[int, ...]], dtype: str, metadata: dict[str, str]) -> None:
-        """shapes: name to shape, in the order of the data; dtype: "F32" or "BF16" for all of them. Raises OSError."""
+    def __init__(
+        self,
+        path: Path,
+        shapes: dict[str, tuple[int, ...]],
+        dtype: str,
+        metadata: dict[str, str],
+        stored: Mapping[str, np.ndarray] = MappingProxyType({}),
+    ) -> None:
+        """shapes: name to shape, in the order of the data; dtype: "F32" or "BF16" for all of them. stored: tensors of any type
+        that follow them. Raises OSError.
+        """
         self._dtype = dtype
-        itemsize = _NUMPY[dtype].itemsize
+        self._stored = [np.ascontiguousarray(values) for values in stored.values()]
         header: dict[str, object] = {"__metadata__": metadata}
         offset = 0
-        for name, shape in shapes.items():
+
+        def add(name: str, shape: tuple[int, ...], dtype: str, itemsize: int) -> None:
+            nonlocal offset
             end = offset + int(np.prod(shape, dtype=np.int64)) * itemsize
             header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
             offset = end
+
+        for name, shape in shapes.items():
+            add(name, shape, dtype, _NUMPY[dtype].itemsize)
+        for name, values in stored.items():
+            add(name, values.shape, _NAMES[values.dtype.name], values.itemsize)
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._head = len(text).to_bytes(8, "little") + text
@@ -136,6 +156,9 @@ class Writer:
         self._left -= values.nbytes
 
     def __exit__(self, kind: type | None, *_: object) -> None:
+        for values in self._stored if kind is None else ():
+            self._file.append(view_of(values))
+            self._left -= values.nbytes
         if kind is not None or self._left:
             self._file.discard()
             assert kind is not None, f"{self._path}: fewer or more bytes written than its header says"

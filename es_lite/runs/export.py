@@ -1,15 +1,19 @@
 """Exports a model as a Hugging Face folder: weights, configuration, tokenizer, model card."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from es_lite.data.tokenizer import save_tokenizer
 from es_lite.errors import RunError
 from es_lite.files import new_folder
+from es_lite.model.buffers import persistent_buffers
+from es_lite.model.conversion import Conversion, on_saving
 from es_lite.model.layout import Layer, Layout
 from es_lite.model.sliced_safetensors import Writer
 from es_lite.weights.parts import slices
@@ -38,7 +42,7 @@ def export(
     """
     try:
         with new_folder(folder) as partial:
-            _weights(partial, layout, open_layer, {"bf16": "BF16", "fp32": "F32"}[dtype])
+            _weights(partial, model, layout, open_layer, {"bf16": "BF16", "fp32": "F32"}[dtype])
             config = model.config
             config.architectures = [type(model).__name__]
             config.dtype = {"bf16": "bfloat16", "fp32": "float32"}[dtype]
@@ -62,22 +66,54 @@ def step_of(folder: Path) -> int | None:
         return None
 
 
-def _weights(folder: Path, layout: Layout, open_layer: Callable[[Layer], LayerReader], dtype: str) -> None:
+def _weights(
+    folder: Path, model: PreTrainedModel, layout: Layout, open_layer: Callable[[Layer], LayerReader], dtype: str
+) -> None:
+    """The names are those of the model's files on the hub."""
     shards = _shards(layout.layers, 2 if dtype == "BF16" else 4)
+    saved = {layer.name: on_saving(model, {t.name: t.shape for t in layer.tensors}) for layer in layout.layers}
+    buffers = _buffers(model)
     names = ["model.safetensors"]
     if len(shards) > 1:
         names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        places = {t.name: name for name, shard in zip(names, shards, strict=True) for layer in shard for t in layer.tensors}
-        index = {"metadata": {"total_parameters": layout.size}, "weight_map": places}
+        pairs = list(zip(names, shards, strict=True))
+        places = {result: name for name, shard in pairs for layer in shard for c in saved[layer.name] for result in c.results}
+        index = {"metadata": {"total_parameters": layout.size}, "weight_map": places | dict.fromkeys(buffers, names[-1])}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
     for name, shard in zip(names, shards, strict=True):
-        shapes = {tensor.name: tensor.shape for layer in shard for tensor in layer.tensors}
-        with Writer(folder / name, shapes, dtype, {"format": "pt"}) as writer:
+        shapes = {result: shape for layer in shard for c in saved[layer.name] for result, shape in c.results.items()}
+        last = buffers if name == names[-1] else {}
+        with Writer(folder / name, shapes, dtype, {"format": "pt"}, last) as writer:
             for layer in shard:
                 with open_layer(layer) as reader:
-                    for tensor in layer.tensors:
-                        for start, count in slices(tensor):
-                            writer.write(reader.part(tensor, start, count).float32())
+                    for conversion in saved[layer.name]:
+                        for values in _converted(model, layer, conversion, reader):
+                            writer.write(values)
+
+
+def _converted(model: PreTrainedModel, layer: Layer, conversion: Conversion, reader: LayerReader) -> Iterator[np.ndarray]:
+    """What a layer's tensors become in files, float32, in the order of the conversion's results; in slices if possible."""
+    tensors = {tensor.name: tensor for tensor in layer.tensors}
+    if conversion.converter is None:
+        (tensor,) = (tensors[name] for name in conversion.sources)
+        yield from (reader.part(tensor, start, count).float32() for start, count in slices(tensor))
+        return
+    whole = []
+    for tensor in (tensors[name] for name in conversion.sources):
+        values = np.concatenate([reader.part(tensor, start, count).float32() for start, count in slices(tensor)])
+        whole.append(torch.from_numpy(values).view(tensor.shape))
+    made = conversion.convert(model, whole)
+    yield from (made[name].contiguous().view(-1).numpy() for name in conversion.results)
+
+
+def _buffers(model: PreTrainedModel) -> dict[str, np.ndarray]:
+    """The persistent buffers as files have them; bfloat16 as float32."""
+    values = persistent_buffers(model)
+    conversions = on_saving(model, {name: tuple(value.shape) for name, value in values.items()})
+    made = [c.convert(model, [values[name] for name in c.sources]) for c in conversions]
+    found = {name: value for part in made for name, value in part.items()}
+    half = torch.bfloat16, torch.float16
+    return {name: (value.float() if value.dtype in half else value).numpy() for name, value in found.items()}
 
 
 def _shards(layers: Sequence[Layer], itemsize: int) -> list[list[Layer]]:

@@ -81,6 +81,14 @@ class OwnForward:
         return self._states.pop()[0]
 
     @torch.inference_mode()
+    def next_token(self, tokens: np.ndarray) -> int:
+        """The token with the greatest logit after a text, int32 [T]."""
+        with GhostProducts():
+            logits = self._model(input_ids=_ids(tokens), use_cache=False).logits
+        self._states.clear()
+        return int(logits[0, -1].argmax())
+
+    @torch.inference_mode()
     def unused(self, tokens: np.ndarray) -> set[str]:
         """The names of the parameters that a text does not pass, such as those for images."""
         with GhostProducts() as products:

@@ -69,9 +69,9 @@ class LogitTransform:
 
     def explains(self, logits: torch.Tensor) -> bool:
         """Whether a model made these logits of `PROBE`."""
-        return logits.shape == self.PROBE.shape and torch.allclose(
-            logits.float(), self(self.PROBE.to(logits.dtype)).float(), rtol=1e-5
-        )
+        tolerance = max(1e-5, 4 * torch.finfo(logits.dtype).eps)
+        expected = self(self.PROBE).to(logits.device)
+        return logits.shape == expected.shape and torch.allclose(logits.float(), expected, rtol=tolerance)
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         if self.cap:
@@ -119,7 +119,7 @@ class KnownLogits(nn.Module):
 
 
 class HeadInput(nn.Module):
-    """Replaces the model's head: keeps its input, and returns a single 0 as the logits."""
+    """Replaces the model's head: keeps its input, and returns known logits (`LogitTransform.PROBE`)."""
 
     def __init__(self, compute: torch.dtype) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class HeadInput(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         self._hidden.append(hidden)
-        return hidden.new_zeros(1, 1, 1)
+        return LogitTransform.PROBE.to(hidden)
 
     def take(self) -> torch.Tensor:
         """Returns the head's input, and keeps it no longer."""
@@ -157,7 +157,7 @@ class Head:
         self._layer = layer
         self._matrix = tensors["weight"]
         self._bias = tensors.get("bias")
-        self._after = after
+        self.after = after
         self._state = state
 
     def log_probabilities(self, hidden: torch.Tensor, tokens: np.ndarray) -> np.ndarray:
@@ -243,7 +243,7 @@ class Head:
     def _add(self, part: Positions, logits: torch.Tensor, block: Part) -> None:
         """Adds a tile's logits for a block of the vocabulary to its log-sum-exp."""
         first = block.start // block.tensor.width
-        part.running.update(self._after(logits), first, self._state.lanes.threads)
+        part.running.update(self.after(logits), first, self._state.lanes.threads)
 
     def _offsets(self, group: PerturbationGroup, block: Part) -> torch.Tensor | None:
         """The bias of the block's rows for each member of the group, [members, rows]; None if there is no bias."""

@@ -109,7 +109,13 @@ class PerturbedModel:
         state.rows = SampleRows(state.members, batch.lengths, state.micro_batch, state.tile_members, self._heads)
         ids = torch.from_numpy(batch.tokens.astype(np.int64)).repeat(state.members, 1).to(state.scratch.device)
         with state.weights.passing():
-            self._model(input_ids=ids, use_cache=False)
+            return self._forward(input_ids=ids, use_cache=False)
+
+    def _forward(self, **arguments: Any) -> torch.Tensor:
+        """The head's input, [rows, T, H]."""
+        logits = self._model(**arguments).logits
+        if not self._head.after.explains(logits):
+            raise UserError(f"{type(self._model).__name__}: changes its logits in a way that es_lite does not know")
         return self._head_input.take()
 
     @torch.inference_mode()
@@ -125,8 +131,7 @@ class PerturbedModel:
             state.rows = SampleRows(state.members, part.lengths, state.micro_batch, state.tile_members, self._heads)
             ids = torch.from_numpy(part.tokens.astype(np.int64)).repeat(state.members, 1).to(state.scratch.device)
             with state.weights.passing():
-                self._model(input_ids=ids, use_cache=False)
-                values = self._head.log_probabilities(self._head_input.take(), part.tokens)
+                values = self._head.log_probabilities(self._forward(input_ids=ids, use_cache=False), part.tokens)
             yield part, values
 
     @torch.inference_mode()
@@ -172,8 +177,7 @@ class PerturbedModel:
         arguments |= {name: value for name, value in optional.items() if name in self._accepted}
         attention = one_query_attention(state.lanes.threads) if self._kernels else contextlib.nullcontext()
         with state.weights.passing(), attention:
-            self._model(input_ids=ids, attention_mask=mask, use_cache=True, **arguments)
-            return self._head.greatest(self._head_input.take())
+            return self._head.greatest(self._forward(input_ids=ids, attention_mask=mask, use_cache=True, **arguments))
 
 
 def _replace_modules(model: PreTrainedModel, layout: Layout, state: ScoringState) -> tuple[HeadInput, Head]:

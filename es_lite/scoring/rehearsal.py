@@ -14,10 +14,12 @@ import torch
 from transformers import PreTrainedModel
 
 from es_lite.algorithm.jit import Threads
+from es_lite.algorithm.noise.kinds import NoiseKind
 from es_lite.data.batch import Batch
 from es_lite.errors import UserError
 from es_lite.model.ghosts import GhostProducts, OwnForward, ghost, ghost_rows
 from es_lite.model.layout import Layer, Layout, Tensor
+from es_lite.scoring.generate import Limits
 from es_lite.scoring.lanes import Lanes
 from es_lite.scoring.model import PerturbedModel
 from es_lite.scoring.perturbation import Perturbation
@@ -27,16 +29,20 @@ from es_lite.weights.parts import Part
 LENGTHS = (7, 4, 4)
 """Of the samples: the second begins as the first does, the third is another."""
 
+NEW_TOKENS = 3
+"""That are written after each of them."""
+
 TOLERANCE = 1e-3
 """Relative to the greatest magnitude; a product of other rows has other last bits."""
 
 
-def rehearse(model: PreTrainedModel, layout: Layout, perturbation: Perturbation) -> None:
-    """Raises UserError if scores would not be those of the model's own forward, or if the model is not causal.
+def rehearse(model: PreTrainedModel, layout: Layout, noise: NoiseKind, writes: bool) -> None:
+    """Raises UserError if the model is not causal, or if es_lite would not compute with it what transformers does.
 
-    model: a `layout.skeleton`, which is not changed. perturbation: any of the kind of noise that is to be used, with a σ.
+    model: a `layout.skeleton`, which is not changed. noise: the kind that is to be used. writes: text is to be generated.
     """
     name, tokens = type(model).__name__, _tokens(model.config.get_text_config().vocab_size)
+    perturbation = Perturbation(sigma=1.0, signs=(1, -1), kind=noise.NAME, rank=noise.RANK)
     own = OwnForward(model)
     try:
         expected = [own.states(row[:length]) for row, length in zip(tokens, LENGTHS, strict=True)]
@@ -49,20 +55,38 @@ def rehearse(model: PreTrainedModel, layout: Layout, perturbation: Perturbation)
             f"{name}: is not causal as it is configured: what it makes of a token depends on later ones, so it gives no "
             "log-probabilities of a text; take a model that predicts the next token"
         )
-    try:
-        found = _proxied(model, layout, perturbation, tokens)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"{name}: es_lite cannot run it layer by layer: {_reason(error)}; take a model of another architecture"
-        ) from None
-    for member in found:
+    with _refused(f"{name}: es_lite cannot run it layer by layer", "take a model of another architecture"):
+        found = _proxied(model, layout).head_input([perturbation], Batch(tokens, np.array(LENGTHS, np.int32)))
+    for member in found.unflatten(0, (perturbation.members, len(LENGTHS))):
         if not all(_agree(states[:length], own) for states, own, length in zip(member, expected, LENGTHS, strict=True)):
             raise UserError(
                 f"{name}: layer by layer, it does not compute what it does as a whole, so its scores would be wrong; take a "
                 "model of another architecture"
             )
+    if not writes:
+        return
+    remedy = 'take a model of another architecture, or fitness.kind = "logprob"'
+    with _refused(f"{name}: es_lite cannot write with it", remedy):
+        prompts = [row[:length] for row, length in zip(tokens, LENGTHS, strict=True)]
+        written = _proxied(model, layout).generate([perturbation], prompts, Limits((), NEW_TOKENS), len(prompts))
+    for prompt, completions in zip(prompts, written.T, strict=True):
+        text = prompt
+        for _ in range(NEW_TOKENS):
+            text = np.append(text, np.int32(own.next_token(text)))
+        if not all(np.array_equal(completion, text[prompt.size :]) for completion in completions):
+            raise UserError(f"{name}: token by token, it does not write what it writes after a whole text; {remedy}")
+
+
+@contextlib.contextmanager
+def _refused(what: str, remedy: str) -> Iterator[None]:
+    """Within it, the model's own layers run on ghosts; whatever their code raises becomes a UserError."""
+    try:
+        with GhostProducts():
+            yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what}: {_reason(error)}; {remedy}") from None
 
 
 def _tokens(vocabulary: int) -> np.ndarray:
@@ -73,21 +97,19 @@ def _tokens(vocabulary: int) -> np.ndarray:
     return tokens
 
 
-def _proxied(model: PreTrainedModel, layout: Layout, perturbation: Perturbation, tokens: np.ndarray) -> torch.Tensor:
-    """The head's input for all members and samples, [members, samples, T, H]."""
-    proxied = PerturbedModel(
+def _proxied(model: PreTrainedModel, layout: Layout) -> PerturbedModel:
+    """The model as es_lite runs it."""
+    return PerturbedModel(
         copy.deepcopy(model),
         layout,
         _GhostWeights(),
         torch.float32,
         Lanes(1, 1),
         micro_batch=2,
-        tile_members=perturbation.members,
+        tile_members=2,
+        prompt_members=2,
         scratch=_GhostScratch(),
     )
-    with GhostProducts():
-        states = proxied.head_input([perturbation], Batch(tokens, np.array(LENGTHS, np.int32)))
-    return states.unflatten(0, (perturbation.members, len(LENGTHS)))
 
 
 def _agree(states: torch.Tensor, others: torch.Tensor) -> bool:
@@ -131,6 +153,9 @@ class _GhostScratch(Scratch):
 
     def base(self, parts: Mapping[str, Part]) -> dict[str, torch.Tensor]:
         return {name: ghost(part.tensor.shape) for name, part in parts.items()}
+
+    def block(self, perturbation: Perturbation, part: Part) -> list[torch.Tensor]:
+        return [own[""] for own in self.tensors(perturbation, {"": part})]
 
     def factors(self, *_: Any, **__: Any) -> None:
         return None

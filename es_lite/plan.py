@@ -17,6 +17,7 @@ from es_lite.model.origin import Origin
 from es_lite.planning.plan import Plan
 from es_lite.planning.rates import estimate
 from es_lite.recipe import Recipe
+from es_lite.scoring.rehearsal import rehearse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,7 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         recipe = Recipe.load(arguments.recipe, arguments.overrides)
         model, layout = Origin.of_recipe(recipe).skeleton()
-        plan = Plan.of(recipe, fitness_of(recipe.fitness.kind), model.config, layout)
+        fitness = fitness_of(recipe.fitness.kind)
+        plan = Plan.of(recipe, fitness, model.config, layout)
+        rehearse(model, layout, plan.noise, fitness.generates)
         expected = estimate(plan.work, plan.execution, plan.noise, Path(recipe.run.dir).expanduser())
         print(f"{plan.summary(expected, recipe.run.iterations)}\n\n{plan.details(expected)}")
         if problem := plan.shortfall():

@@ -32,7 +32,7 @@ from es_lite.data import batch
 from es_lite.data.corpus import BUILTIN, Corpus, read_texts, split
 from es_lite.model.configuration import configuration
 from es_lite.model.layout import Layout, skeleton
-from es_lite.model.source import Random
+from es_lite.model.random_weights import Random
 from es_lite.scoring.lanes import Lanes
 from es_lite.scoring.model import PerturbedModel
 from es_lite.scoring.perturbation import UNPERTURBED, Perturbation

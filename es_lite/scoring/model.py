@@ -19,12 +19,14 @@ from es_lite.errors import UserError
 from es_lite.model.layout import Layout, Tensor, blocks
 from es_lite.scoring.attention import one_query_attention
 from es_lite.scoring.device import DeviceScratch
+from es_lite.scoring.embedding import EmbeddingProxy
 from es_lite.scoring.generate import Limits, generate
 from es_lite.scoring.heads import Head, HeadInput, LogitTransform
 from es_lite.scoring.kept import KeptScratch
 from es_lite.scoring.lanes import Lanes
 from es_lite.scoring.perturbation import Perturbation
-from es_lite.scoring.proxies import EmbeddingProxy, Proxy, ScoringState
+from es_lite.scoring.proxies import Proxy, ScoringState
+from es_lite.scoring.rotary import LengthDependence
 from es_lite.scoring.scratch import Scratch
 from es_lite.scoring.sequences import AllRows, SequenceRows, SequenceTile, check_cache
 from es_lite.scoring.tiles import SampleRows
@@ -73,6 +75,7 @@ class PerturbedModel:
             for name, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
                     module._buffers[name] = buffer.to(scratch.device)
+        self._positions = LengthDependence(model, model.config)
         self._head_input, self._head = _replace_modules(model, layout, self._state)
 
     def log_probabilities(self, perturbations: Sequence[Perturbation], batch: Batch, pass_samples: int) -> np.ndarray:
@@ -126,13 +129,19 @@ class PerturbedModel:
         state = self._state
         state.perturbations = perturbations
         state.work, state.done = -(-len(batch) // pass_samples) * self._parameters * len(perturbations), 0.0
-        for low in range(0, len(batch), pass_samples):
-            part = batch.part(low, min(low + pass_samples, len(batch)))
+        for part in self._passes(batch, pass_samples):
+            self._positions.reset()
             state.rows = SampleRows(state.members, part.lengths, state.micro_batch, state.tile_members, self._heads)
             ids = torch.from_numpy(part.tokens.astype(np.int64)).repeat(state.members, 1).to(state.scratch.device)
             with state.weights.passing():
                 values = self._head.log_probabilities(self._forward(input_ids=ids, use_cache=False), part.tokens)
             yield part, values
+
+    def _passes(self, batch: Batch, pass_samples: int) -> Iterator[Batch]:
+        """The samples in passes; those of a pass have the same positions."""
+        for alike in self._positions.alike(batch.lengths):
+            for low in range(alike.start, alike.stop, pass_samples):
+                yield batch.part(low, min(low + pass_samples, alike.stop))
 
     @torch.inference_mode()
     def generate(
@@ -199,16 +208,21 @@ def _replace_modules(model: PreTrainedModel, layout: Layout, state: ScoringState
     own = tensors(head, recurse=False)
     head_input, our_head = HeadInput(state.compute), Head(layer_of[own["weight"].name], own, LogitTransform.of(model), state)
     replaced: dict[str, nn.Module] = {}
+    of_head = {id(parameter) for parameter in head.parameters()}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in (prefix, *replaced))
-        if inside or not any(by_identity[id(p)] not in layout.unused for p in module.parameters(recurse=False)):
+        own_parameters = [p for p in module.parameters(recurse=False) if by_identity[id(p)] not in layout.unused]
+        if inside or not own_parameters:
             continue
-        own = tensors(module, recurse=True)
-        if prefix.startswith(f"{name}."):
+        parts = list(module.modules())
+        if module not in (head, embedding) and any(part in (head, embedding, block_list) for part in parts):
+            if all(id(p) in of_head for p in own_parameters):  # BERT's: the head's bias under another name
+                continue
             raise UserError(
-                f"{type(model).__name__}: {next(iter(own))} belongs to the part of it that has the decoder blocks, and to no "
-                "layer; take a model of another architecture"
+                f"{type(model).__name__}: {by_identity[id(own_parameters[0])]} belongs to a part of it that has layers in it, and "
+                "to none of them; take a model of another architecture"
             )
+        own = tensors(module, recurse=True)
         layer = layer_of[next(iter(own.values())).name]
         if module is head:
             replaced[name] = head_input

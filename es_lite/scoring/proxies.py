@@ -40,7 +40,6 @@ class ScoringState:
     micro_batch: int
     tile_members: int
     """Members that share a tile, if their perturbations are factored: 1, or those of one or more perturbations."""
-    compute: torch.dtype = torch.float32
     perturbations: Sequence[Perturbation] = ()
     rows: SampleRows | SequenceRows = field(default_factory=lambda: SequenceRows(()))
     """What a forward computes."""
@@ -49,6 +48,8 @@ class ScoringState:
     work: float = 1.0
     """Parameters that pass in a call, summed over perturbations and passes; `done` likewise."""
     done: float = 0.0
+    compute: torch.dtype = torch.float32
+    """The type that is computed in."""
 
     def passed(self, parameters: int) -> None:
         """Adds `parameters`, used for one perturbation, to the work that is done."""
@@ -243,58 +244,3 @@ class Proxy(nn.Module):
 
     def _parts(self) -> dict[str, Part]:
         return {name: self.wrapped.state.weights.part(tensor) for name, tensor in self.wrapped.tensors.items()}
-
-
-class EmbeddingProxy(Proxy):
-    """The token embedding: only the rows that the batch uses are perturbed. It may own more, such as a norm."""
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """For modules that ask for its type or device, or take rows of it for what is not in a text; no numbers."""
-        state, shape = self.wrapped.state, self.wrapped.tensors["weight"].shape
-        return torch.full((), torch.nan, dtype=state.compute, device=state.scratch.device).expand(shape)
-
-    def forward(self, ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        state, tensor = self.wrapped.state, self.wrapped.tensors["weight"]
-        if isinstance(state.rows, SequenceRows):
-            return self._sequences(ids, state.rows)
-        used, positions = torch.unique(ids[: state.rows.samples], return_inverse=True)
-        rows = used.cpu().numpy()
-        weights, scales = state.weights.rows(tensor, rows)
-        return torch.cat(
-            [
-                functional_call(self.wrapped.modules[0], {"weight": values, **others}, (positions,))
-                for perturbation in state.perturbations
-                for values, others in zip(
-                    state.scratch.rows(perturbation, tensor, rows, weights, scales), self._others(perturbation), strict=True
-                )
-            ]
-        )
-
-    def _others(self, perturbation: Perturbation) -> list[dict[str, torch.Tensor]]:
-        """For each member: what it owns beside its matrix."""
-        parts = {name: part for name, part in self._parts().items() if name != "weight"}
-        return self.wrapped.state.scratch.kept(perturbation, parts)
-
-    def _sequences(self, ids: torch.Tensor, rows: SequenceRows) -> torch.Tensor:
-        """For sequences that are generated: every member has tokens of its own."""
-        state, tensor = self.wrapped.state, self.wrapped.tensors["weight"]
-        output = rows.output()
-        every, places = torch.unique(ids, return_inverse=True)
-        weights, scales = state.weights.rows(tensor, every.cpu().numpy())
-        for group in state.groups():
-            for tile in rows.tiles(group, apart=not group.perturbations[0].factored):
-                parts = places[tile.rows, -tile.length :].split(tile.counts)
-                made = []
-                for member, part in zip(tile.members, parts, strict=True):
-                    perturbation = group.perturbations[member // group.perturbations[0].members]
-                    used, positions = torch.unique(part, return_inverse=True)
-                    some = used.cpu().numpy()
-                    values = state.scratch.rows(
-                        perturbation, tensor, every.cpu().numpy()[some], weights[some], scales[some] if scales.size else scales
-                    )
-                    own = values[member % perturbation.members]
-                    others = self._others(perturbation)[member % perturbation.members]
-                    made.append(functional_call(self.wrapped.modules[0], {"weight": own, **others}, (positions,)))
-                output.put(tile, torch.cat(made))
-        return output.result()

@@ -106,8 +106,10 @@ class Tile(TileOfMembers):
 
     def _cut(self, value: torch.Tensor) -> torch.Tensor:
         longest, rows = self.longest, self.batch[0] * self.batch[1]
+        if value.shape == (longest,):
+            return value[: self.length]
         if value.dim() < 2:
-            return value[: self.length] if value.shape == (longest,) else value
+            return value.view(self.batch)[self.rows].flatten() if value.shape == (rows,) else value
         biases = value.dim() == 3 and value.shape[0] == rows * self.heads and value.shape[1] in (1, longest)
         if biases or (value.shape[0] == rows and not (value.dim() == 3 and value.shape[1] == 1)):  # not biases [heads, 1, T]
             value = value.unflatten(0, (*self.batch, -1))[self.rows].flatten(0, 2)

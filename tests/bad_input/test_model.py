@@ -41,7 +41,7 @@ def model(saved_model: Path, tmp_path: Path) -> Path:
         {"hidden_size": -1},
         {"hidden_size": "wide"},
         {"hidden_act": "no-such-activation"},
-        {"auto_map": {"AutoModelForCausalLM": "evil.Model"}},
+        {"model_type": "evil", "auto_map": {"AutoModelForCausalLM": "evil.Model"}},
     ],
     ids=str,
 )

@@ -20,7 +20,7 @@ from es_lite.fitness import diagnosis
 from es_lite.fitness.diagnosis import collapse_advice, examined_rows, rounding_advice, share_moved
 from es_lite.fitness.kinds import fitness_of
 from es_lite.model.layout import Factors, Layout, Tensor, skeleton
-from es_lite.model.source import Random
+from es_lite.model.random_weights import Random
 from es_lite.weights import store
 from es_lite.weights.layer_file import FileReader, LayerFile
 from es_lite.weights.store import Store

@@ -1,10 +1,12 @@
 """A model's configuration, from each of the places that a recipe can name."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 from architectures import COMMON
+from transformers import Qwen3Config
 
 from es_lite.errors import UserError
 from es_lite.model.configuration import SIZES, configuration, locate, read_json
@@ -69,7 +71,6 @@ def test_a_size_of_the_paper_has_its_parameters_and_layers(name):
         ({"hidden_size": 64}, r"^model\.config: has no model_type, for instance \"qwen3\"$"),
         (KEYS | {"model_type": "quen3"}, r"^model\.config: not a configuration that transformers accepts: "),
         (KEYS | {"hidden_size": "wide"}, r"^model\.config: not a configuration that transformers accepts: "),
-        (KEYS | {"auto_map": {"AutoModelForCausalLM": "evil.Model"}}, r"^model\.config: needs code from the model's folder"),
         ("gone.json", r"^gone\.json: missing; "),
     ],
 )
@@ -78,10 +79,33 @@ def test_a_configuration_that_cannot_be_used_is_refused(config, message):
         configuration("", config)
 
 
-def test_code_in_a_models_folder_is_never_run(tmp_path):
-    save(tmp_path / "config.json", KEYS | {"auto_map": {"AutoModelForCausalLM": "evil.Model"}})
+CODE = {"auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}
+
+
+def test_a_type_that_only_the_models_folder_has_code_for_is_refused(tmp_path):
+    save(tmp_path / "config.json", KEYS | CODE | {"model_type": "evil"})
     save(tmp_path / "evil.py", "raise AssertionError('this was run')")
     with pytest.raises(UserError, match=rf"^model\.path = '{tmp_path}': needs code from the model's folder, which es_lite never"):
+        configuration(str(tmp_path), "")
+
+
+def test_code_of_a_type_that_transformers_has_is_never_run(tmp_path):
+    """Many folders of Phi-3, Falcon or DeepSeek still bring some."""
+    save(tmp_path / "config.json", KEYS | CODE)
+    save(tmp_path / "evil.py", "raise AssertionError('this was run')")
+    assert type(configuration(str(tmp_path), "")) is Qwen3Config
+
+
+def test_numbers_that_json_does_not_know_are_read_as_transformers_writes_them(tmp_path):
+    save(tmp_path / "config.json", KEYS | {"initializer_range": {"__float__": "Infinity"}})
+    assert configuration(str(tmp_path), "").initializer_range == math.inf
+
+
+def test_quantised_weights_are_refused(tmp_path):
+    save(tmp_path / "config.json", KEYS | {"quantization_config": {"quant_method": "mxfp4"}})
+    with pytest.raises(
+        UserError, match=r"its weights are quantised \(mxfp4\), which es_lite does not read; take it in bf16 or fp32"
+    ):
         configuration(str(tmp_path), "")
 
 

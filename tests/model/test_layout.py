@@ -218,9 +218,16 @@ def test_the_blocks_are_the_list_of_most_parameters():
     assert prefix == "model.layers" and found is model.model.layers
 
 
-@pytest.mark.parametrize("layers", [0, 3])
-def test_a_model_without_a_list_of_blocks_is_refused(layers):
+def test_without_a_list_of_that_length_the_largest_list_has_the_blocks():
+    """Such as that of a model whose blocks have two layers each."""
     model = skeleton(config_of("qwen3"))
-    model.config.num_hidden_layers = layers
+    model.config.num_hidden_layers = 4
+    model.norms = nn.ModuleList([nn.LayerNorm(4)])
+    assert blocks(model)[1] is model.model.layers
+
+
+def test_a_model_without_a_list_of_blocks_is_refused():
+    model = skeleton(config_of("qwen3"))
+    model.model.layers = nn.Sequential(*model.model.layers)
     with pytest.raises(UserError, match="Qwen3ForCausalLM: has no list of decoder blocks"):
         blocks(model)

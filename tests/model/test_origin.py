@@ -12,7 +12,7 @@ from es_lite.algorithm.jit import Threads
 from es_lite.errors import UserError
 from es_lite.model.layout import Factors
 from es_lite.model.origin import Origin
-from es_lite.model.source import Random
+from es_lite.model.random_weights import Random
 from es_lite.recipe import Recipe
 
 CONFIG = {"model_type": "qwen3", **COMMON, "tie_word_embeddings": True}

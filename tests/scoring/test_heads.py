@@ -51,8 +51,8 @@ def test_a_head_may_be_frozen_in_part(monkeypatch, frozen, noise):
 
 
 def test_the_hidden_states_are_taken_once():
-    head_input, hidden = HeadInput(), torch.ones(2, 3, 4)
-    assert head_input(hidden).shape == (1, 1, 1)
+    head_input, hidden = HeadInput(torch.float32), torch.ones(2, 3, 4)
+    assert torch.equal(head_input(hidden), LogitTransform.PROBE)
     assert head_input.take() is hidden
     with pytest.raises(IndexError):
         head_input.take()

@@ -190,5 +190,6 @@ def test_what_tiles_make_apart_or_together_is_put_together():
     output = rows.output()
     for tile in apart:
         output.put(tile, (tile.cut(states).bfloat16(), "attention"))
-    (result,) = output.result()
+    result, nothing = output.result()
+    assert nothing is None
     assert result.dtype == torch.bfloat16 and torch.equal(result, expected.bfloat16())

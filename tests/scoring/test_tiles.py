@@ -21,7 +21,7 @@ ALONE = replace(LOW, signs=(-1,))
 def state_of(perturbations: Sequence[Perturbation], tile_members: int, micro_batch: int = 2) -> ScoringState:
     """Three samples of 9, 7 and 4 tokens."""
     state = ScoringState(None, None, None, micro_batch, tile_members, perturbations)
-    state.rows = SampleRows(state.members, np.array([9, 7, 4], np.int32), micro_batch, tile_members)
+    state.rows = SampleRows(state.members, np.array([9, 7, 4], np.int32), micro_batch, tile_members, heads=2)
     return state
 
 
@@ -31,7 +31,7 @@ def pairs(count: int, perturbation: Perturbation = LOW) -> list[Perturbation]:
 
 def tile_of(members: range, samples: slice = slice(1, 3), first: int = 1) -> Tile:
     """Of a group of two pairs, the first of whose members is number `first` of 6, each with 4 samples."""
-    return Tile(PerturbationGroup(first, pairs(2)), members, samples, length=3, batch=(6, 4))
+    return Tile(PerturbationGroup(first, pairs(2)), members, samples, length=3, batch=(6, 4), longest=5, heads=2)
 
 
 # Groups
@@ -107,7 +107,7 @@ def test_a_tile_knows_whose_rows_it_has():
     assert [tile.rows[0] for tile in (whole, minus, plus)] == [slice(1, 5), slice(2, 3), slice(3, 4)]
     assert [tile.rows[1] for tile in (whole, minus, plus)] == 3 * [slice(1, 3)]
     assert [tile.count for tile in (whole, minus, plus)] == [8, 2, 2]
-    single = Tile(PerturbationGroup(0, pairs(3, ALONE)), range(3), slice(0, 4), length=3, batch=(3, 4))
+    single = Tile(PerturbationGroup(0, pairs(3, ALONE)), range(3), slice(0, 4), length=3, batch=(3, 4), longest=5, heads=2)
     assert (single.perturbations, single.signs) == (slice(0, 3), (-1,))
 
 
@@ -150,7 +150,8 @@ def test_an_output_is_put_together_from_tiles(as_tuple):
     result = output.result()
     if as_tuple:
         assert type(result) is tuple
-        (result,) = result
+        result, nothing = result
+        assert nothing is None
     assert torch.equal(result, expected.flatten(0, 1))
 
 

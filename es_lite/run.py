@@ -25,6 +25,9 @@ from es_lite.runs.pace import Pace
 from es_lite.scoring.perturbation import Perturbation
 from es_lite.weights.store import Store
 
+TIED_STEPS = 5
+"""The run stops if all members score the same in so many steps in a row."""
+
 
 @dataclass
 class Run:
@@ -42,6 +45,8 @@ class Run:
     pace: Pace
     examined_sigma: float | None = None
     """The last σ that was examined."""
+    tied: int = 0
+    """Steps in a row in which all members scored the same."""
 
     @property
     def theta(self) -> Perturbation:
@@ -79,6 +84,7 @@ class Run:
         scored = time.perf_counter()
         if new_sigma:
             self._examine(sigma, centre, scores)
+        self._count_tied(scores)
 
         # Decide: scores to utilities to coefficients. Once the journal has them, the step is done, whatever happens.
         finite = np.isfinite(scores)
@@ -173,6 +179,21 @@ class Run:
         remaining = self.recipe.run.iterations - self.done
         if remaining:
             self.console.say(f"as measured now, {self.pace.outlook(remaining)}")
+
+    def _count_tied(self, scores: np.ndarray) -> None:
+        """Warns if all members score the same. Raises RunError if they have for TIED_STEPS."""
+        finite = scores[np.isfinite(scores)]
+        if finite.size < 2 or np.ptp(finite) > 0:
+            self.tied = 0
+            return
+        self.tied += 1
+        advice = diagnosis.tied_advice(self.fitness, float(finite[0]))
+        if self.tied == TIED_STEPS:
+            raise RunError(
+                f"step {self.done + 1}, the {TIED_STEPS}th in a row: {advice}. The run can be resumed with other values"
+            )
+        if self.tied == 1:
+            self.console.warn(f"step {self.done + 1}: {advice}")
 
     def _examine(self, sigma: float, centre: float, scores: np.ndarray) -> None:
         """Warns if σ is too small or too large to be of use; centre: θ's own score."""

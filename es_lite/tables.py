@@ -66,6 +66,8 @@ class DataTable:
     """Each line is a sample, or lines are joined and cut at fitness.max_length."""
     tokenizer: str = ""
     """"" is the model's own; "bpe" is trained on the corpus and kept with the run; otherwise a folder or hub name."""
+    bos: Literal["auto", "always", "never"] = "auto"
+    """Whether the token that begins a text stands before each sample; "auto": if the tokenizer itself puts it before a text."""
     vocab_size: Annotated[int, at_least(257)] = 8192
     """Size of a trained "bpe"; 257 (256 bytes and an end) is a model of bytes."""
     system: str = ""

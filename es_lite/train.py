@@ -56,6 +56,7 @@ def train(recipe: Recipe, resume: bool = False, rebuild: bool = False) -> None:
         # The items, θ₀, the journal, and the step of each layer.
         dataset = fitness.open(recipe, model.config, model.generation_config, run.path)
         opened.callback(dataset.close)
+        print(dataset.description(), flush=True)
         theta_0 = origin.source(model, layout, Threads(1))
         header = {"data": dataset.fingerprint(), "compute": plan.execution.compute, "versions": system.versions()}
         if run.journal.exists():
@@ -118,7 +119,8 @@ def check_data(journal: Journal, header: dict, recipe: Recipe) -> None:
     """Raises UserError if the items are not those that the run began with; warns if the compute type is another."""
     if journal.header["data"] != header["data"]:
         raise UserError(
-            f"{recipe.data.path}: the text or its tokenizer has changed since {journal.path.parent} began; restore it"
+            f"{recipe.data.path}: the text or prompts, the tokenizer or data.bos have changed since {journal.path.parent} began; "
+            'restore them (data.bos = "never" is what there was before that key)'
         )
     if journal.header["compute"] != header["compute"]:
         print(

@@ -25,10 +25,119 @@ SMALL: dict[str, Any] = {
 LATENT = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "q_lora_rank": 24, "kv_lora_rank": 16}
 """Sizes of latent attention."""
 
-OF_TYPE: dict[str, dict[str, Any]] = {}
+TWO = ["sliding_attention", "full_attention"]
+PER_LAYER = {"vocab_size_per_layer_input": 300, "hidden_size_per_layer_input": 8, "layer_types": TWO, "num_kv_shared_layers": 0}
+
+OF_TYPE: dict[str, dict[str, Any]] = {
+    "axk2": {"head_dim": 8, "index_head_dim": 16, "index_n_heads": 2},
+    "cohere_compass_text": {
+        "layer_types": TWO,
+        "rope_parameters": {kind: {"rope_type": "default", "rope_theta": 50.0} for kind in TWO},
+    },
+    "cpmant": {"dim_ff": 96, "dim_head": 16},
+    "deepseek_v32": {"head_dim": 8, "index_head_dim": 16, "index_n_heads": 2},
+    "dots3_note": {"num_key_value_heads": 4},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "falcon_h1": {"mamba_d_ssm": 128},
+    "gemma3n_text": PER_LAYER | {"intermediate_size": [96, 96], "activation_sparsity_pattern": [0.0, 0.0]},
+    "gemma4_text": PER_LAYER | {"global_head_dim": 16},
+    "glm_moe_dsa": {"head_dim": 8, "index_head_dim": 16, "index_n_heads": 2},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "inkling2_loop_text": {"unpadded_vocab_size": 300},
+    "inkling2_text": {"unpadded_vocab_size": 300},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "longcat_flash": {"head_dim": 8, "qk_rope_head_dim": 8, "ffn_hidden_size": 96, "expert_ffn_hidden_size": 48},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local", "local"], "attention_head_size": 16},
+    "roc_bert": {"shape_vocab_size": 300, "pronunciation_vocab_size": 300, "shape_embed_dim": 16, "pronunciation_embed_dim": 16},
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+    "zamba": {"num_hidden_layers": 4, "layer_types": ["mamba", "hybrid", "mamba", "hybrid"]},
+    "zamba2": {"num_hidden_layers": 4, "layer_types": ["mamba", "hybrid", "mamba", "hybrid"], "num_mem_blocks": 1},
+    "zaya": {"num_experts_per_tok": 1},
+}
 """What a type needs beside SMALL."""
 
-LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3", "granite", "gemma", "cohere", "starcoder2", "phi3")
+LLAMA_LIKE = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "olmo2",
+    "smollm3",
+    "granite",
+    "gemma",
+    "gemma3_text",
+    "cohere",
+    "starcoder2",
+    "phi3",
+)
+
+BERT_LIKE = ("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert")
+BERT_LIKE += ("roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod")
+
+FACTORS = {"short_factor": [1.0] * 8, "long_factor": [1.0 + i for i in range(8)]}
+ROPES: dict[str, dict[str, Any]] = {
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
+    "longrope": {**FACTORS, "original_max_position_embeddings": 16},
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16},
+}
+
+
+def _variants() -> dict[str, tuple[str, dict[str, Any]]]:
+    """By name: a type, and what is changed of its small configuration."""
+    found: dict[str, tuple[str, dict[str, Any]]] = {}
+    for kind in LLAMA_LIKE:
+        found[f"{kind}, tied"] = kind, {"tie_word_embeddings": True}
+        found[f"{kind}, untied"] = kind, {"tie_word_embeddings": False}
+    for rope, keys in ROPES.items():
+        for kind in ("llama", "qwen3", "phi3"):
+            found[f"{kind}, {rope}"] = kind, {"rope_parameters": {"rope_type": rope, "rope_theta": 50.0, **keys}}
+    for kind in BERT_LIKE:
+        found[f"{kind}, a decoder"] = kind, {"is_decoder": True}
+    sliding = {"layer_types": TWO, "use_sliding_window": True}
+    for kind in ("qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text", "cohere2", "olmo3", "gpt_oss", "ministral"):
+        found[f"{kind}, sliding windows"] = kind, sliding
+    for kind, keys in {
+        "llama": {"attention_bias": True, "mlp_bias": True},
+        "qwen3": {"attention_bias": True},
+        "olmo2": {"attention_bias": True},
+        "granite": {"attention_bias": True, "mlp_bias": True},
+        "smollm3": {"attention_bias": True, "mlp_bias": True},
+        "starcoder2": {"use_bias": False},
+        "gpt_bigcode": {"multi_query": False},
+        "mixtral": {"sliding_window": None},
+    }.items():
+        found[f"{kind}, {', '.join(keys)}"] = kind, keys
+    more: dict[str, tuple[str, dict[str, Any]]] = {
+        "gpt_neox, blocks in sequence": ("gpt_neox", {"use_parallel_residual": False}),
+        "gpt_neox, no biases": ("gpt_neox", {"attention_bias": False}),
+        "stablelm, parallel blocks": ("stablelm", {"use_parallel_residual": True}),
+        "stablelm, biases and norms": ("stablelm", {"use_qkv_bias": True, "qk_layernorm": True}),
+        "falcon, alibi": ("falcon", {"alibi": True}),
+        "falcon, new blocks": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+        "falcon, blocks in sequence": ("falcon", {"parallel_attn": False, "bias": True}),
+        "cohere, norms of queries": ("cohere", {"use_qk_norm": True}),
+        "cohere, scaled logits": ("cohere", {"logit_scale": 0.25}),
+        "gemma2, caps": ("gemma2", {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0}),
+        "gemma3_text, both directions": ("gemma3_text", {"use_bidirectional_attention": True}),
+        "granite, multipliers": ("granite", {"logits_scaling": 3.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.5}),
+        "mpt, no alibi": ("mpt", {"attn_config": {"alibi": False}}),
+        "opt, norms behind": ("opt", {"do_layer_norm_before": False}),
+        "opt, projected embedding": ("opt", {"word_embed_proj_dim": 32}),
+        "llama, one key head": ("llama", {"num_key_value_heads": 1}),
+        "llama, wide heads": ("llama", {"head_dim": 32}),
+        "gpt2, scaled by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+        "qwen3_moe, one dense block": ("qwen3_moe", {"mlp_only_layers": [0]}),
+        "qwen2_moe, one dense block": ("qwen2_moe", {"mlp_only_layers": [0]}),
+        "deepseek_v3, whole queries": ("deepseek_v3", {"q_lora_rank": None}),
+        "deepseek_v3, one dense block": ("deepseek_v3", {"first_k_dense_replace": 1}),
+        "lfm2, a convolution": ("lfm2", {"layer_types": ["conv", "full_attention"]}),
+        "olmoe, clipped": ("olmoe", {"clip_qkv": 1.0}),
+        "phi, norms of queries": ("phi", {"qk_layernorm": True}),
+    }
+    return found | more
 
 
 def types() -> list[str]:
@@ -61,3 +170,6 @@ def _small(config: PretrainedConfig) -> dict[str, Any]:
         if isinstance(part := getattr(config, name, None), PretrainedConfig):
             found[name] = _small(part)
     return found
+
+
+VARIANTS = _variants()

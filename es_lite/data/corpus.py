@@ -5,7 +5,7 @@ Token ids are int32. Text that cannot be used raises `UserError`.
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby, islice
 from operator import itemgetter
@@ -64,26 +64,36 @@ def read_texts(path: str, lines: int) -> list[Document]:
 
 
 def tokenize(
-    texts: Iterable[Document], tokenizer: PreTrainedTokenizerBase, samples: Literal["lines", "joined"], max_length: int
+    texts: Iterable[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Literal["lines", "joined"],
+    max_length: int,
+    beginning: Sequence[int] = (),
 ) -> Corpus:
-    """The samples of `texts`, each of 2 to `max_length` tokens.
+    """The samples of `texts`, each of 2 to `max_length` tokens, of which at least one is of the text.
 
     "lines": each piece of a document, cut to `max_length`, with the end token if there is room. "joined": all documents, with the
     end token between them, cut into windows of `max_length`. Shorter samples are dropped. The end token is left out if the
-    tokenizer has none.
+    tokenizer has none. beginning: tokens that stand before each sample.
     """
     end = np.array([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id], np.int32)
+    begin = np.array(beginning, np.int32)
+    length = max_length - begin.size  # of the text's own tokens
+    least = max(1, 2 - begin.size)
     if samples == "lines":
         lines = (piece.removesuffix("\n") for document in texts for piece in document if piece.strip())
-        cut = (np.concatenate([ids[:max_length], end])[:max_length] for ids in _encode(lines, tokenizer))
-        parts = [ids for ids in cut if len(ids) >= 2]
+        cut = (np.concatenate([ids[:length], end])[:length] for ids in _encode(lines, tokenizer))
+        parts = [np.concatenate([begin, ids]) for ids in cut if len(ids) >= least]
         lengths = np.array([len(ids) for ids in parts], np.int64)
     else:
         blocks = [list(_blocks(document)) for document in texts]
         encoded = _encode(chain.from_iterable(blocks), tokenizer)
         parts = [ids for document in blocks for ids in (*islice(encoded, len(document)), end)][:-1]
-        windows, rest = divmod(sum(map(len, parts)), max_length)
-        lengths = np.array([max_length] * windows + [rest] * (rest >= 2), np.int64)
+        windows, rest = divmod(sum(map(len, parts)), length)
+        lengths = np.array([max_length] * windows + [begin.size + rest] * (rest >= least), np.int64)
+        if begin.size and lengths.size:
+            tokens = np.concatenate(parts)
+            parts = [part for low in range(0, tokens.size, length) for part in (begin, tokens[low : low + length])]
     if not len(lengths):
         raise UserError("data.path: not one sample of 2 tokens in the text; give more text")
     starts = np.concatenate([[0], np.cumsum(lengths)])

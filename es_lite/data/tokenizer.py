@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -44,6 +45,22 @@ def train_bpe(texts: Iterable[Document], vocab_size: int) -> PreTrainedTokenizer
     )
     tokenizer.train_from_iterator(("".join(document) for document in texts), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, clean_up_tokenization_spaces=False)
+
+
+def beginning(tokenizer: PreTrainedTokenizerBase, bos: Literal["auto", "always", "never"]) -> list[int]:
+    """The tokens that stand before each sample of text.
+
+    "auto": those that the tokenizer itself puts before a text. Raises UserError for "always" without a token that begins a text.
+    """
+    if bos == "never":
+        return []
+    if bos == "always":
+        if tokenizer.bos_token_id is None:
+            raise UserError('data.bos = "always": the tokenizer has no token that begins a text; set it to "auto"')
+        return [tokenizer.bos_token_id]
+    with_own, alone = (list(tokenizer("a", add_special_tokens=own)["input_ids"]) for own in (True, False))
+    starts = [i for i in range(len(with_own)) if with_own[i : i + len(alone)] == alone]
+    return with_own[: starts[0]] if alone and starts else []
 
 
 def _open(name: str, where: str) -> PreTrainedTokenizerBase:

@@ -70,6 +70,10 @@ class Dataset(Protocol):
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase: ...
 
+    def description(self) -> str:
+        """What there is, for people: how many items, and how they begin and end."""
+        ...
+
     def draw(self, step: int) -> Items:
         """The items of a step, a pure function of the seed and the step."""
         ...

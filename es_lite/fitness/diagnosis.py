@@ -78,3 +78,16 @@ def collapse_advice(fitness: Fitness, centre: float, scores: np.ndarray, sigma: 
         f"({centre:.2f}), so far from it that they say little about how to improve it: lower es.sigma, by a factor of 2 to 4 at "
         f"a time, until the difference is below {fitness.largest_loss / 5:g}"
     )
+
+
+def tied_advice(fitness: Fitness, score: float) -> str:
+    """Advice if all members score the same."""
+    if fitness.generates:
+        return (
+            f"all members earn the same ({score:g}), so the step moves nothing: take easier prompts, more of them "
+            "(fitness.samples), a reward that also pays for part of the way, or a larger es.sigma"
+        )
+    return (
+        f"all members score the same ({score:g}), so the step moves nothing: es.sigma changes nothing (too small, or 0 for all "
+        "that matters), or the model has collapsed (es.alpha or es.sigma was far too large): change them and start again"
+    )

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 from es_lite.data import batch, corpus
 from es_lite.data.batch import Batch
 from es_lite.data.corpus import Corpus
-from es_lite.data.tokenizer import load_tokenizer
+from es_lite.data.tokenizer import beginning, load_tokenizer
 from es_lite.fitness.base import Graded, ItemMemory, Items
 from es_lite.recipe import Recipe
 from es_lite.scoring.heads import VOCABULARY_BLOCK
@@ -32,6 +32,17 @@ class Samples:
     recipe: Recipe
     vocab_size: int
     """The model's."""
+    begin: Sequence[int] = ()
+    """Tokens that stand before each sample."""
+
+    def description(self) -> str:
+        tokenizer, parts = self.tokenizer, [f"{len(self.train):,} samples with {self.train.tokens.size:,} tokens"]
+        if self.held_out_corpus is not None:
+            parts.append(f"{len(self.held_out_corpus):,} held out")
+        begins = f"begins with {tokenizer.decode(list(self.begin))}" if self.begin else "begins with its first token"
+        ends = {"lines": "ends with", "joined": "has between documents"}[self.recipe.data.samples]
+        end = f"{ends} {tokenizer.eos_token}" if tokenizer.eos_token else "has no end token"
+        return f"{', '.join(parts)}; a sample {begins} and {end}"
 
     def draw(self, step: int) -> Batch:
         drawn = batch.draw(len(self.train), self.recipe.fitness.samples, self.recipe.run.seed, step)
@@ -71,16 +82,17 @@ class LogProb:
         table, length = recipe.data, recipe.fitness.max_length
         texts = corpus.read_texts(table.path, table.lines)
         tokenizer = load_tokenizer(table, recipe.model.path, run_dir, texts)
-        train = corpus.tokenize(texts, tokenizer, table.samples, length)
+        begin = beginning(tokenizer, table.bos)
+        train = corpus.tokenize(texts, tokenizer, table.samples, length, begin)
         held_out = None
         if recipe.eval.every and recipe.eval.path:
-            held_out = corpus.tokenize(corpus.read_texts(recipe.eval.path, 0), tokenizer, table.samples, length)
+            held_out = corpus.tokenize(corpus.read_texts(recipe.eval.path, 0), tokenizer, table.samples, length, begin)
         elif recipe.eval.every:
             train, held_out = corpus.split(train, recipe.eval.fraction)
         vocab_size = config.get_text_config().vocab_size
         for part in filter(None, (train, held_out)):
             corpus.check_vocabulary(part, vocab_size)
-        samples = Samples(tokenizer, train, held_out, recipe, vocab_size)
+        samples = Samples(tokenizer, train, held_out, recipe, vocab_size, begin)
         samples.draw(0)  # reports at once if there are fewer samples than a step draws
         return samples
 

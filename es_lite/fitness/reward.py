@@ -63,6 +63,14 @@ class RewardItems:
     causes: set[str] = field(default_factory=set)
     """Why graders were killed, as far as it has been said."""
 
+    def description(self) -> str:
+        lengths = [len(tokens) for tokens in self.tokens]
+        ends = ", ".join(map(str, self.tokenizer.convert_ids_to_tokens(list(self.ends)))) or "no token"
+        return (
+            f"{self.train:,} prompts and {len(self.rows) - self.train:,} held out, of {min(lengths)} to {max(lengths)} tokens; "
+            f"completions end with {ends}"
+        )
+
     def draw(self, step: int) -> Prompts:
         drawn = batch.draw(self.train, self.recipe.fitness.samples, self.recipe.run.seed, step)
         return self._pack(drawn)

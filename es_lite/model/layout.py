@@ -82,6 +82,8 @@ class Layout:
     layers: tuple[Layer, ...]
     unused: frozenset[str] = frozenset()
     """Parameters that a text does not pass, such as those for images: they are not perturbed, and stay as they are."""
+    blocks_share: bool = False
+    """Blocks use parameters of other layers, so layers cannot pass through memory one after the other."""
 
     @classmethod
     def of(cls, model: PreTrainedModel, groups: Sequence[Factors] = (), nes: bool = False, shared: bool = False) -> Self:
@@ -121,7 +123,10 @@ class Layout:
             tensors_of[index].append(tensor)
         names = ["embedding", *(f"block-{i:03d}" for i in range(len(block_list))), "final"]
         last = len(names) - 1
-        return cls(tuple(Layer(i, names[i], tuple(tensors_of[i]), block=0 < i < last) for i in range(len(names))), unused)
+        layers = tuple(Layer(i, names[i], tuple(tensors_of[i]), block=0 < i < last) for i in range(len(names)))
+        own = [{id(p) for p in block.parameters()} for block in block_list]
+        there = [{id(model.get_parameter(t.name)) for t in layer.tensors} for layer in layers[1:-1]]
+        return cls(layers, unused, blocks_share=own != there)
 
     @property
     def blocks(self) -> tuple[Layer, ...]:
@@ -169,11 +174,22 @@ def blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Name and list of the model's decoder blocks: the largest list of as many modules as its configuration has layers or, if
     there is none, of any number. Raises UserError if it has none."""
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) and _of_text(model, name)]
     lists = [item for item in lists if len(item[1]) == count] or lists
     if not lists:
         raise UserError(f"{type(model).__name__}: has no list of decoder blocks, so es_lite cannot process it layer by layer")
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+def _of_text(model: PreTrainedModel, name: str) -> bool:
+    """Whether a module belongs to the part of the model that text passes, not to one for images or sound."""
+    text, part = model.config.get_text_config(), model
+    config = model.config
+    for attribute in name.split("."):
+        part = getattr(part, attribute)
+        if isinstance(part, PreTrainedModel):
+            config = part.config
+    return config is model.config or config is text or type(config) is type(text)
 
 
 def _unused(model: PreTrainedModel, blocks: str) -> frozenset[str]:

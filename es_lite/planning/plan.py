@@ -75,8 +75,13 @@ class Plan:
         held = system.pss_bytes([os.getpid()])
         limit = system.memory_limit(recipe.memory.limit_bytes, held=held)
         streamed = recipe.memory.residency == "streamed"
+        if streamed and layout.blocks_share:
+            raise UserError(
+                'memory.residency = "streamed": the blocks of this model share weights, so they cannot pass through memory one '
+                'after the other; set it to "resident"'
+            )
         parts = needs.streamed(limit.bytes) if streamed else needs.resident(limit.bytes)
-        if recipe.memory.residency == "auto" and sum(parts.memory.values()) > limit.bytes:
+        if recipe.memory.residency == "auto" and not layout.blocks_share and sum(parts.memory.values()) > limit.bytes:
             streamed, parts = True, needs.streamed(limit.bytes)
 
         fitting = 0
@@ -160,7 +165,8 @@ class Plan:
         need, have = sum(self.memory.values()), self.limit.bytes
         if need > have:
             if not self.execution.streamed:
-                remedy = 'Set memory.residency = "streamed" or memory.weights = "int8", lower'
+                streamed = "" if self.layout.blocks_share else 'memory.residency = "streamed" or '
+                remedy = f'Set {streamed}memory.weights = "int8", lower'
             elif "perturbed layer" in self.memory:
                 remedy = 'Set noise.kind = "lowrank" (no perturbed layer) or es.antithetic to false (half of it), lower'
             else:

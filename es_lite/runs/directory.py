@@ -14,6 +14,7 @@ CHANGEABLE = (
     *("run.dir", "run.iterations", "run.minutes", "run.checkpoint_every", "run.checkpoint_dtype"),
     *("workers.count", "workers.threads", "workers.deadline", "workers.device"),
     *("memory.limit", "memory.residency", "eval.samples", "eval.best", "log.tensorboard", "reward.seconds"),
+    "data.bos",  # whether it changes the samples is seen by their fingerprint
 )
 """Keys that may differ on --resume: none changes what a step means (threads or a GPU may change a score's last bits)."""
 

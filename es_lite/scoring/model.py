@@ -203,7 +203,7 @@ def _replace_modules(model: PreTrainedModel, layout: Layout, state: ScoringState
 
     prefix, block_list = blocks(model)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if not isinstance(head, nn.Linear):
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
         raise UserError(f"{type(model).__name__}: its head is not a linear map of the hidden states, which es_lite needs")
     own = tensors(head, recurse=False)
     head_input, our_head = HeadInput(state.compute), Head(layer_of[own["weight"].name], own, LogitTransform.of(model), state)
@@ -219,8 +219,8 @@ def _replace_modules(model: PreTrainedModel, layout: Layout, state: ScoringState
             if all(id(p) in of_head for p in own_parameters):  # BERT's: the head's bias under another name
                 continue
             raise UserError(
-                f"{type(model).__name__}: {by_identity[id(own_parameters[0])]} belongs to a part of it that has layers in it, and "
-                "to none of them; take a model of another architecture"
+                f"{type(model).__name__}: {by_identity[id(own_parameters[0])]} belongs to a part of it that has layers in it, "
+                "and to no layer; take a model of another architecture"
             )
         own = tensors(module, recurse=True)
         layer = layer_of[next(iter(own.values())).name]

@@ -50,6 +50,41 @@ def test_a_configuration_that_makes_no_model_is_refused(tmp_path: Path, broken: 
     assert "model.config" in refused(recipe, tmp_path / "run")
 
 
+REFUSED = {
+    "not causal": ({"model_type": "bert", "pad_token_id": 0}, "BertLMHeadModel: is not causal as it is configured"),
+    "in both directions": (
+        {"model_type": "gemma3_text", "use_bidirectional_attention": True, "pad_token_id": 0},
+        "Gemma3ForCausalLM: is not causal as it is configured",
+    ),
+    "needs a language": (
+        {"model_type": "xmod", "pad_token_id": 0},
+        "XmodForCausalLM: does not run on the tokens of a text alone",
+    ),
+    "a parameter of no layer": (
+        {"model_type": "hrm_text", "pad_token_id": 0},
+        "HrmTextForCausalLM: model.z_L_init belongs to a part of it that has layers in it, and to no layer",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_model_that_would_be_scored_wrongly_is_refused_before_anything_is_written(tmp_path: Path, case: str) -> None:
+    keys, message = REFUSED[case]
+    recipe = write_recipe(tmp_path, model={"config": TINY | keys})
+    assert message in refused(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_blocks_that_share_weights_are_not_streamed(tmp_path: Path) -> None:
+    types = {"model_type": "zamba", "num_hidden_layers": 4, "layer_types": ["mamba", "hybrid", "mamba", "hybrid"]}
+    keys = TINY | types | {"pad_token_id": 0, "mamba_d_state": 8, "mamba_dt_rank": 8, "n_mamba_heads": 2}
+    keys.pop("head_dim")
+    recipe = write_recipe(tmp_path, model={"config": keys})
+    message = refused(recipe, tmp_path / "run", "memory.residency=streamed")
+    assert "the blocks of this model share weights, so they cannot pass through memory one after the other" in message
+    assert not (tmp_path / "run").exists()
+
+
 # Folders: each function breaks one, and returns what the message must say
 
 

@@ -280,3 +280,16 @@ def test_other_samples_have_another_fingerprint():
         (None, corpus_of([1, 2], [3, 4, 5])),
     ]
     assert len({fingerprint(*both) for both in parts}) == len(parts)
+
+
+# The token that begins a text
+
+
+def test_samples_may_begin_with_a_token(byte_tokenizer, ids):
+    begin = [7]
+    lines = tokenize([["abcdef\n", "x\n"]], byte_tokenizer, "lines", 4, begin)
+    assert samples_of(lines) == [[7, *ids("abc")], [7, *ids("x"), 0]]
+    joined = tokenize([["abcdefg"]], byte_tokenizer, "joined", 4, begin)
+    assert samples_of(joined) == [[7, *ids("abc")], [7, *ids("def")], [7, *ids("g")]]
+    two = tokenize([["abcde"]], byte_tokenizer, "joined", 4, [7, 8])
+    assert samples_of(two) == [[7, 8, *ids("ab")], [7, 8, *ids("cd")], [7, 8, *ids("e")]]

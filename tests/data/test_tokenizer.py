@@ -6,10 +6,11 @@ import subprocess
 import sys
 
 import pytest
-from support import ROOT
+from support import ROOT, train_here, write_recipe
+from tokenizers.processors import TemplateProcessing
 
 from es_lite.data.corpus import BUILTIN, read_texts
-from es_lite.data.tokenizer import END, load_tokenizer, train_bpe
+from es_lite.data.tokenizer import END, beginning, load_tokenizer, train_bpe
 from es_lite.errors import UserError
 from es_lite.tables import DataTable
 
@@ -148,3 +149,48 @@ def test_the_message_about_a_broken_tokenizer_of_the_run_says_what_to_do(tmp_pat
     (tmp_path / "tokenizer").mkdir()
     with pytest.raises(UserError, match=r"tokenizer \(made by this run: delete it, and it is made again\)"):
         load_tokenizer(DataTable(tokenizer="bpe"), "", tmp_path, TEXTS)
+
+
+# The token that begins a text
+
+
+def with_bos(also_end: bool = False):
+    """A tokenizer of bytes that, as Llama's, puts a token before a text."""
+    tokenizer = train_bpe(TEXTS, 257)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    template = "<s> $A" + (f" {END}" if also_end else "")
+    tokenizer._tokenizer.post_processor = TemplateProcessing(template, special_tokens=[("<s>", 257), (END, 0)])
+    return tokenizer
+
+
+@pytest.mark.parametrize("also_end", [False, True])
+def test_samples_begin_as_the_tokenizer_begins_a_text(also_end):
+    tokenizer = with_bos(also_end)
+    assert beginning(tokenizer, "auto") == beginning(tokenizer, "always") == [257]
+    assert beginning(tokenizer, "never") == []
+
+
+def test_a_tokenizer_that_puts_nothing_before_a_text():
+    tokenizer = train_bpe(TEXTS, 257)
+    assert beginning(tokenizer, "auto") == []
+    with pytest.raises(UserError, match=r'data\.bos = "always": the tokenizer has no token that begins a text'):
+        beginning(tokenizer, "always")
+    tokenizer.add_special_tokens({"bos_token": "<s>"})  # it has one, but does not put it there
+    assert beginning(tokenizer, "auto") == [] and beginning(tokenizer, "always") == [257]
+
+
+def test_the_command_says_what_stands_at_a_samples_edges(tmp_path):
+    with_bos().save_pretrained(tmp_path / "tokenizer")
+    recipe = write_recipe(tmp_path, run={"iterations": 1}, data={"tokenizer": str(tmp_path / "tokenizer"), "samples": "lines"})
+    text = recipe.read_text().replace("vocab_size = 257\nhidden", "vocab_size = 258\nhidden")
+    recipe.write_text(text)
+    assert "vocab_size = 258" in text
+    auto = train_here(recipe, tmp_path / "auto")
+    assert auto.code == 0, auto.err
+    assert "60 samples with " in auto.out and "; a sample begins with <s> and ends with <|endoftext|>" in auto.out
+    never = train_here(recipe, tmp_path / "never", "data.bos=never")
+    assert "; a sample begins with its first token and ends with" in never.out
+    scores = [(tmp_path / run / "metrics.jsonl").read_text().splitlines()[-1] for run in ("auto", "never")]
+    assert json.loads(scores[0])["score_mean"] != json.loads(scores[1])["score_mean"]
+    changed = train_here(recipe, tmp_path / "auto", "data.bos=never", resume=True)
+    assert changed.code == 2 and "the text or prompts, the tokenizer or data.bos have changed" in changed.err

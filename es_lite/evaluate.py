@@ -33,6 +33,7 @@ from es_lite.files import write_durably
 from es_lite.fitness.grading import Graders
 from es_lite.fitness.reward import Reward, RewardItems, check_vocabulary, end_tokens, functions_of
 from es_lite.recipe import Recipe
+from es_lite.terminal import accept_any_text
 
 
 def evaluate(subject: Subject, base: Subject | None, recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
@@ -165,6 +166,7 @@ def _terminable() -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    accept_any_text()
     options = _parser().parse_args(argv)
     transformers_logging.set_verbosity_error()
     try:

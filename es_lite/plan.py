@@ -18,9 +18,11 @@ from es_lite.planning.plan import Plan
 from es_lite.planning.rates import estimate
 from es_lite.recipe import Recipe
 from es_lite.scoring.rehearsal import rehearse
+from es_lite.terminal import accept_any_text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    accept_any_text()
     parser = argparse.ArgumentParser(prog="es-lite plan", description="Say what a recipe needs on this machine.")
     parser.add_argument("recipe", type=Path, help="a TOML file; example recipes are in recipes/")
     parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE", dest="overrides", help="override a key")

@@ -24,6 +24,7 @@ from es_lite.model.origin import Origin
 from es_lite.runs.export import export, model_card
 from es_lite.runs.journal import Journal
 from es_lite.system import cores
+from es_lite.terminal import accept_any_text
 from es_lite.weights.layer_format import LayerFormat
 from es_lite.weights.reading import LayerReader
 
@@ -67,6 +68,7 @@ def _tokenizer(run: Path, origin: Origin) -> PreTrainedTokenizerBase | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    accept_any_text()
     parser = argparse.ArgumentParser(
         prog="es-lite replay", description="Compute a run's weights from its journal, as a Hugging Face folder."
     )

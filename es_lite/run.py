@@ -189,9 +189,7 @@ class Run:
         self.tied += 1
         advice = diagnosis.tied_advice(self.fitness, float(finite[0]))
         if self.tied == TIED_STEPS:
-            raise RunError(
-                f"step {self.done + 1}, the {TIED_STEPS}th in a row: {advice}. The run can be resumed with other values"
-            )
+            raise RunError(f"step {self.done + 1}, the last of {TIED_STEPS} in a row: {advice}")
         if self.tied == 1:
             self.console.warn(f"step {self.done + 1}: {advice}")
 

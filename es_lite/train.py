@@ -31,6 +31,7 @@ from es_lite.runs.metrics import Metrics
 from es_lite.runs.milestones import Milestones
 from es_lite.runs.pace import Pace
 from es_lite.scoring.rehearsal import rehearse
+from es_lite.terminal import accept_any_text
 from es_lite.weights.store import Store
 
 
@@ -130,6 +131,7 @@ def check_data(journal: Journal, header: dict, recipe: Recipe) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    accept_any_text()
     parser = argparse.ArgumentParser(
         prog="es-lite train", description="Train a language model by evolution strategies, as a recipe says."
     )

@@ -108,7 +108,8 @@ def _folder(subject: Subject) -> Iterator[tuple[Path, IO[str]]]:
     except OSError as error:
         raise UserError(f"{place}: cannot be written ({error.strerror}); set TMPDIR to another folder") from None
     with temporary as name, (Path(name) / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # a file system without locks; then abandoned folders stay
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield Path(name), lock
 
 

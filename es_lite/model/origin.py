@@ -1,6 +1,7 @@
 """What a run starts from and how its records apply: the model, θ₀'s seed, the groups. Part of the journal's header."""
 
 import dataclasses
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -63,7 +64,11 @@ class Origin:
         if self.path:
             read_buffers(locate(self.path), model)
         if self.path and (locate(self.path) / "generation_config.json").exists():
-            model.generation_config = GenerationConfig.from_pretrained(locate(self.path))
+            try:
+                model.generation_config = GenerationConfig.from_pretrained(locate(self.path))
+            except (OSError, ValueError) as error:  # damaged: transformers, too, goes on without it
+                reason = (str(error).splitlines() or [""])[0]
+                print(f"warning: {locate(self.path)}/generation_config.json cannot be used ({reason})", file=sys.stderr)
         return model, Layout.of(model, self.groups, self.nes, self.shared_noise)
 
     def source(self, model: PreTrainedModel, layout: Layout, threads: Threads) -> Source:

@@ -23,6 +23,8 @@ _NUMPY: dict[str, np.dtype] = {"F32": np.dtype("<f4"), "BF16": np.dtype("<u2"), 
 
 _NAMES = {"float32": "F32", "float64": "F64", "int64": "I64", "int32": "I32", "uint8": "U8", "bool": "BOOL", "uint16": "U16"}
 
+LFS = b"version https://git-lfs"
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -40,6 +42,9 @@ def open_tensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     Raises DamagedFile if it is truncated or malformed, UserError if it cannot be opened.
     """
     try:
+        with path.open("rb") as file:
+            if file.read(len(LFS)) == LFS:
+                raise UserError(f"{path}: is a pointer of git-lfs, not the file itself; run `git lfs pull` in its folder")
         with safe_open(path, framework="numpy") as _:
             pass
         with path.open("rb") as file:

@@ -1,7 +1,9 @@
 """The run directory: one run's files, held by one process at a time, tied to one recipe."""
 
+import errno
 import fcntl
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import IO
@@ -74,7 +76,14 @@ class RunDirectory:
             try:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
-            except OSError:
+            except OSError as error:
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                    print(
+                        f"warning: {self.path}: this file system has no locks ({error.strerror}), so nothing keeps a second run "
+                        "out of this folder: do not start one",
+                        file=sys.stderr,
+                    )
+                    return
                 if time.monotonic() > until:
                     self.lock.close()
                     raise UserError(

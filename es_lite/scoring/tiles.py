@@ -93,7 +93,7 @@ class Tile(TileOfMembers):
     def cut(self, value: Any) -> Any:
         """The part of a module's argument that belongs to the tile: [rows, ...], member by member.
 
-        Tensors are [G·B or 1, T, ...] states or positions, [T] positions, [G·B or 1, heads or 1, T or 1, T] masks, or
+        Tensors are [G·B or 1, T, ...] states or positions, [T] positions, [G·B or 1, heads or 1, T or 1, T or 1] masks, or
         [G·B·heads, T or 1, T] biases of positions; others stay as they are.
         """
         if isinstance(value, torch.Tensor):
@@ -113,8 +113,8 @@ class Tile(TileOfMembers):
         biases = value.dim() == 3 and value.shape[0] == rows * self.heads and value.shape[1] in (1, longest)
         if biases or (value.shape[0] == rows and not (value.dim() == 3 and value.shape[1] == 1)):  # not biases [heads, 1, T]
             value = value.unflatten(0, (*self.batch, -1))[self.rows].flatten(0, 2)
-        if biases or (value.dim() == 4 and value.shape[3] == longest and value.shape[2] in (1, longest)):
-            value = value[..., : self.length]
+        if biases or (value.dim() == 4 and value.shape[1] != longest and longest in value.shape[2:]):
+            value = value[..., : self.length] if value.shape[-1] == longest else value
             return value[..., : self.length, :] if value.shape[-2] == longest else value
         # Contiguous, as a model has them: some look at them as another shape.
         return value[:, : self.length].contiguous() if value.shape[1] == longest else value

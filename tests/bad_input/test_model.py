@@ -169,17 +169,20 @@ def tensor_of_whole_numbers(folder: Path) -> str:
 
 def index_of_a_missing_file(folder: Path) -> str:
     write_index(folder, "model-00001-of-00002.safetensors")
+    (folder / "model.safetensors").unlink()  # which would be taken before the index
     return f"{folder}/model-00001-of-00002.safetensors"
 
 
 def index_that_leads_outside(folder: Path) -> str:
     shutil.copy(folder / "model.safetensors", folder.parent)
     write_index(folder, "../model.safetensors")
+    (folder / "model.safetensors").unlink()
     return f"{folder}/model.safetensors.index.json: names files outside its folder"
 
 
 def index_without_a_map(folder: Path) -> str:
     (folder / "model.safetensors.index.json").write_text('{"weight_map": ["model.safetensors", 3]}')
+    (folder / "model.safetensors").unlink()
     return f"{folder}/model.safetensors.index.json"
 
 

@@ -1,4 +1,4 @@
-"""Architectures with buffers, experts, vectors drawn at random, or positions that depend on the length, through the real command."""
+"""Architectures with buffers, experts, vectors drawn at random, or positions that depend on the length: the real command."""
 
 import json
 import math

@@ -16,7 +16,7 @@ def test_log_probabilities(tmp_path: Path) -> None:
     finished = train_here(recipe, tmp_path / "run")
     assert finished.code == 1
     assert finished.err.count("warning: step 1: all members score the same") == 1
-    assert f"step {TIED_STEPS}, number {TIED_STEPS} in a row: all members score the same" in finished.err
+    assert f"step {TIED_STEPS}, the last of {TIED_STEPS} in a row: all members score the same" in finished.err
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == TIED_STEPS - 1
     steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [step["score_std"] for step in steps] == [0] * (TIED_STEPS - 1)
@@ -28,7 +28,7 @@ def test_rewards(tmp_path: Path) -> None:
     finished = train_here(recipe, tmp_path / "run", f'reward.functions=["{tmp_path}/nothing.py:nothing"]', "reward.weights=[1.0]")
     assert finished.code == 1
     assert "warning: step 1: all members earn the same (0), so the step moves nothing: take easier prompts" in finished.err
-    assert f"number {TIED_STEPS} in a row: all members earn the same" in finished.err
+    assert f"the last of {TIED_STEPS} in a row: all members earn the same" in finished.err
 
 
 @pytest.mark.slow

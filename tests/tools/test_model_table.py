@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import model_table
+import numpy as np
 import pytest
 from model_table import PAGE, Verdict, configurations, judge, page
 from support import ROOT
@@ -47,7 +48,7 @@ def test_a_configuration_is_judged(name):
 
 
 def test_what_is_wrong_is_found(monkeypatch):
-    monkeypatch.setattr(model_table, "_hugging_face", lambda *_: 0.0)
+    monkeypatch.setattr(model_table, "_hugging_face", lambda *_: np.zeros(len(model_table.LENGTHS)))
     assert judge("qwen3").kind == "wrong"
 
 

@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import struct
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ from es_lite.engine.base import Progress
 from es_lite.engine.guard import Guard
 from es_lite.engine.messages import Answer, Done, Failed, Ready, Task, Working
 from es_lite.engine.worker import Setup
-from es_lite.errors import RunError, UserError
+from es_lite.errors import RunError
 
 ATTEMPTS = 3
 """Workers that one task may cost before the run is stopped."""
@@ -56,13 +55,8 @@ class _Handle:
 def prepare() -> None:
     """Starts the process that workers are forked from, which imports what they need while the caller continues.
 
-    SIGINT is blocked meanwhile, so Ctrl-C cannot end the new process before it ignores it. Raises UserError without a folder for
-    temporary files, in which processes find each other.
+    SIGINT is blocked meanwhile, so Ctrl-C cannot end the new process before it ignores it.
     """
-    try:
-        tempfile.gettempdir()
-    except FileNotFoundError:
-        raise UserError("no folder for temporary files can be written; set TMPDIR to one that can") from None
     multiprocessing.get_context("forkserver").set_forkserver_preload(["es_lite.engine.preload"])
     resource_tracker.ensure_running()  # else the call below would start it, which unblocks the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

@@ -51,15 +51,6 @@ def test_a_user_without_a_folder_for_compiled_code(tmp_path: Path) -> None:
     assert list((tmp_path / "tmp").glob("es_lite-numba-*")) == []
 
 
-@pytest.mark.slow
-def test_no_folder_for_temporary_files(tmp_path: Path) -> None:
-    """As with a read-only root without /tmp: processes could not find each other."""
-    nowhere = "import tempfile\ntempfile._candidate_tempdir_list = lambda: ['/proc/none']\n"
-    finished = command(write_recipe(tmp_path), tmp_path / "run", nowhere + NO_CACHE)
-    assert finished.returncode == 2
-    assert finished.stderr == b"es_lite: no folder for temporary files can be written; set TMPDIR to one that can\n"
-
-
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def flock(*_: object) -> None:
         raise OSError(95, "Operation not supported")

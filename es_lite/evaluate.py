@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from es_lite import system
 from es_lite.data.batch import Batch
-from es_lite.data.corpus import BUILTIN
+from es_lite.data.texts import BUILTIN
 from es_lite.engine.local import LocalEngine
 from es_lite.errors import RunError, UserError
 from es_lite.evaluation import chat, comparison, figures, report, settings

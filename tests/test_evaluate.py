@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from es_lite import evaluate as command
 from es_lite import replay
-from es_lite.data.corpus import read_texts, tokenize
+from es_lite.data.corpus import tokenize
+from es_lite.data.texts import Texts
 from es_lite.fitness.tasks import conciseness
 
 HELD_OUT = PROMPTS[-3:]
@@ -173,7 +174,7 @@ def test_all_figures_are_those_of_hugging_face(run: Path, start: Path):
     assert kl["error"] == pytest.approx(np.std(divergences, ddof=1) / np.sqrt(3), rel=1e-4)
 
     # Retention, on 64 windows of 64 tokens of the built-in text.
-    corpus = tokenize(read_texts("builtin:python-reference", 0), tokenizer, "joined", 64)
+    corpus = tokenize(Texts("builtin:python-reference"), tokenizer, "joined", 64)
     windows = [corpus.sample(index * len(corpus) // 64).tolist() for index in range(64)]
     own, base = ([log_probabilities(model, window).mean() for window in windows] for model in models.values())
     text = found["against"]["text"]

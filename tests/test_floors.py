@@ -8,7 +8,7 @@ import pytest
 from support import ROOT
 
 FLOORS = (
-    ("errors", "files", "quantities", "system", "terminal", "typed_toml"),
+    ("compiled", "errors", "files", "quantities", "system", "terminal", "typed_toml"),
     ("algorithm",),
     ("data", "model", "recipe", "tables"),
     ("weights",),

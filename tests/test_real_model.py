@@ -14,7 +14,8 @@ from support import ROOT
 from transformers import AutoModelForCausalLM
 
 from es_lite.data.batch import spread
-from es_lite.data.corpus import BUILTIN, read_texts, split, tokenize
+from es_lite.data.corpus import split, tokenize
+from es_lite.data.texts import BUILTIN, Texts
 from es_lite.data.tokenizer import load_tokenizer
 from es_lite.tables import DataTable
 
@@ -39,7 +40,7 @@ def test_a_step_on_the_real_model_scores_as_hugging_face_does(smollm2, tmp_path)
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
 
     tokenizer = load_tokenizer(DataTable(), str(smollm2), tmp_path, [])
-    corpus = tokenize(read_texts(BUILTIN, 0), tokenizer, "joined", 64)
+    corpus = tokenize(Texts(BUILTIN), tokenizer, "joined", 64)
     _, held_out = split(corpus, 0.05)
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     scores = []

@@ -32,7 +32,7 @@ from _memory_report import draw, ratio, report
 from transformers.utils import logging as transformers_logging
 
 from es_lite import system
-from es_lite.data.corpus import BUILTIN
+from es_lite.data.texts import BUILTIN
 from es_lite.errors import UserError
 from es_lite.fitness.logprob import LogProb
 from es_lite.model.configuration import SIZES

@@ -29,7 +29,8 @@ from es_lite.algorithm.jit import Threads
 from es_lite.algorithm.noise import gaussian
 from es_lite.algorithm.record import Record
 from es_lite.data import batch
-from es_lite.data.corpus import BUILTIN, Corpus, read_texts, split
+from es_lite.data.corpus import Corpus, split
+from es_lite.data.texts import BUILTIN, Texts
 from es_lite.model.configuration import configuration
 from es_lite.model.layout import Layout, skeleton
 from es_lite.model.random_weights import Random
@@ -69,7 +70,7 @@ THREADS = Threads(1)
 
 def corpus() -> tuple[Corpus, Corpus]:
     """The bytes of the built-in text in samples of LENGTH: to train on, and held out."""
-    lines = [line for document in read_texts(BUILTIN, 6000) for line in document]
+    lines = [line for document in Texts(BUILTIN, 6000) for line in document]
     tokens = np.frombuffer("".join(lines).encode(), np.uint8).astype(np.int32)
     starts = np.arange(tokens.size // LENGTH + 1, dtype=np.int64) * LENGTH
     return split(Corpus(tokens[: starts[-1]], starts), 0.1)

@@ -1,21 +1,15 @@
 """How kernels are compiled, and how their work is divided among threads."""
 
-import atexit
-import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numba
-from numba.core import config
+
+from es_lite.compiled import temporary_cache
 
 CHUNK = 2048
 """Elements that a kernel processes at a time: a multiple of 8; its buffers (28 KiB) fit a first-level cache."""
-
-CACHE = "CACHE_DIR"
-"""The setting of numba."""
 
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "boundscheck": False}
 
@@ -30,23 +24,9 @@ def jit(function: Any) -> Any:
         try:
             return numba.njit(cache=True, **_OPTIONS)(function)
         except RuntimeError:  # no place for the cache
-            if not _temporary_cache():
+            if not temporary_cache():
                 break
     return numba.njit(**_OPTIONS)(function)
-
-
-def _temporary_cache() -> bool:
-    """Makes a folder for the cache; False if there can be none."""
-    if getattr(config, CACHE):  # which cannot be written either
-        return False
-    try:
-        folder = tempfile.mkdtemp(prefix="es_lite-numba-")
-    except OSError:
-        return False
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    os.environ[f"NUMBA_{CACHE}"] = folder  # for workers
-    setattr(config, CACHE, folder)
-    return True
 
 
 class Threads:

@@ -1,33 +1,27 @@
-"""A corpus: from text files to documents, tokens and samples.
+"""A corpus: from texts to tokens and samples.
 
 Token ids are int32. Text that cannot be used raises `UserError`.
 """
 
 import hashlib
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, groupby, islice
-from operator import itemgetter
-from pathlib import Path
+from itertools import islice
 from typing import Literal
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from es_lite.data.lines import check_characters, numbered_lines, parse_line
+from es_lite.data.texts import BLOCK_CHARACTERS, Document, blocks
 from es_lite.errors import UserError
 
-BUILTIN = "builtin:python-reference"
-SUFFIXES = (".txt", ".jsonl")
+BATCH_BLOCKS = 16
+"""Texts that the tokenizer is given at a time."""
 
-# Long texts are tokenized in blocks: a tokenizer's output takes hundreds of bytes per token, and it uses one core per text.
-BLOCK_CHARACTERS = 2**16
-BATCH_BLOCKS = 64
-
-Document = list[str]
-"""Pieces that together are a text: the lines of a .txt with their line ends, or the whole text of a .jsonl record. With
-data.samples = "lines", each piece is a sample."""
+CHARACTERS = 256
+"""Of a line that is longer than this for each token of a sample, only its beginning is tokenized."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,22 +41,6 @@ class Corpus:
         return self.tokens[self.starts[i] : self.starts[i + 1]]
 
 
-def read_texts(path: str, lines: int) -> list[Document]:
-    """The documents of a .txt (one) or .jsonl file (one per record), of a folder of such files, or of `BUILTIN`.
-
-    lines: stop after this many lines or records in total; 0 reads all. Blank documents are left out.
-    """
-    try:
-        pieces = islice(_pieces(path), lines or None)
-        documents = [[piece for _, piece in group] for _, group in groupby(pieces, key=itemgetter(0))]
-    except OSError as error:
-        raise UserError(f"{error.filename or path}: cannot be read ({error.strerror})") from None
-    documents = [document for document in documents if any(map(str.strip, document))]
-    if not documents:
-        raise UserError(f"{path}: there is no text in it" + (f", up to line {lines} (data.lines)" if lines else ""))
-    return documents
-
-
 def tokenize(
     texts: Iterable[Document],
     tokenizer: PreTrainedTokenizerBase,
@@ -80,24 +58,33 @@ def tokenize(
     begin = np.array(beginning, np.int32)
     length = max_length - begin.size  # of the text's own tokens
     least = max(1, 2 - begin.size)
+    found = _Growing()
     if samples == "lines":
         lines = (piece.removesuffix("\n") for document in texts for piece in document if piece.strip())
-        cut = (np.concatenate([ids[:length], end])[:length] for ids in _encode(lines, tokenizer))
-        parts = [np.concatenate([begin, ids]) for ids in cut if len(ids) >= least]
-        lengths = np.array([len(ids) for ids in parts], np.int64)
+        short, found_lengths = (line[: max(BLOCK_CHARACTERS, CHARACTERS * max_length)] for line in lines), []
+        for ids in _encode(short, tokenizer):
+            own = np.concatenate([ids[:length], end])[:length]
+            if len(own) >= least:
+                found.add(begin)
+                found.add(own)
+                found_lengths.append(begin.size + len(own))
+        lengths = np.array(found_lengths, np.int64)
+        tokens = found.whole()
     else:
-        blocks = [list(_blocks(document)) for document in texts]
-        encoded = _encode(chain.from_iterable(blocks), tokenizer)
-        parts = [ids for document in blocks for ids in (*islice(encoded, len(document)), end)][:-1]
-        windows, rest = divmod(sum(map(len, parts)), length)
+        for number, ids in _encode_documents(texts, tokenizer):
+            if number:
+                found.add(end)
+            found.add(ids)
+        tokens = found.whole()
+        windows, rest = divmod(tokens.size, length)
         lengths = np.array([max_length] * windows + [begin.size + rest] * (rest >= least), np.int64)
         if begin.size and lengths.size:
-            tokens = np.concatenate(parts)
-            parts = [part for low in range(0, tokens.size, length) for part in (begin, tokens[low : low + length])]
+            cut = tokens[: windows * length].reshape(windows, length)
+            tokens = np.concatenate([np.hstack([np.tile(begin, (windows, 1)), cut]).ravel(), begin, tokens[windows * length :]])
     if not len(lengths):
         raise UserError("data.path: not one sample of 2 tokens in the text; give more text")
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    return Corpus(np.concatenate(parts)[: starts[-1]], starts)
+    return Corpus(tokens[: starts[-1]], starts)
 
 
 def check_vocabulary(corpus: Corpus, vocab_size: int) -> None:
@@ -151,67 +138,6 @@ def fingerprint(*parts: Corpus | None) -> str:
     return digest.hexdigest()
 
 
-def _pieces(path: str) -> Iterator[tuple[object, str]]:
-    """The pieces of all documents, each with a key of its document."""
-    if path.startswith("builtin:"):
-        yield from _builtin(path)
-        return
-    for file in _files(path):
-        for number, line in numbered_lines(file):
-            if file.suffix.lower() == ".txt":
-                yield file, line
-            elif line.strip():
-                yield (file, number), _text_of_record(line, f"{file}:{number}")
-
-
-def _builtin(path: str) -> Iterator[tuple[str, str]]:
-    if path != BUILTIN:
-        raise UserError(f'{path}: no such corpus; the one that is built in is "{BUILTIN}"')
-    from pydoc_data.topics import topics  # 0.7 MB of text that comes with Python
-
-    for topic in sorted(topics):
-        for line in topics[topic].splitlines(keepends=True):
-            yield topic, line
-
-
-def _files(path: str) -> list[Path]:
-    kinds = "a .txt or .jsonl file, a folder of such files"
-    place = Path(path).expanduser()
-    if not path or not place.exists():
-        raise UserError(f'"{path}": no such file or folder; data.path and eval.path take {kinds}, or "{BUILTIN}"')
-    if place.is_dir():
-        files = sorted(file for file in place.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
-        if not files:
-            raise UserError(f"{place}: no .txt or .jsonl file in this folder")
-        return files
-    if place.suffix.lower() not in SUFFIXES:
-        raise UserError(f'{place}: unknown kind of file "{place.suffix}"; expected {kinds}')
-    return [place]
-
-
-def _text_of_record(line: str, where: str) -> str:
-    record = parse_line(line, where)
-    text = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        raise UserError(f'{where}: expected an object with a string under "text"')
-    check_characters(text, where, "text")
-    return text
-
-
-def _blocks(document: Document) -> Iterator[str]:
-    """The document's text, cut at line ends into blocks of at least `BLOCK_CHARACTERS`."""
-    block: list[str] = []
-    size = 0
-    for line in document:
-        block.append(line)
-        size += len(line)
-        if size >= BLOCK_CHARACTERS:
-            yield "".join(block)
-            block, size = [], 0
-    if block:
-        yield "".join(block)
-
-
 def _encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[np.ndarray]:
     """The token ids of each text, int32."""
     texts = iter(texts)
@@ -219,6 +145,37 @@ def _encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterato
         # verbose = False: no warning of a text longer than the model's context, since it is cut afterwards
         for ids in tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]:
             yield np.array(ids, np.int32)
+
+
+def _encode_documents(texts: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[bool, np.ndarray]]:
+    """The token ids of each block of all documents, and whether a document other than the first begins with it."""
+    marks: deque[bool] = deque()
+
+    def parts() -> Iterator[str]:
+        for number, document in enumerate(texts):
+            for place, block in enumerate(blocks(document)):
+                marks.append(number > 0 and place == 0)
+                yield block
+
+    for ids in _encode(parts(), tokenizer):
+        yield marks.popleft(), ids
+
+
+class _Growing:
+    """An array that grows, int32."""
+
+    def __init__(self) -> None:
+        self._array, self._size = np.empty(2**16, np.int32), 0
+
+    def add(self, ids: np.ndarray) -> None:
+        end = self._size + ids.size
+        if end > self._array.size:
+            self._array.resize(max(end, self._array.size * 5 // 4), refcheck=False)
+        self._array[self._size : end] = ids
+        self._size = end
+
+    def whole(self) -> np.ndarray:
+        return self._array[: self._size]
 
 
 def _part(corpus: Corpus, first: int, last: int) -> Corpus:

@@ -1,16 +1,39 @@
 """Lines of UTF-8 text files, and the JSON in them. What cannot be read raises `UserError`."""
 
+import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from es_lite.errors import UserError
 
 
+def open_bytes(file: Path) -> IO[bytes]:
+    """The file's bytes, decompressed if it is a .gz or a .zst. Raises OSError too."""
+    suffix = file.suffix.lower()
+    if suffix == ".gz":
+        return cast(IO[bytes], gzip.open(file, "rb"))
+    if suffix == ".zst":
+        try:
+            import zstandard
+        except ImportError:
+            raise UserError(f"{file}: reading .zst needs a package: pip install zstandard; or decompress it") from None
+        return cast(IO[bytes], zstandard.open(file, "rb"))
+    return file.open("rb")
+
+
 def numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
     """Line numbers, from 1, and lines, each with a single newline as its end. Raises OSError too."""
-    with file.open("rb") as stream:
+    try:
+        yield from _lines(file)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{file}: is damaged, or not compressed at all ({error})") from None
+
+
+def _lines(file: Path) -> Iterator[tuple[int, str]]:
+    with open_bytes(file) as stream:
         for number, line in enumerate(stream, start=1):
             if b"\0" in line:
                 raise UserError(f"{file}:{number}: has a NUL byte: a binary file, or UTF-16; expected UTF-8 text")

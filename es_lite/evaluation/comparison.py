@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from es_lite.data import batch, corpus
 from es_lite.data.batch import Batch
 from es_lite.data.corpus import Corpus
+from es_lite.data.texts import Texts
 from es_lite.data.tokenizer import beginning
 from es_lite.errors import UserError
 from es_lite.evaluation.figures import columns
@@ -72,7 +73,7 @@ def text_samples(tokenizer: PreTrainedTokenizerBase, path: str, window: int, voc
     window: tokens of a sample, at most WINDOW; vocabulary: of the model. Raises UserError.
     """
     window = min(window, WINDOW)
-    samples = corpus.tokenize(corpus.read_texts(path, 0), tokenizer, "joined", window, beginning(tokenizer, "auto"))
+    samples = corpus.tokenize(Texts(path), tokenizer, "joined", window, beginning(tokenizer, "auto"))
     corpus.check_vocabulary(samples, vocabulary)
     return batch.pack(samples, batch.spread(samples, max(1, TEXT_TOKENS // window)))
 

@@ -117,6 +117,8 @@ class ItemMemory:
     """Bytes that one item takes in addition while its next token is made."""
     graders: int = 0
     """Bytes of all processes that grade."""
+    text: int = 0
+    """Bytes of all samples in the coordinator, and of what making them takes, beyond those of a small corpus."""
 
 
 class Fitness(Protocol):

@@ -13,12 +13,20 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 from es_lite.data import batch, corpus
 from es_lite.data.batch import Batch
 from es_lite.data.corpus import Corpus
+from es_lite.data.texts import PACKED, Texts
 from es_lite.data.tokenizer import beginning, load_tokenizer
+from es_lite.errors import UserError
 from es_lite.fitness.base import Graded, ItemMemory, Items
 from es_lite.recipe import Recipe
 from es_lite.scoring.heads import VOCABULARY_BLOCK
 from es_lite.scoring.model import PerturbedModel
 from es_lite.scoring.perturbation import Perturbation
+
+SMALL_TEXT = 2**22
+"""Bytes of a text that the coordinator's memory has room for as it is."""
+
+TOKENIZER_BYTES = 400 * 2**20
+"""Buffers of the tokenizer and its trainer."""
 
 
 @dataclass(frozen=True)
@@ -80,13 +88,13 @@ class LogProb:
 
     def open(self, recipe: Recipe, config: PretrainedConfig, generation: GenerationConfig | None, run_dir: Path) -> Samples:
         table, length = recipe.data, recipe.fitness.max_length
-        texts = corpus.read_texts(table.path, table.lines)
+        texts = Texts(table.path, table.lines)
         tokenizer = load_tokenizer(table, recipe.model.path, run_dir, texts)
         begin = beginning(tokenizer, table.bos)
         train = corpus.tokenize(texts, tokenizer, table.samples, length, begin)
         held_out = None
         if recipe.eval.every and recipe.eval.path:
-            held_out = corpus.tokenize(corpus.read_texts(recipe.eval.path, 0), tokenizer, table.samples, length, begin)
+            held_out = corpus.tokenize(Texts(recipe.eval.path), tokenizer, table.samples, length, begin)
         elif recipe.eval.every:
             train, held_out = corpus.split(train, recipe.eval.fraction)
         vocab_size = config.get_text_config().vocab_size
@@ -103,8 +111,21 @@ class LogProb:
         block = micro * length * (3 * intermediate * itemsize + 8 * width * 4)
         logits = micro * length * 2 * VOCABULARY_BLOCK * itemsize
         # Hidden states: a layer's input and output, and the head's selection of them.
-        return ItemMemory(tokens=length, hidden=3 * length * width * itemsize, activations=block + logits)
+        hidden = 3 * length * width * itemsize
+        return ItemMemory(tokens=length, hidden=hidden, activations=block + logits, text=_text_bytes(recipe))
 
     def score(self, model: PerturbedModel, perturbations: Sequence[Perturbation], items: Items, pass_items: int) -> np.ndarray:
         assert isinstance(items, Batch)
         return model.log_probabilities(perturbations, items, pass_items)
+
+
+def _text_bytes(recipe: Recipe) -> int:
+    """What a text takes: its tokens, and buffers of the tokenizer (measured: 0.45 GiB for 18 MB in one line, 1 GiB for 200 MB)."""
+    size = 0
+    for path in filter(None, (recipe.data.path, recipe.eval.path if recipe.eval.every else "")):
+        try:
+            size += sum(file.stat().st_size * (4 if file.suffix in PACKED else 1) for file in Texts(path).files)
+        except (UserError, OSError):  # is said when it is read
+            continue
+    most_tokens = size if recipe.data.tokenizer == "bpe" and recipe.data.vocab_size < 512 else size // 2
+    return 0 if size < SMALL_TEXT else 6 * most_tokens + min(20 * size, TOKENIZER_BYTES)

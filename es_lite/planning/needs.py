@@ -104,8 +104,11 @@ class Needs:
             return 1
         return max(1, min(-(-wanted // pair), recipe.es.population // 2 // pair) * pair)
 
-    def _graders(self) -> dict[str, int]:
-        return {"graders": self.item.graders} if self.generates else {}
+    def _coordinator(self) -> dict[str, int]:
+        """Bytes of the coordinator and of the processes that grade."""
+        graders = {"graders": self.item.graders} if self.generates else {}
+        text = {"text": self.item.text} if self.item.text else {}
+        return {"coordinator": COORDINATOR_BYTES, **text, **graders}
 
     def scratch(self, pass_samples: int) -> dict[str, int]:
         """Bytes for what is perturbed or converted at a time: a block, a part of the head, rows of the embedding."""
@@ -125,8 +128,7 @@ class Needs:
         micro = self.recipe.fitness.micro_batch
         copy = {
             "working copy": working_copy.size_bytes(self.layout, self.recipe.memory.weights),
-            "coordinator": COORDINATOR_BYTES,
-            **self._graders(),
+            **self._coordinator(),
             "shared by workers": SHARED_BYTES,
         }
         if self.device:
@@ -177,8 +179,7 @@ class Needs:
         """Buffers that layers pass through, and one process that scores all members, in as few passes as fit."""
         weights = self.recipe.memory.weights
         passing = {
-            "coordinator": COORDINATOR_BYTES,
-            **self._graders(),
+            **self._coordinator(),
             "worker": SHARED_BYTES + WORKER_BYTES,
             "window": BUFFERS * buffer_bytes(self.files, self.layout),
         }

@@ -7,7 +7,8 @@ import pytest
 from corpora import corpus_of
 
 from es_lite.data.batch import Batch, draw, pack, spread
-from es_lite.data.corpus import read_texts, tokenize
+from es_lite.data.corpus import tokenize
+from es_lite.data.texts import Texts
 from es_lite.data.tokenizer import train_bpe
 from es_lite.errors import UserError
 
@@ -105,7 +106,7 @@ def test_a_part_of_a_part(batch):
 def test_from_a_file_to_a_batch(tmp_path):
     byte_tokenizer = train_bpe([["any text"]], 257)
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": f"sample {'x' * i}"}) for i in range(20)))
-    corpus = tokenize(read_texts(str(tmp_path / "a.jsonl"), 10), byte_tokenizer, "lines", 64)
+    corpus = tokenize(Texts(str(tmp_path / "a.jsonl"), 10), byte_tokenizer, "lines", 64)
     batch = pack(corpus, draw(len(corpus), 4, 0, 0))
     assert len(batch) == 4
     for tokens, length in zip(batch.tokens, batch.lengths, strict=True):

@@ -1,7 +1,6 @@
 """From text files to samples of tokens."""
 
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,22 +8,17 @@ from corpora import corpus_of, samples_of
 from tokenizers import processors
 
 from es_lite.data import corpus as module
+from es_lite.data import texts as texts_module
 from es_lite.data.corpus import (
-    BUILTIN,
     check_vocabulary,
     fingerprint,
-    read_texts,
     split,
     tokenize,
     unigram_score,
 )
+from es_lite.data.texts import BUILTIN, Texts
 from es_lite.data.tokenizer import train_bpe
 from es_lite.errors import UserError
-
-
-def write(path: Path, content: str | bytes) -> str:
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -44,116 +38,6 @@ def endless(byte_tokenizer, monkeypatch):
 @pytest.fixture
 def ids(byte_tokenizer):
     return lambda text: byte_tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-# Reading
-
-
-def test_a_txt_file_is_one_document_made_of_its_lines(tmp_path):
-    assert read_texts(write(tmp_path / "a.txt", "one\n\n  two\u2028\x0b\nthree"), 0) == [
-        ["one\n", "\n", "  two\u2028\x0b\n", "three"]
-    ]
-
-
-def test_the_byte_order_mark_and_carriage_returns_of_windows_are_not_text(tmp_path):
-    assert read_texts(write(tmp_path / "a.TXT", "\ufeffone\r\ntwo\r\n"), 0) == [["one\n", "two\n"]]
-
-
-def test_each_record_of_a_jsonl_file_is_a_document(tmp_path):
-    records = '{"text": "one\\ntwo\\n"}\n\n{"text": "drei \\u00e4", "other": 1}\n{"text": " "}\n'
-    assert read_texts(write(tmp_path / "a.jsonl", records), 0) == [["one\ntwo\n"], ["drei ä"]]
-
-
-def test_a_folder_is_read_file_by_file_in_order(tmp_path):
-    write(tmp_path / "b.txt", "b1\nb2\n")
-    write(tmp_path / "a.jsonl", '{"text": "a"}\n')
-    write(tmp_path / "c.txt", "")
-    write(tmp_path / "README.md", "not data")
-    (tmp_path / "d.txt").mkdir()
-    assert read_texts(str(tmp_path), 0) == [["a"], ["b1\n", "b2\n"]]
-
-
-@pytest.mark.parametrize(
-    "lines, documents",
-    [(1, [["a"]]), (2, [["a"], ["b1\n"]]), (3, [["a"], ["b1\n", "b2\n"]]), (9, [["a"], ["b1\n", "b2\n"], ["c\n"]])],
-)
-def test_lines_are_counted_over_all_files(tmp_path, lines, documents):
-    write(tmp_path / "a.jsonl", '{"text": "a"}\n')
-    write(tmp_path / "b.txt", "b1\nb2\n")
-    write(tmp_path / "c.txt", "c\n")
-    assert read_texts(str(tmp_path), lines) == documents
-
-
-def test_nothing_after_the_last_wanted_line_is_read(tmp_path):
-    assert read_texts(write(tmp_path / "a.txt", b"good\n\xff\xfe\0"), 1) == [["good\n"]]
-
-
-def test_the_builtin_corpus():
-    documents = read_texts(BUILTIN, 0)
-    assert documents == read_texts(BUILTIN, 0)
-    assert len(documents) > 50
-    assert sum(len(line) for document in documents for line in document) > 300_000
-    assert "".join(documents[0]).startswith('The "assert" statement')
-    assert read_texts(BUILTIN, 3) == [documents[0][:3]]
-
-
-@pytest.mark.parametrize(
-    "name, content, message",
-    [
-        ("missing.txt", None, r"missing\.txt\": no such file or folder; .*builtin:python-reference"),
-        ("empty.txt", "", r"empty\.txt: there is no text in it$"),
-        ("blank.txt", " \n\n\t\n", r"blank\.txt: there is no text in it$"),
-        ("blank.jsonl", '{"text": ""}\n', r"blank\.jsonl: there is no text in it$"),
-        ("nul.txt", "fine\na\0b\n", r"nul\.txt:2: has a NUL byte"),
-        ("utf16.txt", "text".encode("utf-16-le"), r"utf16\.txt:1: has a NUL byte"),
-        ("latin.txt", b"fine\nfine\ncaf\xe9\n", r"latin\.txt:3: not UTF-8"),
-        ("latin.jsonl", b'{"text": "\xe9"}\n', r"latin\.jsonl:1: not UTF-8"),
-        ("broken.jsonl", '{"text": "a"}\n{"text": \n', r"broken\.jsonl:2: not JSON"),
-        ("deep.jsonl", "[" * 100_000, r"deep\.jsonl:1: not JSON"),
-        ("list.jsonl", '["a"]\n', r'list\.jsonl:1: expected an object with a string under "text"'),
-        ("keyless.jsonl", '{"text": "a"}\n\n{"txt": "a"}\n', r"keyless\.jsonl:3: expected an object with a string"),
-        ("number.jsonl", '{"text": 5}\n', r"number\.jsonl:1: expected an object with a string"),
-        ("surrogate.jsonl", '{"text": "\\ud800"}\n', r"surrogate\.jsonl:1: .* half a surrogate pair"),
-        ("book.pdf", "text", r'book\.pdf: unknown kind of file "\.pdf"; expected a \.txt or \.jsonl file'),
-        ("suffixless", "text", r'suffixless: unknown kind of file ""'),
-    ],
-)
-def test_unusable_files(tmp_path, name, content, message):
-    if content is not None:
-        write(tmp_path / name, content)
-    with pytest.raises(UserError, match=message):
-        read_texts(str(tmp_path / name), 0)
-
-
-@pytest.mark.parametrize(
-    "path, message",
-    [("", '"": no such file or folder'), ("builtin:pyton", 'builtin:pyton: no such corpus; .* "builtin:python-ref')],
-)
-def test_unusable_names(path, message):
-    with pytest.raises(UserError, match=message):
-        read_texts(path, 0)
-
-
-def test_no_text_within_the_wanted_lines(tmp_path):
-    with pytest.raises(UserError, match=r"no text in it, up to line 2 \(data.lines\)"):
-        read_texts(write(tmp_path / "a.txt", "\n\ntext"), 2)
-
-
-def test_a_folder_without_text_files(tmp_path):
-    write(tmp_path / "a.csv", "1,2")
-    with pytest.raises(UserError, match=r"no \.txt or \.jsonl file in this folder"):
-        read_texts(str(tmp_path), 0)
-
-
-def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
-    path = write(tmp_path / "a.txt", "text")
-
-    def refuse(self, mode):
-        raise PermissionError(13, "Permission denied", str(self))
-
-    monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(UserError, match=r"a\.txt: cannot be read \(Permission denied\)"):
-        read_texts(path, 0)
 
 
 # Tokens and samples
@@ -192,9 +76,9 @@ def test_joined_without_an_end_token(endless, ids):
 def test_long_documents_are_encoded_in_blocks(byte_tokenizer, ids, monkeypatch):
     texts = [["one line\n", "and\n", "\n", "another\n"], ["a second\n"], ["third"]]
     whole = tokenize(texts, byte_tokenizer, "joined", 1000)
-    monkeypatch.setattr(module, "BLOCK_CHARACTERS", 6)
+    monkeypatch.setattr(texts_module, "BLOCK_CHARACTERS", 6)
     monkeypatch.setattr(module, "BATCH_BLOCKS", 2)
-    assert list(module._blocks(texts[0])) == ["one line\n", "and\n\nanother\n"]
+    assert list(texts_module.blocks(texts[0])) == ["one line\n", "and\n\nanother\n"]
     assert samples_of(tokenize(texts, byte_tokenizer, "joined", 1000)) == samples_of(whole)
     assert samples_of(whole) == [[*ids("".join(texts[0])), 0, *ids("a second\n"), 0, *ids("third")]]
 
@@ -256,7 +140,7 @@ def test_unigram_score_by_hand():
 
 
 def test_unigram_score_of_the_builtin_corpus():
-    texts = read_texts(BUILTIN, 0)
+    texts = Texts(BUILTIN)
     corpus = tokenize(texts, train_bpe(texts, 257), "joined", 128)
     check_vocabulary(corpus, 257)
     assert unigram_score(*split(corpus, 0.05), 257) == pytest.approx(-3.19, abs=0.06)

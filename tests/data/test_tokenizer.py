@@ -9,7 +9,7 @@ import pytest
 from support import ROOT, train_here, write_recipe
 from tokenizers.processors import TemplateProcessing
 
-from es_lite.data.corpus import BUILTIN, read_texts
+from es_lite.data.texts import BUILTIN, Texts
 from es_lite.data.tokenizer import END, beginning, load_tokenizer, train_bpe
 from es_lite.errors import UserError
 from es_lite.tables import DataTable
@@ -37,7 +37,7 @@ def test_257_entries_are_the_bytes_and_the_end_token(tmp_path):
 
 
 def test_merges_are_learned_from_the_texts(tmp_path):
-    texts = read_texts(BUILTIN, 0)
+    texts = Texts(BUILTIN)
     tokenizer = load_tokenizer(DataTable(tokenizer="bpe", vocab_size=1000), "", tmp_path, texts)
     assert len(tokenizer) == 1000
     sentence = 'The "assert" statement is a convenient way to insert debugging assertions.'
@@ -51,8 +51,8 @@ def test_a_small_text_has_fewer_merges_than_were_asked_for():
 
 def test_the_number_of_threads_does_not_change_what_is_trained():
     program = (
-        "from es_lite.data.corpus import BUILTIN, read_texts; from es_lite.data.tokenizer import train_bpe;"
-        "print(train_bpe(read_texts(BUILTIN, 3000), 600).backend_tokenizer.to_str())"
+        "from es_lite.data.texts import BUILTIN, Texts; from es_lite.data.tokenizer import train_bpe;"
+        "print(train_bpe(Texts(BUILTIN, 3000), 600).backend_tokenizer.to_str())"
     )
     trained = {
         subprocess.run(

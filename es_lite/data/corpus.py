@@ -4,7 +4,6 @@ Token ids are int32. Text that cannot be used raises `UserError`.
 """
 
 import hashlib
-import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from es_lite.data.held_out import held_out_count
 from es_lite.data.texts import BLOCK_CHARACTERS, Document, blocks
 from es_lite.errors import UserError
 
@@ -104,14 +104,7 @@ def check_largest(largest: int, vocab_size: int) -> None:
 def split(corpus: Corpus, fraction: float) -> tuple[Corpus, Corpus]:
     """(training, held out): the last `fraction` of the samples, rounded up, is held out."""
     samples = len(corpus)
-    held_out = math.ceil(round(samples * fraction, 6))  # 100 * 0.07 is 7.000000000000001
-    if fraction > 0:
-        held_out = max(1, held_out)
-    if held_out >= samples:
-        raise UserError(
-            f"eval.fraction = {fraction}: holds out all of the {samples} samples, which leaves none to train on; "
-            "take a smaller fraction, more text, or a text of its own for eval.path"
-        )
+    held_out = held_out_count(samples, fraction, "samples")
     return _part(corpus, 0, samples - held_out), _part(corpus, samples - held_out, samples)
 
 

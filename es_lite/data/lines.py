@@ -9,9 +9,16 @@ from typing import IO, Any, cast
 
 from es_lite.errors import UserError
 
+PACKED = (".gz", ".zst")
 
-def open_bytes(file: Path) -> IO[bytes]:
-    """The file's bytes, decompressed if it is a .gz or a .zst. Raises OSError too."""
+
+def suffix_of(file: Path) -> str:
+    """The kind of file, such as ".jsonl": its suffix in small letters, without that of a compression."""
+    return (Path(file.stem).suffix if file.suffix.lower() in PACKED else file.suffix).lower()
+
+
+def _open(file: Path) -> IO[bytes]:
+    """The file's bytes, decompressed if it is a .gz or a .zst."""
     suffix = file.suffix.lower()
     if suffix == ".gz":
         return cast(IO[bytes], gzip.open(file, "rb"))
@@ -33,7 +40,7 @@ def numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    with open_bytes(file) as stream:
+    with _open(file) as stream:
         for number, line in enumerate(stream, start=1):
             if b"\0" in line:
                 raise UserError(f"{file}:{number}: has a NUL byte: a binary file, or UTF-16; expected UTF-8 text")

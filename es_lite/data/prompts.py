@@ -7,12 +7,12 @@ raise `UserError`.
 import difflib
 import hashlib
 import json
-import math
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from es_lite.data.held_out import held_out_count
 from es_lite.data.records import Record, kind, read_records
 from es_lite.errors import UserError
 
@@ -57,15 +57,7 @@ def read_rows(path: str, system: str, template: str, chat: bool) -> list[Row]:
 
 def split(rows: Sequence[Row], fraction: float) -> tuple[list[Row], list[Row]]:
     """(training, held out): the last `fraction` of the rows, rounded up, is held out."""
-    held_out = math.ceil(round(len(rows) * fraction, 6))  # 100 * 0.07 is 7.000000000000001
-    if fraction > 0:
-        held_out = max(1, held_out)
-    if held_out >= len(rows):
-        raise UserError(
-            f"eval.fraction = {fraction}: holds out all of the {len(rows)} prompts, which leaves none to train on; "
-            "take a smaller fraction, more prompts, or a file of their own for eval.path"
-        )
-    first = len(rows) - held_out
+    first = len(rows) - held_out_count(len(rows), fraction, "prompts")
     return list(rows[:first]), list(rows[first:])
 
 

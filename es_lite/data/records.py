@@ -11,11 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from es_lite.data.lines import check_characters, numbered_lines, parse_line
+from es_lite.data.lines import check_characters, numbered_lines, parse_line, suffix_of
 from es_lite.errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
-KINDS = "a .jsonl, .json or .parquet file, a folder of such files, or a Hugging Face dataset such as openai/gsm8k:main:train"
+KINDS = (
+    "a .jsonl, .json or .parquet file (also .jsonl.gz), a folder of such files, or a Hugging Face dataset such as "
+    "openai/gsm8k:main:train"
+)
 
 HUB_NAME = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<config>[^:]*))?(:(?P<split>.+))?")
 """owner/name, owner/name:config or owner/name:config:split; the config may be empty."""
@@ -57,7 +60,7 @@ def _records(path: str) -> Iterator[tuple[str, Record]]:
         records = _folder(place)
     elif path and place.exists():
         records = _file(place)
-    elif hub and place.suffix.lower() not in SUFFIXES and not place.parent.exists():
+    elif hub and suffix_of(place) not in SUFFIXES and not place.parent.exists():
         records = _hub(path, hub["name"], hub["config"] or None, hub["split"] or "train")
     else:
         raise UserError(f'"{path}": no such file or folder{_near(place)}; expected {KINDS}')
@@ -104,7 +107,7 @@ def _folder(folder: Path) -> Iterator[tuple[str, Any]]:
     if any((folder / name).is_file() for name in saved):
         yield from _saved(folder)
         return
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+    files = sorted(file for file in folder.iterdir() if suffix_of(file) in SUFFIXES and file.is_file())
     if not files:
         raise UserError(f"{folder}: no .jsonl, .json or .parquet file in this folder, and no saved dataset")
     for file in files:
@@ -112,7 +115,7 @@ def _folder(folder: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _file(file: Path) -> Iterator[tuple[str, Any]]:
-    suffix = file.suffix.lower()
+    suffix = suffix_of(file)
     if suffix not in SUFFIXES:
         raise UserError(f'{file}: unknown kind of file "{file.suffix}"; expected {KINDS}')
     if suffix == ".parquet":

@@ -8,14 +8,11 @@ from itertools import chain, groupby, islice
 from operator import itemgetter
 from pathlib import Path
 
-from es_lite.data.lines import check_characters, numbered_lines, parse_line
+from es_lite.data.lines import check_characters, numbered_lines, parse_line, suffix_of
 from es_lite.errors import UserError
 
 BUILTIN = "builtin:python-reference"
 SUFFIXES = (".txt", ".jsonl", ".parquet")
-PACKED = (".gz", ".zst")
-"""A .txt or .jsonl file may be compressed."""
-
 NO_TEXT = ("readme", "license", "licence", "notice")
 """Files of a folder whose names begin so are about the text, and not part of it."""
 
@@ -58,7 +55,7 @@ class Texts:
             yield from _builtin(self._path)
             return
         for file in self.files:
-            kind = _kind(file)
+            kind = suffix_of(file)
             if kind == ".parquet":
                 yield from _rows(file)
                 continue
@@ -116,21 +113,16 @@ def _builtin(path: str) -> Iterator[tuple[str, str]]:
             yield topic, line
 
 
-def _kind(file: Path) -> str:
-    """Its suffix, without that of a compression."""
-    return (Path(file.stem).suffix if file.suffix.lower() in PACKED else file.suffix).lower()
-
-
 def _files(path: str) -> list[Path]:
     kinds = "a .txt or .jsonl file (also .gz or .zst), a .parquet file, a folder of such files"
     place = Path(path).expanduser()
     if not path or not place.exists():
         raise UserError(f'"{path}": no such file or folder; data.path and eval.path take {kinds}, or "{BUILTIN}"')
     if not place.is_dir():
-        if _kind(place) not in SUFFIXES:
+        if suffix_of(place) not in SUFFIXES:
             raise UserError(f'{place}: unknown kind of file "{place.suffix}"; expected {kinds}')
         return [place]
-    files = [file for file in sorted(place.rglob("*")) if file.is_file() and _kind(file) in SUFFIXES]
+    files = [file for file in sorted(place.rglob("*")) if file.is_file() and suffix_of(file) in SUFFIXES]
     files = [file for file in files if not file.name.lower().startswith(NO_TEXT)]
     if not files:
         raise UserError(f"{place}: no .txt, .jsonl or .parquet file in this folder, nor in those within it")

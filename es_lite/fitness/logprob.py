@@ -13,7 +13,8 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 from es_lite.data import batch, corpus
 from es_lite.data.batch import Batch
 from es_lite.data.corpus import Corpus
-from es_lite.data.texts import PACKED, Texts
+from es_lite.data.lines import PACKED
+from es_lite.data.texts import Texts
 from es_lite.data.tokenizer import beginning, load_tokenizer
 from es_lite.errors import UserError
 from es_lite.fitness.base import Graded, ItemMemory, Items

@@ -5,6 +5,7 @@ that write down what would have been drawn, so that θ₀ can be drawn from the 
 """
 
 import contextlib
+import functools
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -49,17 +50,19 @@ class Drawn:
             out = np.empty(count, np.float32)
             gaussian.fill(out, place, self.deviation, start=start)
             return out + np.float32(self.mean) if self.mean else out
-        return self._table()[philox.lanes(place, start, count)]
+        return _table(self)[philox.lanes(place, start, count)]
 
-    def _table(self) -> np.ndarray:
-        """What each of the 16-bit numbers stands for, float32."""
-        shares = (np.arange(LANES) + 0.5) / LANES
-        if self.kind == "uniform":
-            return (self.low + (self.high - self.low) * shares).astype(np.float32)
-        normal = NormalDist(self.mean, self.deviation)
-        below, above = normal.cdf(self.low), normal.cdf(self.high)
-        values = np.array([normal.inv_cdf(below + (above - below) * share) for share in shares])
-        return values.clip(self.low, self.high).astype(np.float32)
+
+@functools.cache
+def _table(how: Drawn) -> np.ndarray:
+    """What each of the 16-bit numbers stands for, float32."""
+    shares = (np.arange(LANES) + 0.5) / LANES
+    if how.kind == "uniform":
+        return (how.low + (how.high - how.low) * shares).astype(np.float32)
+    normal = NormalDist(how.mean, how.deviation)
+    below, above = normal.cdf(how.low), normal.cdf(how.high)
+    values = np.array([normal.inv_cdf(below + (above - below) * share) for share in shares])
+    return values.clip(how.low, how.high).astype(np.float32)
 
 
 @dataclass(frozen=True)

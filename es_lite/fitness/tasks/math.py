@@ -11,18 +11,16 @@ exact. The paper (Evolution Strategies at Scale, arXiv 2509.24372) rewards the l
 with 1 or 0.
 """
 
-import gzip
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 from es_lite import typed_toml
-from es_lite.data.lines import check_characters, parse_line
+from es_lite.data.lines import check_characters
 from es_lite.data.prompts import Messages, Row, completion_text
-from es_lite.data.records import kind, read_records
+from es_lite.data.records import read_records
 from es_lite.errors import UserError
 from es_lite.fitness.latex_answers import LONGEST_ANSWER, is_right, last_box, math_verify, normal, number
 from es_lite.typed_toml import Check
@@ -56,13 +54,13 @@ class Options:
 def rows(what: str, options: dict[str, Any], seed: int) -> tuple[list[Row], list[Row] | None]:
     """Rows to train on, and the held-out rows if options.test says how many.
 
-    what: what `read_records` reads, or a .jsonl.gz file. options: see `Options`. seed: nothing depends on it. Raises UserError.
+    what: what `read_records` reads. options: see `Options`. seed: nothing depends on it. Raises UserError.
 
     Columns: kind ("gsm8k", "math", "minerva", "olympiad"); answers, list of str; several (bool: all of them are asked for, in any
     order); tolerances, list of float or None, one for each answer; solution, all answers as text.
     """
     read = typed_toml.checked(Options, options, "data.options")
-    made = [_row(record, where, read.instruction) for where, record in _records(what)]
+    made = [_row(record, where, read.instruction) for where, record in read_records(what)]
     if not made:
         raise UserError(f"{what}: there is no problem in it")
     if read.test >= len(made):
@@ -137,26 +135,6 @@ def _last_result(text: str) -> str | None:
 def _last_number(text: str) -> str | None:
     found = LAST_NUMBER.findall(text[-LONGEST_ANSWER:])
     return found[-1].rstrip(",") if found else None
-
-
-def _records(what: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    if not what.lower().endswith(".jsonl.gz"):
-        yield from read_records(what)
-        return
-    path = Path(what).expanduser()
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") as lines:
-            for line_number, line in enumerate(lines, start=1):
-                if line.strip():
-                    where = f"{path}:{line_number}"
-                    record = parse_line(line, where)
-                    if not isinstance(record, dict):
-                        raise UserError(f"{where}: expected an object with named columns, got {kind(record)}")
-                    yield where, record
-    except (EOFError, gzip.BadGzipFile, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as compressed UTF-8 text ({error})") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def _row(record: dict[str, Any], where: str, instruction: str) -> Row:

@@ -179,7 +179,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         with pytest.raises(UserError, match=name):
             rows_of(tmp_path / name)
     for name, message in (
-        ("missing.jsonl.gz", "No such file"),
+        ("missing.jsonl.gz", "no such file"),
         ("missing.jsonl", "no such file"),
         ("d.jsonl", "no problem in it"),
     ):

@@ -32,6 +32,8 @@ class Corpus:
     """int32 [total]."""
     starts: np.ndarray
     """int64 [samples + 1]: sample i is tokens[starts[i]:starts[i + 1]]."""
+    dropped: int = 0
+    """Lines that were left out because they are too short."""
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -58,7 +60,7 @@ def tokenize(
     begin = np.array(beginning, np.int32)
     length = max_length - begin.size  # of the text's own tokens
     least = max(1, 2 - begin.size)
-    found = _Growing()
+    found, dropped = _Growing(), 0
     if samples == "lines":
         lines = (piece.removesuffix("\n") for document in texts for piece in document if piece.strip())
         short, found_lengths = (line[: max(BLOCK_CHARACTERS, CHARACTERS * max_length)] for line in lines), []
@@ -68,6 +70,8 @@ def tokenize(
                 found.add(begin)
                 found.add(own)
                 found_lengths.append(begin.size + len(own))
+            else:
+                dropped += 1
         lengths = np.array(found_lengths, np.int64)
         tokens = found.whole()
     else:
@@ -84,7 +88,7 @@ def tokenize(
     if not len(lengths):
         raise UserError("data.path: not one sample of 2 tokens in the text; give more text")
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    return Corpus(tokens[: starts[-1]], starts)
+    return Corpus(tokens[: starts[-1]], starts, dropped)
 
 
 def check_vocabulary(corpus: Corpus, vocab_size: int) -> None:

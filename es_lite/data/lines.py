@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,7 +57,14 @@ def parse_line(line: str, where: str) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({error}); expected one object per line") from None
+        raise UserError(f"{where}: {why_not_json(error)}; expected one object per line") from None
+
+
+def why_not_json(error: Exception) -> str:
+    """What `json.loads` has raised, in words."""
+    if isinstance(error, json.JSONDecodeError | RecursionError):
+        return f"not JSON ({error})"
+    return f"has a number of more than {sys.get_int_max_str_digits():,} digits, which Python does not read; write it as text"
 
 
 def check_characters(text: str, where: str, name: str) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from es_lite.data.lines import check_characters, numbered_lines, parse_line, suffix_of
+from es_lite.data.lines import check_characters, numbered_lines, parse_line, suffix_of, why_not_json
 from es_lite.errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -138,7 +138,7 @@ def _list(file: Path) -> Iterator[tuple[str, Any]]:
     except json.JSONDecodeError as error:
         raise UserError(f"{file}:{error.lineno}: not JSON ({error.msg}, column {error.colno}); {remedy}") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not JSON ({error}); {remedy}") from None
+        raise UserError(f"{file}: {why_not_json(error)}; {remedy}") from None
     if not isinstance(elements, list):
         raise UserError(f"{file}: holds {kind(elements)}; {remedy}")
     for number, element in enumerate(elements, start=1):

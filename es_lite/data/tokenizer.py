@@ -76,6 +76,11 @@ def _open(name: str, where: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # a broken file raises any of a dozen types, among them a bare Exception
         reason = (str(error).splitlines() or [""])[0]
+        if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
+            raise UserError(
+                f"{where}: has a tokenizer.model but no tokenizer.json; install sentencepiece, which reads "
+                "it (pip install sentencepiece), or take a folder with a tokenizer.json"
+            ) from None
         raise UserError(f"{where}: no tokenizer can be loaded from it: {type(error).__name__}: {reason}") from None
     # From a config.json without tokenizer files, transformers makes a tokenizer of special tokens only.
     if len(tokenizer) <= len(tokenizer.all_special_ids) + 1:

@@ -43,9 +43,16 @@ class Samples:
     """The model's."""
     begin: Sequence[int] = ()
     """Tokens that stand before each sample."""
+    files: int = 0
+    dropped: int = 0
+    """Lines that are too short to be samples."""
 
     def description(self) -> str:
         tokenizer, parts = self.tokenizer, [f"{len(self.train):,} samples with {self.train.tokens.size:,} tokens"]
+        if self.files > 1:
+            parts[0] += f" from {self.files:,} files"
+        if self.dropped:
+            parts.append(f"{self.dropped:,} lines of fewer than 2 tokens left out")
         if self.held_out_corpus is not None:
             parts.append(f"{len(self.held_out_corpus):,} held out")
         begins = f"begins with {tokenizer.decode(list(self.begin))}" if self.begin else "begins with its first token"
@@ -91,17 +98,23 @@ class LogProb:
         table, length = recipe.data, recipe.fitness.max_length
         texts = Texts(table.path, table.lines)
         tokenizer = load_tokenizer(table, recipe.model.path, run_dir, texts)
+        vocab_size = config.get_text_config().vocab_size
+        if (tokenizer.eos_token_id or 0) >= vocab_size:
+            raise UserError(
+                f"data.tokenizer: its end token {tokenizer.eos_token} is number {tokenizer.eos_token_id}, but the model has only "
+                f"{vocab_size} tokens; take the model's own tokenizer, or name another eos_token in its tokenizer_config.json"
+            )
         begin = beginning(tokenizer, table.bos)
         train = corpus.tokenize(texts, tokenizer, table.samples, length, begin)
+        dropped = train.dropped
         held_out = None
         if recipe.eval.every and recipe.eval.path:
             held_out = corpus.tokenize(Texts(recipe.eval.path), tokenizer, table.samples, length, begin)
         elif recipe.eval.every:
             train, held_out = corpus.split(train, recipe.eval.fraction)
-        vocab_size = config.get_text_config().vocab_size
         for part in filter(None, (train, held_out)):
             corpus.check_vocabulary(part, vocab_size)
-        samples = Samples(tokenizer, train, held_out, recipe, vocab_size, begin)
+        samples = Samples(tokenizer, train, held_out, recipe, vocab_size, begin, len(texts.files), dropped)
         samples.draw(0)  # reports at once if there are fewer samples than a step draws
         return samples
 

@@ -177,3 +177,8 @@ def test_samples_may_begin_with_a_token(byte_tokenizer, ids):
     assert samples_of(joined) == [[7, *ids("abc")], [7, *ids("def")], [7, *ids("g")]]
     two = tokenize([["abcde"]], byte_tokenizer, "joined", 4, [7, 8])
     assert samples_of(two) == [[7, 8, *ids("ab")], [7, 8, *ids("cd")], [7, 8, *ids("e")]]
+
+
+def test_lines_that_are_too_short_are_counted(endless):
+    assert tokenize([["abc\n", "a\n", "\n", "b\n"]], endless, "lines", 4).dropped == 2
+    assert tokenize([["abc\n"]], endless, "joined", 4).dropped == 0

@@ -25,8 +25,8 @@ from es_lite.runs.pace import Pace
 from es_lite.scoring.perturbation import Perturbation
 from es_lite.weights.store import Store
 
-TIED_STEPS = 5
-"""The run stops if all members score the same in so many steps in a row."""
+TIED_STEPS, TIED_REWARD_STEPS = 5, 20
+"""The run stops if all members score the same in so many steps in a row; rewards may be rare at first."""
 
 
 @dataclass
@@ -181,15 +181,16 @@ class Run:
             self.console.say(f"as measured now, {self.pace.outlook(remaining)}")
 
     def _count_tied(self, scores: np.ndarray) -> None:
-        """Warns if all members score the same. Raises RunError if they have for TIED_STEPS."""
+        """Warns if all members score the same. Raises RunError if they have for too many steps."""
         finite = scores[np.isfinite(scores)]
         if finite.size < 2 or np.ptp(finite) > 0:
             self.tied = 0
             return
         self.tied += 1
         advice = diagnosis.tied_advice(self.fitness, float(finite[0]))
-        if self.tied == TIED_STEPS:
-            raise RunError(f"step {self.done + 1}, the last of {TIED_STEPS} in a row: {advice}")
+        most = TIED_REWARD_STEPS if self.fitness.generates else TIED_STEPS
+        if self.tied == most:
+            raise RunError(f"step {self.done + 1}, the last of {most} in a row: {advice}")
         if self.tied == 1:
             self.console.warn(f"step {self.done + 1}: {advice}")
 

@@ -58,10 +58,12 @@ def train(recipe: Recipe, resume: bool = False, rebuild: bool = False) -> None:
         dataset = fitness.open(recipe, model.config, model.generation_config, run.path)
         opened.callback(dataset.close)
         print(dataset.description(), flush=True)
+        journal = Journal.open(run.journal) if run.journal.exists() else None
+        if journal:
+            origin = origin.continuing(journal.header, journal.path)
         theta_0 = origin.source(model, layout, Threads(1))
         header = {"data": dataset.fingerprint(), "compute": plan.execution.compute, "versions": system.versions()}
-        if run.journal.exists():
-            journal = Journal.open(run.journal)
+        if journal:
             origin.check(journal.header, journal.path, layout, theta_0)
             check_data(journal, header, recipe)
             journal.check_noise(plan.noise)

@@ -60,6 +60,10 @@ def tokenize(
     begin = np.array(beginning, np.int32)
     length = max_length - begin.size  # of the text's own tokens
     least = max(1, 2 - begin.size)
+    if length < least:
+        raise UserError(
+            f"fitness.max_length = {max_length}: leaves no room after the {begin.size} tokens that begin a sample; raise it"
+        )
     found, dropped = _Growing(), 0
     if samples == "lines":
         lines = (piece.removesuffix("\n") for document in texts for piece in document if piece.strip())
@@ -83,8 +87,11 @@ def tokenize(
         windows, rest = divmod(tokens.size, length)
         lengths = np.array([max_length] * windows + [begin.size + rest] * (rest >= least), np.int64)
         if begin.size and lengths.size:
-            cut = tokens[: windows * length].reshape(windows, length)
-            tokens = np.concatenate([np.hstack([np.tile(begin, (windows, 1)), cut]).ravel(), begin, tokens[windows * length :]])
+            with_begin = np.empty(tokens.size + (windows + 1) * begin.size, np.int32)
+            whole = with_begin[: windows * max_length].reshape(windows, max_length)
+            whole[:, : begin.size], whole[:, begin.size :] = begin, tokens[: windows * length].reshape(windows, length)
+            with_begin[windows * max_length :] = np.concatenate([begin, tokens[windows * length :]])
+            tokens = with_begin
     if not len(lengths):
         raise UserError("data.path: not one sample of 2 tokens in the text; give more text")
     starts = np.concatenate([[0], np.cumsum(lengths)])

@@ -36,7 +36,9 @@ def numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
     """Line numbers, from 1, and lines, each with a single newline as its end. Raises OSError too."""
     try:
         yield from _lines(file)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except Exception as error:
+        if not isinstance(error, EOFError | zlib.error | gzip.BadGzipFile) and type(error).__name__ != "ZstdError":
+            raise
         raise UserError(f"{file}: is damaged, or not compressed at all ({error})") from None
 
 

@@ -119,7 +119,7 @@ def _file(file: Path) -> Iterator[tuple[str, Any]]:
     if suffix not in SUFFIXES:
         raise UserError(f'{file}: unknown kind of file "{file.suffix}"; expected {KINDS}')
     if suffix == ".parquet":
-        yield from _parquet(file)
+        yield from parquet_rows(file)
     elif suffix == ".json":
         yield from _list(file)
     else:
@@ -145,7 +145,8 @@ def _list(file: Path) -> Iterator[tuple[str, Any]]:
         yield f"{file}, row {number}", element
 
 
-def _parquet(file: Path) -> Iterator[tuple[str, Any]]:
+def parquet_rows(file: Path, columns: list[str] | None = None) -> Iterator[tuple[str, Any]]:
+    """The rows of a .parquet file, of some columns or all, each with where it stands; a column that is missing is in none."""
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
@@ -153,7 +154,7 @@ def _parquet(file: Path) -> Iterator[tuple[str, Any]]:
     number = 0
     try:
         with ParquetFile(file) as table:
-            for batch in table.iter_batches(batch_size=1024):
+            for batch in table.iter_batches(batch_size=1024, columns=columns):
                 for record in batch.to_pylist():
                     number += 1
                     yield f"{file}, row {number}", record

@@ -14,7 +14,7 @@ from es_lite.errors import UserError
 BUILTIN = "builtin:python-reference"
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 NO_TEXT = ("readme", "license", "licence", "notice")
-"""Files of a folder whose names begin so are about the text, and not part of it."""
+"""Files of a folder that have these names are about the text, and not part of it."""
 
 BLOCK_CHARACTERS = 2**16
 """Long texts are tokenized in blocks: a tokenizer's output takes hundreds of bytes per token, and it uses one core per text."""
@@ -38,16 +38,19 @@ class Texts:
 
     def __iter__(self) -> Iterator[Document]:
         some = False
-        try:
-            for _, group in groupby(islice(self._pieces(), self._lines or None), key=itemgetter(0)):
-                if (document := _not_blank(piece for _, piece in group)) is not None:
-                    some = True
-                    yield document
-        except OSError as error:
-            raise UserError(f"{error.filename or self._path}: cannot be read ({error.strerror or error})") from None
+        for _, group in groupby(islice(self._readable(), self._lines or None), key=itemgetter(0)):
+            if (document := _not_blank(piece for _, piece in group)) is not None:
+                some = True
+                yield document
         if not some:
             limit = f", up to line {self._lines} (data.lines)" if self._lines else ""
             raise UserError(f"{self._path}: there is no text in it{limit}")
+
+    def _readable(self) -> Iterator[tuple[object, str]]:
+        try:
+            yield from self._pieces()
+        except OSError as error:
+            raise UserError(f"{error.filename or self._path}: cannot be read ({error.strerror or error})") from None
 
     def _pieces(self) -> Iterator[tuple[object, str]]:
         """The pieces of all documents, each with a key of its document."""
@@ -85,12 +88,13 @@ def blocks(document: Document, size: int = 0) -> Iterator[str]:
 
 
 def _short(piece: str, most: int) -> Iterator[str]:
-    while len(piece) > most:
-        cut = piece.rfind(" ", 1, most)
-        cut = cut if cut > 0 else most
-        yield piece[:cut]
-        piece = piece[cut:]
-    yield piece
+    start = 0
+    while len(piece) - start > most:
+        cut = piece.rfind(" ", start + 1, start + most)
+        cut = cut if cut > 0 else start + most
+        yield piece[start:cut]
+        start = cut
+    yield piece[start:] if start else piece
 
 
 def _not_blank(pieces: Iterator[str]) -> Document | None:
@@ -122,17 +126,28 @@ def _files(path: str) -> list[Path]:
         if suffix_of(place) not in SUFFIXES:
             raise UserError(f'{place}: unknown kind of file "{place.suffix}"; expected {kinds}')
         return [place]
-    files = [file for file in sorted(place.rglob("*")) if file.is_file() and suffix_of(file) in SUFFIXES]
-    files = [file for file in files if not file.name.lower().startswith(NO_TEXT)]
+    files = sorted(file for file in _within(place) if suffix_of(file) in SUFFIXES)
     if not files:
         raise UserError(f"{place}: no .txt, .jsonl or .parquet file in this folder, nor in those within it")
     return files
 
 
-def _rows(file: Path) -> Iterator[tuple[object, str]]:
-    from es_lite.data.records import read_records  # which needs more than text files do
+def _within(folder: Path) -> Iterator[Path]:
+    """The files of a folder and of those within it, but of hidden ones, and of run directories."""
+    for place in folder.iterdir():
+        if place.name.startswith("."):
+            continue
+        if place.is_dir():
+            if not (place / "journal.jsonl").exists():
+                yield from _within(place)
+        elif place.name.lower().partition(".")[0] not in NO_TEXT:
+            yield place
 
-    for number, (where, record) in enumerate(read_records(str(file))):
+
+def _rows(file: Path) -> Iterator[tuple[object, str]]:
+    from es_lite.data.records import parquet_rows  # which needs more than text files do
+
+    for number, (where, record) in enumerate(parquet_rows(file, ["text"])):
         yield (file, number), _text_of(record, where)
 
 

@@ -136,10 +136,14 @@ class LogProb:
 def _text_bytes(recipe: Recipe) -> int:
     """What a text takes: its tokens, and buffers of the tokenizer (measured)."""
     size = 0
+    if recipe.data.lines:
+        return 0
     for path in filter(None, (recipe.data.path, recipe.eval.path if recipe.eval.every else "")):
         try:
-            size += sum(file.stat().st_size * (4 if file.suffix in PACKED else 1) for file in Texts(path).files)
+            for file in Texts(path).files:
+                packed = file.suffix.lower() in (*PACKED, ".parquet")
+                size += file.stat().st_size * (4 if packed else 1)
         except (UserError, OSError):  # is said when it is read
             continue
     most_tokens = size if recipe.data.tokenizer == "bpe" and recipe.data.vocab_size < 512 else size // 2
-    return 0 if size < SMALL_TEXT else 6 * most_tokens + min(20 * size, TOKENIZER_BYTES)
+    return 0 if size < SMALL_TEXT else 10 * most_tokens + min(20 * size, TOKENIZER_BYTES)

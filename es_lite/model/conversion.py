@@ -94,7 +94,7 @@ def on_loading(model: PreTrainedModel, shapes: Mapping[str, Shape]) -> list[Conv
 
 
 def on_saving(model: PreTrainedModel, shapes: Mapping[str, Shape]) -> list[Conversion]:
-    """How parameters become the tensors of files, as `save_pretrained` does it. shapes: of those parameters."""
+    """How parameters become the tensors of files, as `save_pretrained` does it, in the parameters' order. shapes: theirs."""
     mapping = model.__dict__.get(USED)
     if mapping is None:  # it was not loaded from files
         mapping = [c for c in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(c, PrefixChange)]
@@ -111,7 +111,8 @@ def on_saving(model: PreTrainedModel, shapes: Mapping[str, Shape]) -> list[Conve
         conversion.patterns.append(pattern or key)
     for name, conversion in found.items():
         conversion.find_results(model, name, shapes)
-    return list(found.values())
+    place = {name: position for position, name in enumerate(shapes)}
+    return sorted(found.values(), key=lambda conversion: min(place[name] for name in conversion.sources))
 
 
 def _kinds(mapping: Iterable[WeightTransform]) -> tuple[list[WeightRenaming], list[WeightConverter]]:

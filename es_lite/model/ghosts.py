@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 GROUPED = [f for f in (getattr(functional, "grouped_mm", None), getattr(torch, "_grouped_mm", None)) if f]
@@ -46,7 +47,7 @@ class GhostProducts(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if function not in ABOUT:
-            self.used.update(id(value) for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+            self.used.update(id(value) for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor))
         weight: Any = args[1] if len(args) > 1 else kwargs.get("weight")
         if function is torch.addmm and _is_ghost(args[2]):  # Conv1D
             return args[0] + _product(args[1], *args[2].shape)

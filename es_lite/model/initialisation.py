@@ -193,7 +193,9 @@ class _Listener(TorchFunctionMode):
         if name in ("mul_", "__imul__", "div_", "__itruediv__") and factor:
             stretches = self._heard.get(_storage(tensor), [])
             factor = factor if "mul" in name else 1 / factor
-            if stretches and stretches[-1].count == tensor.numel():
+            place = int(tensor.storage_offset()), tensor.numel()
+            last = stretches[-1] if stretches else None
+            if last and (last.start, last.count) == place and (factor > 0 or isinstance(last.how, Filled)):
                 stretches[-1] = stretches[-1].times(factor)
                 return
         function = METHODS.get(name, "")

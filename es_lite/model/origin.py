@@ -53,10 +53,19 @@ class Origin:
                 "may change what its records mean; use the version that wrote it"
             )
         try:
+            if document.get("initialisation", 1) not in random_weights.VERSIONS:
+                raise UserError(
+                    f"{where}: its random weights are drawn in version {document['initialisation']}, which this version of "
+                    "es_lite does not know; use the version that wrote it"
+                )
             groups = tuple(Factors(**group) for group in groups)
             return cls(**{"initialisation": 1, **document, "groups": groups})
         except TypeError as error:  # a key is missing
             raise UserError(f"{where}: its origin is incomplete ({error}); restore the file from a copy") from None
+
+    def continuing(self, header: dict[str, Any], where: Path) -> Self:
+        """The same for a run that goes on, whose random weights are drawn in the version that it began with."""
+        return dataclasses.replace(self, initialisation=Origin.of_header(header, where).initialisation)
 
     def skeleton(self) -> tuple[PreTrainedModel, Layout]:
         """The model without weights but with its buffers, and its layout. Raises UserError if there is no such model."""
@@ -91,6 +100,11 @@ class Origin:
                     f"{where}: this is the journal of another model ({words}); provide the model that the run started from"
                 )
         then = Origin.of_header(header, where)
+        if then.initialisation == 1 and layout.unused:
+            raise UserError(
+                f"{where}: was written by a version of es_lite that also moved the parameters that a text does not pass, such as "
+                f"{min(layout.unused)}; use that version to go on with it"
+            )
         meanings = [(o.groups, o.nes, o.shared_noise, o.storage) for o in (then, self)]
         if meanings[0] != meanings[1]:
             raise UserError(

@@ -74,7 +74,10 @@ class Pretrained:
         with _remedy():
             if conversion.converter is None:
                 return self._reader.float32(self._found[conversion.sources[0]], start, count)
-            return self._converted(conversion)[self._names[tensor.name]][start : start + count]
+            part = self._converted(conversion)[self._names[tensor.name]][start : start + count]
+            if start + count == tensor.size and len(conversion.results) == 1:
+                self._kept = None  # it is read from front to back
+            return part
 
     def _converted(self, conversion: Conversion) -> dict[str, np.ndarray]:
         """What several tensors of the files become: float32 [elements] by name."""

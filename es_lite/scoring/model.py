@@ -128,8 +128,9 @@ class PerturbedModel:
         """Each pass's samples, and the log-probabilities of their tokens, sample after sample: float64 [G, scored tokens]."""
         state = self._state
         state.perturbations = perturbations
-        state.work, state.done = -(-len(batch) // pass_samples) * self._parameters * len(perturbations), 0.0
-        for part in self._passes(batch, pass_samples):
+        passes = list(self._passes(batch, pass_samples))
+        state.work, state.done = len(passes) * self._parameters * len(perturbations), 0.0
+        for part in passes:
             self._positions.reset()
             state.rows = SampleRows(state.members, part.lengths, state.micro_batch, state.tile_members, self._heads)
             ids = torch.from_numpy(part.tokens.astype(np.int64)).repeat(state.members, 1).to(state.scratch.device)
@@ -138,10 +139,17 @@ class PerturbedModel:
             yield part, values
 
     def _passes(self, batch: Batch, pass_samples: int) -> Iterator[Batch]:
-        """The samples in passes; those of a pass have the same positions."""
+        """The samples in passes; those of a pass have the same positions.
+
+        Tiles are the same whichever samples are in the batch: cut at multiples of the micro-batch, and where positions change.
+        """
+        micro = self._state.micro_batch
         for alike in self._positions.alike(batch.lengths):
-            for low in range(alike.start, alike.stop, pass_samples):
-                yield batch.part(low, min(low + pass_samples, alike.stop))
+            low = alike.start
+            while low < alike.stop:
+                high = min(alike.stop, low + pass_samples if low % micro == 0 else -(-low // micro) * micro)
+                yield batch.part(low, high)
+                low = high
 
     @torch.inference_mode()
     def generate(

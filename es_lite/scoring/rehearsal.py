@@ -26,8 +26,14 @@ from es_lite.scoring.perturbation import Perturbation
 from es_lite.scoring.scratch import Scratch
 from es_lite.weights.parts import Part
 
-LENGTHS = (7, 4, 4)
-"""Of the samples: the second begins as the first does, the third is another."""
+SHORTER = 4
+"""Tokens of the second sample, which begins as the first does, and of the third, which is another."""
+
+LONGEST = 7
+"""Tokens of the first sample; also tried are as many as there are rows, and heads, in case dimensions are told by their size."""
+
+MANY_HEADS = 64
+"""With more heads, a text of as many tokens would take too long."""
 
 NEW_TOKENS = 3
 """That are written after each of them."""
@@ -41,39 +47,45 @@ def rehearse(model: PreTrainedModel, layout: Layout, noise: NoiseKind, writes: b
 
     model: a `layout.skeleton`, which is not changed. noise: the kind that is to be used. writes: text is to be generated.
     """
-    name, tokens = type(model).__name__, _tokens(model.config.get_text_config().vocab_size)
+    name, text = type(model).__name__, model.config.get_text_config()
     perturbation = Perturbation(sigma=1.0, signs=(1, -1), kind=noise.NAME, rank=noise.RANK)
-    own = OwnForward(model)
-    try:
-        expected = [own.states(row[:length]) for row, length in zip(tokens, LENGTHS, strict=True)]
-    except Exception as error:  # whatever its own code raises
-        raise UserError(f"{name}: does not run on the tokens of a text alone: {_reason(error)}") from None
-    if any(states.shape[:-1] != (length,) for states, length in zip(expected, LENGTHS, strict=True)):
-        raise UserError(f"{name}: does not have one hidden state for each token of a text, which es_lite needs")
-    if not _agree(expected[1], expected[0][: LENGTHS[1]]):
-        raise UserError(
-            f"{name}: is not causal as it is configured: what it makes of a token depends on later ones, so it gives no "
-            "log-probabilities of a text; take a model that predicts the next token"
-        )
-    with _refused(f"{name}: es_lite cannot run it layer by layer", "take a model of another architecture"):
-        found = _proxied(model, layout).head_input([perturbation], Batch(tokens, np.array(LENGTHS, np.int32)))
-    for member in found.unflatten(0, (perturbation.members, len(LENGTHS))):
-        if not all(_agree(states[:length], own) for states, own, length in zip(member, expected, LENGTHS, strict=True)):
+    own, heads = OwnForward(model), int(getattr(text, "num_attention_heads", 0) or 0)
+    for longest in sorted({LONGEST, 3 * perturbation.members, heads if SHORTER < heads <= MANY_HEADS else LONGEST}):
+        lengths = (longest, SHORTER, SHORTER)
+        tokens = _tokens(text.vocab_size, longest)
+        try:
+            expected = [own.states(row[:length]) for row, length in zip(tokens, lengths, strict=True)]
+        except Exception as error:  # whatever its own code raises
+            if longest > LONGEST:  # it has fewer positions
+                continue
+            raise UserError(f"{name}: does not run on the tokens of a text alone: {_reason(error)}") from None
+        if any(states.shape[:-1] != (length,) for states, length in zip(expected, lengths, strict=True)):
+            raise UserError(f"{name}: does not have one hidden state for each token of a text, which es_lite needs")
+        if not _agree(expected[1], expected[0][:SHORTER]):
             raise UserError(
-                f"{name}: layer by layer, it does not compute what it does as a whole, so its scores would be wrong; take a "
-                "model of another architecture"
+                f"{name}: is not causal as it is configured: what it makes of a token depends on later ones, so it gives no "
+                "log-probabilities of a text; take a model that predicts the next token"
             )
+        with _refused(f"{name}: es_lite cannot run it layer by layer", "take a model of another architecture"):
+            found = _proxied(model, layout).head_input([perturbation], Batch(tokens, np.array(lengths, np.int32)))
+        for member in found.unflatten(0, (perturbation.members, len(lengths))):
+            if not all(_agree(states[:length], own) for states, own, length in zip(member, expected, lengths, strict=True)):
+                raise UserError(
+                    f"{name}: layer by layer, it does not compute what it does as a whole, so its scores would be wrong; take a "
+                    "model of another architecture"
+                )
     if not writes:
         return
     remedy = 'take a model of another architecture, or fitness.kind = "logprob"'
     with _refused(f"{name}: es_lite cannot write with it", remedy):
-        prompts = [row[:length] for row, length in zip(tokens, LENGTHS, strict=True)]
+        rows = _tokens(text.vocab_size, LONGEST)
+        prompts = [rows[0], rows[1][:SHORTER], rows[2][:SHORTER]]
         written = _proxied(model, layout).generate([perturbation], prompts, Limits((), NEW_TOKENS), len(prompts))
     for prompt, completions in zip(prompts, written.T, strict=True):
-        text = prompt
+        whole = prompt
         for _ in range(NEW_TOKENS):
-            text = np.append(text, np.int32(own.next_token(text)))
-        if not all(np.array_equal(completion, text[prompt.size :]) for completion in completions):
+            whole = np.append(whole, np.int32(own.next_token(whole)))
+        if not all(np.array_equal(completion, whole[prompt.size :]) for completion in completions):
             raise UserError(f"{name}: token by token, it does not write what it writes after a whole text; {remedy}")
 
 
@@ -89,10 +101,10 @@ def _refused(what: str, remedy: str) -> Iterator[None]:
         raise UserError(f"{what}: {_reason(error)}; {remedy}") from None
 
 
-def _tokens(vocabulary: int) -> np.ndarray:
-    """int32 [samples, the longest]; none is among the first ten, where tokens of special meaning are."""
+def _tokens(vocabulary: int, longest: int) -> np.ndarray:
+    """int32 [3, longest]; none is among the first ten, where tokens of special meaning are."""
     random = np.random.default_rng(0)
-    tokens = random.integers(min(10, vocabulary // 2), vocabulary, (len(LENGTHS), max(LENGTHS))).astype(np.int32)
+    tokens = random.integers(min(10, vocabulary // 2), vocabulary, (3, longest)).astype(np.int32)
     tokens[1] = tokens[0]
     return tokens
 

@@ -90,34 +90,44 @@ class Tile(TileOfMembers):
         """The tile cut into tiles of one member each."""
         return (replace(self, members=range(member, member + 1)) for member in self.members)
 
-    def cut(self, value: Any) -> Any:
+    def cut(self, value: Any, name: str = "") -> Any:
         """The part of a module's argument that belongs to the tile: [rows, ...], member by member.
 
-        Tensors are [G·B or 1, T, ...] states or positions, [T] positions, [G·B or 1, heads or 1, T or 1, T or 1] masks, or
-        [G·B·heads, T or 1, T] biases of positions; others stay as they are.
+        Tensors are [G·B or 1, T, ...] states or positions, [T] or [1, 1, T, ...] positions, [G·B or 1, heads or 1, T or 1, T or
+        1] masks, or [G·B·heads, T or 1, T] biases of positions; others stay as they are. name: of a keyword argument.
         """
         if isinstance(value, torch.Tensor):
-            return self._cut(value)
-        if isinstance(value, tuple):
-            return tuple(map(self.cut, value))
+            return self._cut(value, name)
+        if isinstance(value, tuple | list):
+            return type(value)(self.cut(item, name) for item in value)
         if isinstance(value, dict):
-            return {name: self.cut(item) for name, item in value.items()}
+            return {key: self.cut(item, name or str(key)) for key, item in value.items()}
         return value
 
-    def _cut(self, value: torch.Tensor) -> torch.Tensor:
+    def _cut(self, value: torch.Tensor, name: str) -> torch.Tensor:
         longest, rows = self.longest, self.batch[0] * self.batch[1]
         if value.shape == (longest,):
             return value[: self.length]
         if value.dim() < 2:
             return value.view(self.batch)[self.rows].flatten() if value.shape == (rows,) else value
-        biases = value.dim() == 3 and value.shape[0] == rows * self.heads and value.shape[1] in (1, longest)
+        many = value.dim() == 3 and self.heads > 1 and value.shape[0] == rows * self.heads
+        biases = many and value.shape[1] in (1, longest) and value.shape[2] == longest
         if biases or (value.shape[0] == rows and not (value.dim() == 3 and value.shape[1] == 1)):  # not biases [heads, 1, T]
             value = value.unflatten(0, (*self.batch, -1))[self.rows].flatten(0, 2)
-        if biases or (value.dim() == 4 and value.shape[1] != longest and longest in value.shape[2:]):
-            value = value[..., : self.length] if value.shape[-1] == longest else value
+        if biases or self._is_mask(value):
+            if value.shape[-1] == longest and "position_emb" not in name:  # else they may be as wide as there are tokens
+                value = value[..., : self.length]
             return value[..., : self.length, :] if value.shape[-2] == longest else value
         # Contiguous, as a model has them: some look at them as another shape.
         return value[:, : self.length].contiguous() if value.shape[1] == longest else value
+
+    def _is_mask(self, value: torch.Tensor) -> bool:
+        """Whether positions are its last dimensions; states of four dimensions have them in the second."""
+        if value.dim() != 4 or self.longest not in value.shape[2:]:
+            return False
+        if value.shape[1] == self.longest:  # as many heads as tokens, or states
+            return value.shape[1] == self.heads and value.shape[2:] == (self.longest, self.longest)
+        return True
 
 
 @dataclass(frozen=True)

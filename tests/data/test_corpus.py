@@ -182,3 +182,8 @@ def test_samples_may_begin_with_a_token(byte_tokenizer, ids):
 def test_lines_that_are_too_short_are_counted(endless):
     assert tokenize([["abc\n", "a\n", "\n", "b\n"]], endless, "lines", 4).dropped == 2
     assert tokenize([["abc\n"]], endless, "joined", 4).dropped == 0
+
+
+def test_a_sample_needs_room_for_text_after_its_beginning(byte_tokenizer):
+    with pytest.raises(UserError, match=r"fitness\.max_length = 2: leaves no room after the 2 tokens that begin a sample"):
+        tokenize([["abc"]], byte_tokenizer, "joined", 2, [7, 8])

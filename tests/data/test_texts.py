@@ -167,3 +167,33 @@ def test_a_long_line_is_cut_before_a_space():
     assert "".join(parts) == line
     assert max(map(len, parts)) <= 80 and all(part.startswith(" ") for part in parts[1:])
     assert list(blocks(["x" * 100], 20)) == ["x" * 80, "x" * 20]
+
+
+def test_run_directories_and_hidden_folders_are_not_read(tmp_path):
+    for folder, name in (("run", "journal.jsonl"), (".cache", "b.txt"), ("deep/er", "c.txt"), (".", "readme_of_a_book.txt")):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        write(tmp_path / folder / name, "text\n")
+    write(tmp_path / "run/samples.jsonl", "text\n")
+    assert [file.name for file in Texts(str(tmp_path)).files] == ["c.txt", "readme_of_a_book.txt"]
+
+
+def test_other_columns_of_a_parquet_file_do_not_matter(tmp_path):
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    from datetime import datetime
+
+    parquet.write_table(pyarrow.table({"text": ["one"], "when": [datetime(2026, 1, 1)], "raw": [b"x"]}), tmp_path / "a.parquet")
+    assert read(str(tmp_path), 0) == [["one"]]
+    parquet.write_table(pyarrow.table({"body": ["one"]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r'a\.parquet, row 1: expected an object with a string under "text"'):
+        read(str(tmp_path), 0)
+
+
+def test_a_disk_that_fails_in_the_middle_of_a_text_is_named(tmp_path, monkeypatch):
+    def failing(file):
+        yield 1, "one\n"
+        raise OSError(5, "Input/output error", str(file))
+
+    path = write(tmp_path / "a.txt", "one\ntwo\n")
+    monkeypatch.setattr("es_lite.data.texts.numbered_lines", failing)
+    with pytest.raises(UserError, match=r"a\.txt: cannot be read \(Input/output error\)"):
+        read(path, 0)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from support import train_here, write_recipe, write_reward_recipe
 
-from es_lite.run import TIED_STEPS
+from es_lite.run import TIED_REWARD_STEPS, TIED_STEPS
 
 FROZEN = {"groups": [{"pattern": ".", "sigma": 0.0, "alpha": 0.0}]}
 
@@ -23,12 +23,12 @@ def test_log_probabilities(tmp_path: Path) -> None:
 
 
 def test_rewards(tmp_path: Path) -> None:
-    recipe = write_reward_recipe(tmp_path, run={"iterations": 20}, eval={"every": 0})
+    recipe = write_reward_recipe(tmp_path, run={"iterations": 30}, eval={"every": 0})
     (tmp_path / "nothing.py").write_text("def nothing(completions, **_):\n    return [0.0] * len(completions)\n")
     finished = train_here(recipe, tmp_path / "run", f'reward.functions=["{tmp_path}/nothing.py:nothing"]', "reward.weights=[1.0]")
     assert finished.code == 1
     assert "warning: step 1: all members earn the same (0), so the step moves nothing: take easier prompts" in finished.err
-    assert f"the last of {TIED_STEPS} in a row: all members earn the same" in finished.err
+    assert f"the last of {TIED_REWARD_STEPS} in a row: all members earn the same" in finished.err
 
 
 @pytest.mark.slow

@@ -6,8 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from architectures import ARCHITECTURES, BOTH, PLUS, Tiny, batch_of, close, config_of, of_kind
+from architectures import ARCHITECTURES, BOTH, COMMON, PLUS, Tiny, batch_of, close, config_of, of_kind
 from plain import EVERY_KIND, KINDS
+from transformers import AutoConfig
 
 from es_lite.algorithm.noise.lowrank import LowRank
 from es_lite.model.layout import Factors
@@ -254,3 +255,28 @@ def test_progress_is_told_rising_shares(name, tied, device, noise):
         assert len(shares) > len(tiny.layout.layers)
         assert all(0 < after - before < 1.001 * most for before, after in itertools.pairwise([0.0, *shares]))
         assert shares[-1] == pytest.approx(1 - unused / tiny.layout.size, rel=1e-12)
+
+
+# Dimensions of the same size
+
+
+FALCON = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "alibi": True}
+ONE_HEAD = {**COMMON, "num_attention_heads": 1, "num_key_value_heads": 1}
+BLOOM = {"vocab_size": 300, "hidden_size": 64, "n_layer": 2, "n_head": 8}
+COINCIDENCES = {
+    "as many tokens as heads": ("falcon", FALCON, [8, 5, 3]),
+    "as many tokens as rows": ("falcon", FALCON, [6, 5, 3]),
+    "one head, and as many tokens as it is wide": ("llama", ONE_HEAD, [64, 30]),
+    "as many tokens as a head is wide": ("llama", COMMON, [16, 9, 2]),
+    "bloom, as many tokens as heads": ("bloom", BLOOM, [8, 5, 3]),
+}
+
+
+@pytest.mark.parametrize("case", COINCIDENCES)
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_dimensions_of_the_same_size_are_told_apart(case, micro_batch):
+    kind, keys, lengths = COINCIDENCES[case]
+    tiny, batch = Tiny(AutoConfig.for_model(kind, **keys)), batch_of(lengths)
+    for perturbation in (BOTH, replace(BOTH, kind="lowrank", rank=1)):
+        found = tiny.score(perturbation, batch, micro_batch=micro_batch, tile_members=2)
+        assert close(found, tiny.expected(perturbation, batch))

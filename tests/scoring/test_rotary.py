@@ -1,5 +1,7 @@
 """Rotary positions that depend on the longest text of a forward: each sample sees what it would see alone."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -71,3 +73,15 @@ def test_only_samples_of_other_positions_are_parted():
     assert alike(LONG, 64) == [(0, 3), (3, 6)]
     assert alike(DYNAMIC, 16) == [(0, 1), (1, 2), (2, 3), (3, 6)]
     assert alike({"rope_type": "default", "rope_theta": 50.0}, 64) == [(0, 6)]
+
+
+@pytest.mark.parametrize("rope", [LONG, DYNAMIC], ids=["longrope", "dynamic"])
+def test_the_bits_of_a_sample_do_not_depend_on_how_a_batch_is_divided(rope):
+    """Among workers, or into passes; positions change within the second micro-batch."""
+    tiny, batch = Tiny(config(rope, 64 if rope is LONG else 16)), batch_of([31, 23, 17, 16, 9, 4])
+    model = tiny.model(micro_batch=2)
+    whole = model.log_probabilities([BOTH], batch, len(batch))
+    assert np.array_equal(whole, model.log_probabilities([BOTH], batch, 2))
+    for cuts in ([0, 2, 6], [0, 4, 6], [0, 2, 4, 6]):
+        parts = [model.log_probabilities([BOTH], batch.part(low, high), len(batch)) for low, high in itertools.pairwise(cuts)]
+        assert np.array_equal(whole, np.concatenate(parts, axis=1))

@@ -14,7 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from es_lite.data.held_out import held_out_count
-from es_lite.data.texts import BLOCK_CHARACTERS, Document, blocks
+from es_lite.data.texts import BLOCK_CHARACTERS, Document, text_blocks
 from es_lite.errors import UserError
 
 BATCH_BLOCKS = 16
@@ -157,7 +157,7 @@ def _encode_documents(texts: Iterable[Document], tokenizer: PreTrainedTokenizerB
 
     def parts() -> Iterator[str]:
         for number, document in enumerate(texts):
-            for place, block in enumerate(blocks(document)):
+            for place, block in enumerate(text_blocks(document)):
                 marks.append(number > 0 and place == 0)
                 yield block
 

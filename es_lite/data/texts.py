@@ -69,7 +69,7 @@ class Texts:
                     yield (file, number), _text_of(parse_line(line, f"{file}:{number}"), f"{file}:{number}")
 
 
-def blocks(document: Document, size: int = 0) -> Iterator[str]:
+def text_blocks(document: Document, size: int = 0) -> Iterator[str]:
     """The document's text, cut into blocks of at least `size` characters (0: BLOCK_CHARACTERS): at line ends or, of a line that
     is longer than four blocks, before a space.
     """

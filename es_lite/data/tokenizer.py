@@ -7,7 +7,7 @@ from typing import Literal
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from es_lite.data.texts import Document, blocks
+from es_lite.data.texts import Document, text_blocks
 from es_lite.errors import RunError, UserError
 from es_lite.files import new_folder
 from es_lite.tables import DataTable
@@ -46,7 +46,7 @@ def train_bpe(texts: Iterable[Document], vocab_size: int) -> PreTrainedTokenizer
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((block for document in texts for block in blocks(document, TRAIN_CHARACTERS)), trainer)
+    tokenizer.train_from_iterator((block for document in texts for block in text_blocks(document, TRAIN_CHARACTERS)), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, clean_up_tokenization_spaces=False)
 
 

@@ -55,10 +55,10 @@ class Samples:
             parts.append(f"{self.dropped:,} lines of fewer than 2 tokens left out")
         if self.held_out_corpus is not None:
             parts.append(f"{len(self.held_out_corpus):,} held out")
-        begins = f"begins with {tokenizer.decode(list(self.begin))}" if self.begin else "begins with its first token"
-        ends = {"lines": "ends with", "joined": "has between documents"}[self.recipe.data.samples]
-        end = f"{ends} {tokenizer.eos_token}" if tokenizer.eos_token else "has no end token"
-        return f"{', '.join(parts)}; a sample {begins} and {end}"
+        begins = tokenizer.decode(list(self.begin)) if self.begin else "its first token"
+        end = tokenizer.eos_token
+        where = {"lines": f"ends with {end}", "joined": f"has {end} where a document ends"}[self.recipe.data.samples]
+        return f"{', '.join(parts)}; a sample begins with {begins} and {where if end else 'has no end token'}"
 
     def draw(self, step: int) -> Batch:
         drawn = batch.draw(len(self.train), self.recipe.fitness.samples, self.recipe.run.seed, step)

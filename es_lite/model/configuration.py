@@ -64,7 +64,7 @@ def configuration(path: str, config: str | dict) -> PretrainedConfig:
 
 
 def _from_file(where: str, file: Path) -> PretrainedConfig:
-    """As `from_pretrained` reads it, which also knows numbers that JSON does not."""
+    """As `from_pretrained` reads it, which also knows infinities and what is not a number."""
     document = read_json(file)
     if "model_type" not in document:
         raise UserError(f'{where}: has no model_type, for instance "qwen3"')

@@ -29,8 +29,8 @@ from es_lite.model.layout import on_meta
 SMALL = 2**20
 """Parameters of up to so many elements may be initialised in ways that need all of them in memory."""
 
-LANES = 65536
-"""Values that 16 random bits can select."""
+NUMBERS = 65536
+"""How many 16 random bits can make."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Drawn:
 @functools.cache
 def _table(how: Drawn) -> np.ndarray:
     """What each of the 16-bit numbers stands for, float32."""
-    shares = (np.arange(LANES) + 0.5) / LANES
+    shares = (np.arange(NUMBERS) + 0.5) / NUMBERS
     if how.kind == "uniform":
         return (how.low + (how.high - how.low) * shares).astype(np.float32)
     normal = NormalDist(how.mean, how.deviation)

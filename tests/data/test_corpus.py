@@ -78,7 +78,7 @@ def test_long_documents_are_encoded_in_blocks(byte_tokenizer, ids, monkeypatch):
     whole = tokenize(texts, byte_tokenizer, "joined", 1000)
     monkeypatch.setattr(texts_module, "BLOCK_CHARACTERS", 6)
     monkeypatch.setattr(module, "BATCH_BLOCKS", 2)
-    assert list(texts_module.blocks(texts[0])) == ["one line\n", "and\n\nanother\n"]
+    assert list(texts_module.text_blocks(texts[0])) == ["one line\n", "and\n\nanother\n"]
     assert samples_of(tokenize(texts, byte_tokenizer, "joined", 1000)) == samples_of(whole)
     assert samples_of(whole) == [[*ids("".join(texts[0])), 0, *ids("a second\n"), 0, *ids("third")]]
 

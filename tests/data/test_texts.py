@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from es_lite.data.texts import BUILTIN, Texts, blocks
+from es_lite.data.texts import BUILTIN, Texts, text_blocks
 from es_lite.errors import UserError
 
 
@@ -150,7 +150,7 @@ def test_what_is_about_the_text_is_not_read(tmp_path):
     assert read(str(tmp_path / "README.txt"), 0) != []  # asked for by name
 
 
-@pytest.mark.parametrize("content", [b"plain", gzip.compress(b"text\n" * 999)[:30]])
+@pytest.mark.parametrize("content", [b"plain", gzip.compress(b"text\n" * 999)[:30]], ids=["plain", "torn"])
 def test_a_damaged_packed_file_is_refused(tmp_path, content):
     with pytest.raises(UserError, match=r"a\.txt\.gz: is damaged, or not compressed at all"):
         read(write(tmp_path / "a.txt.gz", content), 0)
@@ -163,10 +163,10 @@ def test_a_text_is_read_anew_each_time(tmp_path):
 
 def test_a_long_line_is_cut_before_a_space():
     line = "word " * 100
-    parts = list(blocks([line], 20))
+    parts = list(text_blocks([line], 20))
     assert "".join(parts) == line
     assert max(map(len, parts)) <= 80 and all(part.startswith(" ") for part in parts[1:])
-    assert list(blocks(["x" * 100], 20)) == ["x" * 80, "x" * 20]
+    assert list(text_blocks(["x" * 100], 20)) == ["x" * 80, "x" * 20]
 
 
 def test_run_directories_and_hidden_folders_are_not_read(tmp_path):

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         model, layout = Origin.of_recipe(recipe).skeleton()
         fitness = fitness_of(recipe.fitness.kind)
         plan = Plan.of(recipe, fitness, model.config, layout)
-        rehearse(model, layout, plan.noise, fitness.generates)
+        rehearse(model, layout, plan.noise, fitness.generates, plan.execution.compute == "bf16")
         expected = estimate(plan.work, plan.execution, plan.noise, Path(recipe.run.dir).expanduser())
         print(f"{plan.summary(expected, recipe.run.iterations)}\n\n{plan.details(expected)}")
         if problem := plan.shortfall():

@@ -48,7 +48,7 @@ def train(recipe: Recipe, resume: bool = False, rebuild: bool = False) -> None:
     origin, fitness = Origin.of_recipe(recipe), fitness_of(recipe.fitness.kind)
     model, layout = origin.skeleton()
     plan = Plan.of(recipe, fitness, model.config, layout)
-    rehearse(model, layout, plan.noise, fitness.generates)
+    rehearse(model, layout, plan.noise, fitness.generates, plan.execution.compute == "bf16")
     if problem := plan.shortfall():
         raise UserError(f"{problem}\n\n{plan.parts()}")
 

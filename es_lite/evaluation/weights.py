@@ -84,7 +84,7 @@ def opened(subject: Subject, recipe: Recipe, fitness: Fitness) -> Iterator[Opene
             if not all(file.exists() for file in store.files):
                 subject.check(subject.origin.source(model, layout, Threads(system.cores())))
             plan = _planned(recipe, fitness, subject)
-            rehearse(model, layout, plan.noise, fitness.generates)
+            rehearse(model, layout, plan.noise, fitness.generates, plan.execution.compute == "bf16")
             _check_disk(store, len(subject.records), plan.execution.processes)
             with LocalEngine(recipe, subject.origin, layout, store, plan.execution, lock, warn) as engine:
                 with progress(f"opening {subject.name}") as show:

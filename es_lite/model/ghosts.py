@@ -26,9 +26,9 @@ ABOUT = {getattr(torch.Tensor, name).__get__ for name in ("dtype", "device", "sh
 """What may be asked of a parameter without using it."""
 
 
-def ghost(shape: Sequence[int]) -> torch.Tensor:
+def ghost(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """A tensor of this shape whose elements are all the same number, at one place in memory."""
-    return torch.tensor(VALUE).expand(*shape)
+    return torch.tensor(VALUE, dtype=dtype).expand(*shape)
 
 
 def ghost_rows(ids: torch.Tensor, width: int) -> torch.Tensor:
@@ -57,7 +57,7 @@ class GhostProducts(TorchFunctionMode):
             if function in GROUPED:
                 return _product(args[0], *weight.shape[1:])
             if function is functional.embedding:
-                return ghost_rows(args[0], weight.shape[1])
+                return ghost_rows(args[0], weight.shape[1]).to(weight.dtype)
         return function(*args, **kwargs)
 
 

@@ -42,10 +42,11 @@ TOLERANCE = 1e-3
 """Relative to the greatest magnitude; a product of other rows has other last bits."""
 
 
-def rehearse(model: PreTrainedModel, layout: Layout, noise: NoiseKind, writes: bool) -> None:
+def rehearse(model: PreTrainedModel, layout: Layout, noise: NoiseKind, writes: bool, bf16: bool = False) -> None:
     """Raises UserError if the model is not causal, or if es_lite would not compute with it what transformers does.
 
-    model: a `layout.skeleton`, which is not changed. noise: the kind that is to be used. writes: text is to be generated.
+    model: a `layout.skeleton`, which is not changed. noise: the kind that is to be used. writes: text is to be generated. bf16:
+    layers are to be computed in it, which some models do not stand; what is compared here is float32.
     """
     name, text = type(model).__name__, model.config.get_text_config()
     perturbation = Perturbation(sigma=1.0, signs=(1, -1), kind=noise.NAME, rank=noise.RANK)
@@ -74,6 +75,11 @@ def rehearse(model: PreTrainedModel, layout: Layout, noise: NoiseKind, writes: b
                     f"{name}: layer by layer, it does not compute what it does as a whole, so its scores would be wrong; take a "
                     "model of another architecture"
                 )
+    if bf16:
+        with _refused(f"{name}: cannot be computed in bf16", 'set workers.compute = "fp32"'):
+            rows = _tokens(text.vocab_size, LONGEST)
+            samples = Batch(rows, np.array((LONGEST, SHORTER, SHORTER), np.int32))
+            _proxied(model, layout, torch.bfloat16).head_input([perturbation], samples)
     if not writes:
         return
     remedy = 'take a model of another architecture, or fitness.kind = "logprob"'
@@ -109,18 +115,18 @@ def _tokens(vocabulary: int, longest: int) -> np.ndarray:
     return tokens
 
 
-def _proxied(model: PreTrainedModel, layout: Layout) -> PerturbedModel:
+def _proxied(model: PreTrainedModel, layout: Layout, compute: torch.dtype = torch.float32) -> PerturbedModel:
     """The model as es_lite runs it."""
     return PerturbedModel(
         copy.deepcopy(model),
         layout,
         _GhostWeights(),
-        torch.float32,
+        compute,
         Lanes(1, 1),
         micro_batch=2,
         tile_members=2,
         prompt_members=2,
-        scratch=_GhostScratch(),
+        scratch=_GhostScratch(compute),
     )
 
 
@@ -154,8 +160,8 @@ class _GhostWeights:
 class _GhostScratch(Scratch):
     """`Scratch` in which the perturbed tensors of all members are the same ghosts."""
 
-    def __init__(self) -> None:
-        super().__init__(torch.float32, Threads(1))
+    def __init__(self, compute: torch.dtype) -> None:
+        super().__init__(compute, Threads(1))
 
     def tensors(self, perturbation: Perturbation, parts: Mapping[str, Part]) -> list[dict[str, torch.Tensor]]:
         return [self.base(parts) for _ in perturbation.signs]
@@ -164,7 +170,7 @@ class _GhostScratch(Scratch):
         return self.tensors(perturbation, parts)
 
     def base(self, parts: Mapping[str, Part]) -> dict[str, torch.Tensor]:
-        return {name: ghost(part.tensor.shape) for name, part in parts.items()}
+        return {name: ghost(part.tensor.shape, self._compute) for name, part in parts.items()}
 
     def block(self, perturbation: Perturbation, part: Part) -> list[torch.Tensor]:
         return [own[""] for own in self.tensors(perturbation, {"": part})]
@@ -175,4 +181,4 @@ class _GhostScratch(Scratch):
     def rows(
         self, perturbation: Perturbation, tensor: Tensor, rows: np.ndarray, weights: np.ndarray, scales: np.ndarray
     ) -> list[torch.Tensor]:
-        return [ghost_rows(torch.from_numpy(rows), tensor.width) for _ in perturbation.signs]
+        return [ghost_rows(torch.from_numpy(rows), tensor.width).to(self._compute) for _ in perturbation.signs]

@@ -101,6 +101,17 @@ def test_what_can_be_scored_but_cannot_write_is_refused_for_writing_only():
     assert 'or fitness.kind = "logprob"' in refused(config_of("mpt"), writes=True)
 
 
+def test_a_model_that_does_not_stand_bf16_is_refused_for_bf16_only():
+    keys = {"vocab_size": 300, "d_model": 64, "ffn_dim": 96, "num_layers": 2, "attention_heads": 4, "max_position_embeddings": 64}
+    model = skeleton(AutoConfig.for_model("xglm", **keys, pad_token_id=1))
+    layout = Layout.of(model)
+    rehearse(model, layout, KINDS["lowrank 1"], writes=False)
+    with pytest.raises(UserError, match=r'XGLMForCausalLM: cannot be computed in bf16: .*; set workers\.compute = "fp32"'):
+        rehearse(model, layout, KINDS["lowrank 1"], writes=False, bf16=True)
+    qwen = skeleton(config_of("qwen3"))
+    rehearse(qwen, Layout.of(qwen), KINDS["gaussian"], writes=False, bf16=True)
+
+
 def test_the_largest_model_takes_seconds_and_no_memory():
     """52 billion parameters."""
     model = skeleton(configuration("", "qwen3-32b"))

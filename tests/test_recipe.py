@@ -27,6 +27,7 @@ DEFAULTS = {
         "lines": 0,
         "samples": "joined",
         "tokenizer": "",
+        "bos": "auto",
         "vocab_size": 8192,
         "system": "",
         "template": "",

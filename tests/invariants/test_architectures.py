@@ -44,7 +44,13 @@ TABLES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(params=[*CONFIGS, *(f"{name}, from a folder" for name in FROM_FOLDERS)])
+SOON = ["random vectors", "experts, from a folder", "buffers, from a folder"]
+"""The others are long."""
+
+ALL = [*CONFIGS, *(f"{name}, from a folder" for name in FROM_FOLDERS)]
+
+
+@pytest.fixture(params=[name if name in SOON else pytest.param(name, marks=pytest.mark.long) for name in ALL])
 def recipe(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     name, _, folder = request.param.partition(", ")
     if not folder:

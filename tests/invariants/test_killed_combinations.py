@@ -11,7 +11,7 @@ import pytest
 from combinations import STEPS, References, in_turn, rewards_in_turn
 from support import assert_same_run, left, outlived, records, samples, start, train_here
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 KILLS = 2
 RESIDENCIES = ("resident", "streamed")

@@ -61,6 +61,7 @@ PROBES = {
     "data.lines": Probe(30, "journal"),
     "data.samples": Probe("lines", "journal"),
     "data.tokenizer": Probe("tokenizer", "journal"),
+    "data.bos": Probe("always", "journal", {"data.tokenizer": "chat-tokenizer", "model.config": TINY | {"vocab_size": 300}}),
     "data.vocab_size": Probe(280, "journal", {"model.config": TINY | {"vocab_size": 300}}),
     "data.system": Probe("Be brief.", "journal", CHATTING),
     "data.template": Probe("{wanted}?", "journal", REWARDED),
@@ -161,6 +162,8 @@ def materials(tmp_path_factory: pytest.TempPathFactory) -> Path:
     observe(folder, folder, {"run.dir": "made", "run.checkpoint_every": 1, "run.iterations": 1, "data.vocab_size": 270})
     (folder / "made/tokenizer").rename(folder / "tokenizer")
     shutil.copytree(folder / "tokenizer", folder / "chat-tokenizer")
+    settings = folder / "chat-tokenizer/tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"bos_token": "<|endoftext|>"}))
     (folder / "chat-tokenizer/chat_template.jinja").write_text(
         "{% for message in messages %}<{{ message['role'][0] }}>{{ message['content'] }}{% endfor %}"
     )

@@ -17,6 +17,7 @@ CHANGES = {
     "run.minutes": 5.0,
     "run.checkpoint_every": 3,
     "run.checkpoint_dtype": "fp32",
+    "data.bos": "never",
     "workers.count": 3,
     "workers.threads": 2,
     "workers.deadline": 60.0,

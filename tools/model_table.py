@@ -51,7 +51,7 @@ TOLERANCE = 2e-5
 LARGEST = 30_000_000
 """Parameters; what has more with these configurations is not small."""
 
-SECONDS = 120
+SECONDS = 600
 
 LENGTHS = [20, 17, 9, 4, 2]
 NOISE = {"gaussian": 0, "lowrank": 2}

@@ -106,10 +106,10 @@ class Tile(TileOfMembers):
 
     def _cut(self, value: torch.Tensor, name: str) -> torch.Tensor:
         longest, rows = self.longest, self.batch[0] * self.batch[1]
-        if value.shape == (longest,):
-            return value[: self.length]
         if value.dim() < 2:
-            return value.view(self.batch)[self.rows].flatten() if value.shape == (rows,) else value
+            if value.shape == (rows,) and "position" not in name:
+                return value.view(self.batch)[self.rows].flatten()
+            return value[: self.length] if value.shape == (longest,) else value
         many = value.dim() == 3 and self.heads > 1 and value.shape[0] == rows * self.heads
         biases = many and value.shape[1] in (1, longest) and value.shape[2] == longest
         if biases or (value.shape[0] == rows and not (value.dim() == 3 and value.shape[1] == 1)):  # not biases [heads, 1, T]

@@ -67,7 +67,7 @@ class Pretrained:
             self._conversions[tensor.name] = conversion
             others[tensor.name] = [name]
         self._names = {name: own[0] for name, own in others.items() if own}
-        self._buffers = read_buffers(folder, model)
+        self._buffers = _fill_buffers(model, self._found, conversions)
 
     def read(self, tensor: Tensor, start: int, count: int) -> np.ndarray:
         conversion = self._conversions[tensor.name]
@@ -118,11 +118,15 @@ class Pretrained:
 
 def read_buffers(folder: Path, model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Gives the model's persistent buffers the values of the folder's files; returns all of them, by name."""
-    buffers = persistent_buffers(model)
-    if not buffers:
+    if not persistent_buffers(model):  # then no file is opened
         return {}
     found = _entries(folder, model)
-    conversions = _conversions(folder, model, found)
+    return _fill_buffers(model, found, _conversions(folder, model, found))
+
+
+def _fill_buffers(model: PreTrainedModel, found: dict[str, Entry], conversions: dict[str, Conversion]) -> dict[str, torch.Tensor]:
+    """See `read_buffers`. found, conversions: of the folder's files."""
+    buffers = persistent_buffers(model)
     for name in buffers.keys() & conversions.keys():
         conversion = conversions[name]
         tensors = []

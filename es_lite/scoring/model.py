@@ -107,12 +107,16 @@ class PerturbedModel:
     @torch.inference_mode()
     def head_input(self, perturbations: Sequence[Perturbation], batch: Batch) -> torch.Tensor:
         """What the head would get, [G·B, T, H]."""
+        self._state.perturbations = perturbations
+        with self._state.weights.passing():
+            return self._states(batch)
+
+    def _states(self, batch: Batch) -> torch.Tensor:
+        """The same for the perturbations that are set, within a pass."""
         state = self._state
-        state.perturbations = perturbations
         state.rows = SampleRows(state.members, batch.lengths, state.micro_batch, state.tile_members, self._heads)
         ids = torch.from_numpy(batch.tokens.astype(np.int64)).repeat(state.members, 1).to(state.scratch.device)
-        with state.weights.passing():
-            return self._forward(input_ids=ids, use_cache=False)
+        return self._forward(input_ids=ids, use_cache=False)
 
     def _forward(self, **arguments: Any) -> torch.Tensor:
         """The head's input, [rows, T, H]."""
@@ -132,10 +136,8 @@ class PerturbedModel:
         state.work, state.done = len(passes) * self._parameters * len(perturbations), 0.0
         for part in passes:
             self._positions.reset()
-            state.rows = SampleRows(state.members, part.lengths, state.micro_batch, state.tile_members, self._heads)
-            ids = torch.from_numpy(part.tokens.astype(np.int64)).repeat(state.members, 1).to(state.scratch.device)
             with state.weights.passing():
-                values = self._head.log_probabilities(self._forward(input_ids=ids, use_cache=False), part.tokens)
+                values = self._head.log_probabilities(self._states(part), part.tokens)
             yield part, values
 
     def _passes(self, batch: Batch, pass_samples: int) -> Iterator[Batch]:

@@ -18,7 +18,8 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("topk_group", "n_shared_experts"), 1),
     **dict.fromkeys(("state_size", "mamba_d_state", "mamba_dt_rank", "rotary_dim", "attention_window"), 8),
     **{"vocab_size": 300, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 5, "mamba_n_heads": 4, "mamba_d_head": 32},
-    **{"pad_token_id": None, "bos_token_id": 0, "eos_token_id": 0},
+    **{"vocab_size_per_layer_input": 300, "hidden_size_per_layer_input": 8, "encoder_hash_byte_group_vocab": 100},
+    **{"hidden_size_global": 64, "pad_token_id": None, "bos_token_id": 0, "eos_token_id": 0},
 }
 """By the names that configurations have for them; those that a type has are set."""
 
@@ -26,22 +27,35 @@ LATENT = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "q_lor
 """Sizes of latent attention."""
 
 TWO = ["sliding_attention", "full_attention"]
-PER_LAYER = {"vocab_size_per_layer_input": 300, "hidden_size_per_layer_input": 8, "layer_types": TWO, "num_kv_shared_layers": 0}
+NOT_SHARED = {"layer_types": TWO, "num_kv_shared_layers": 0}
+SHARED_KEYS = {
+    "num_hidden_layers": 4,
+    "layer_types": 2 * TWO,
+    "num_kv_shared_layers": 2,
+    "activation_sparsity_pattern": [0.0] * 4,
+}
+SPARSE = {"num_key_value_heads": 4, "head_dim": 8, "index_head_dim": 16, "index_n_heads": 16, "index_topk": 4}
+"""Sizes of latent attention that an index chooses the tokens of."""
+
 
 OF_TYPE: dict[str, dict[str, Any]] = {
-    "axk2": {"head_dim": 8, "index_head_dim": 16, "index_n_heads": 2},
+    "axk2": SPARSE,
     "cohere_compass_text": {
         "layer_types": TWO,
         "rope_parameters": {kind: {"rope_type": "default", "rope_theta": 50.0} for kind in TWO},
     },
     "cpmant": {"dim_ff": 96, "dim_head": 16},
-    "deepseek_v32": {"head_dim": 8, "index_head_dim": 16, "index_n_heads": 2},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 50.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "deepseek_v32": SPARSE,
     "dots3_note": {"num_key_value_heads": 4},
     "dots3_note_text": {"num_key_value_heads": 4},
     "falcon_h1": {"mamba_d_ssm": 128},
-    "gemma3n_text": PER_LAYER | {"intermediate_size": [96, 96], "activation_sparsity_pattern": [0.0, 0.0]},
-    "gemma4_text": PER_LAYER | {"global_head_dim": 16},
-    "glm_moe_dsa": {"head_dim": 8, "index_head_dim": 16, "index_n_heads": 2},
+    "gemma3n_text": NOT_SHARED | {"intermediate_size": [96, 96], "activation_sparsity_pattern": [0.0, 0.0]},
+    "gemma4_text": NOT_SHARED | {"global_head_dim": 16},
+    "glm_moe_dsa": SPARSE,
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "inkling2_loop_text": {"unpadded_vocab_size": 300},
     "inkling2_text": {"unpadded_vocab_size": 300},
@@ -52,7 +66,7 @@ OF_TYPE: dict[str, dict[str, Any]] = {
     "roc_bert": {"shape_vocab_size": 300, "pronunciation_vocab_size": 300, "shape_embed_dim": 16, "pronunciation_embed_dim": 16},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 4, "layer_types": ["mamba", "hybrid", "mamba", "hybrid"]},
-    "zamba2": {"num_hidden_layers": 4, "layer_types": ["mamba", "hybrid", "mamba", "hybrid"], "num_mem_blocks": 1},
+    "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"]},
     "zaya": {"num_experts_per_tok": 1},
 }
 """What a type needs beside SMALL."""
@@ -92,7 +106,7 @@ def _variants() -> dict[str, tuple[str, dict[str, Any]]]:
         found[f"{kind}, tied"] = kind, {"tie_word_embeddings": True}
         found[f"{kind}, untied"] = kind, {"tie_word_embeddings": False}
     for rope, keys in ROPES.items():
-        for kind in ("llama", "qwen3", "phi3"):
+        for kind in ("llama", "qwen3", "phi3") if rope == "longrope" else ("llama", "qwen3"):
             found[f"{kind}, {rope}"] = kind, {"rope_parameters": {"rope_type": rope, "rope_theta": 50.0, **keys}}
     for kind in BERT_LIKE:
         found[f"{kind}, a decoder"] = kind, {"is_decoder": True}
@@ -122,6 +136,8 @@ def _variants() -> dict[str, tuple[str, dict[str, Any]]]:
         "cohere, scaled logits": ("cohere", {"logit_scale": 0.25}),
         "gemma2, caps": ("gemma2", {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0}),
         "gemma3_text, both directions": ("gemma3_text", {"use_bidirectional_attention": True}),
+        "gemma3n_text, shared keys": ("gemma3n_text", SHARED_KEYS | {"intermediate_size": [96] * 4}),
+        "gemma4_text, shared keys": ("gemma4_text", SHARED_KEYS),
         "granite, multipliers": ("granite", {"logits_scaling": 3.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.5}),
         "mpt, no alibi": ("mpt", {"attn_config": {"alibi": False}}),
         "opt, norms behind": ("opt", {"do_layer_norm_before": False}),

@@ -19,6 +19,7 @@ from es_lite.data.tokenizer import beginning, load_tokenizer
 from es_lite.errors import UserError
 from es_lite.fitness.base import Graded, ItemMemory, Items
 from es_lite.recipe import Recipe
+from es_lite.scoring.arguments import state_width
 from es_lite.scoring.heads import VOCABULARY_BLOCK
 from es_lite.scoring.model import PerturbedModel
 from es_lite.scoring.perturbation import Perturbation
@@ -125,7 +126,7 @@ class LogProb:
         block = micro * length * (3 * intermediate * itemsize + 8 * width * 4)
         logits = micro * length * 2 * VOCABULARY_BLOCK * itemsize
         # Hidden states: a layer's input and output, and the head's selection of them.
-        hidden = 3 * length * width * itemsize
+        hidden = 3 * length * state_width(config) * itemsize
         return ItemMemory(tokens=length, hidden=hidden, activations=block + logits, text=_text_bytes(recipe))
 
     def score(self, model: PerturbedModel, perturbations: Sequence[Perturbation], items: Items, pass_items: int) -> np.ndarray:

@@ -27,6 +27,7 @@ from es_lite.fitness.grading import Completions, Graders
 from es_lite.fitness.tasks.known import rows_of, task_of
 from es_lite.quantities import count
 from es_lite.recipe import Recipe
+from es_lite.scoring.arguments import state_width
 from es_lite.scoring.attention import room
 from es_lite.scoring.generate import Limits
 from es_lite.scoring.heads import VOCABULARY_BLOCK
@@ -204,7 +205,7 @@ class Reward:
         block = 3 * intermediate * itemsize + 8 * width * 4
         return ItemMemory(
             tokens=length,
-            hidden=3 * (length + PADDING) * width * itemsize,
+            hidden=3 * (length + PADDING) * state_width(config) * itemsize,
             activations=micro * (length + PADDING) * block,
             new_tokens=new,
             cache=(room(slots) + slots) * heads * head * itemsize * text.num_hidden_layers,

@@ -17,7 +17,7 @@ from es_lite.planning.needs import Needs
 from es_lite.planning.rates import Estimate, Work
 from es_lite.quantities import GIB, count, duration
 from es_lite.recipe import Recipe
-from es_lite.scoring.rotary import longest_unchanged
+from es_lite.scoring.lengths import longest_unchanged
 from es_lite.tables import NoiseTable
 
 
@@ -69,8 +69,8 @@ class Plan:
             raise UserError(f"fitness.max_length = {length}: {most}; set at most that")
         if new and 0 < (unchanged := longest_unchanged(config)) < length + new:
             raise UserError(
-                f"fitness.max_length = {length} and generation.max_new_tokens = {new}: beyond {unchanged} tokens, this model's "
-                "positions change for the whole text, also for what it has read; lower one of them"
+                f"fitness.max_length = {length} and generation.max_new_tokens = {new}: beyond {unchanged} tokens, this model "
+                "reads what it has read already in another way; lower one of them"
             )
         held = system.pss_bytes([os.getpid()])
         limit = system.memory_limit(recipe.memory.limit_bytes, held=held)

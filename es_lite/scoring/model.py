@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from es_lite.data.batch import Batch
 from es_lite.errors import UserError
 from es_lite.model.layout import Layout, Tensor, blocks
+from es_lite.scoring.arguments import state_copies
 from es_lite.scoring.attention import one_query_attention
 from es_lite.scoring.device import DeviceScratch
 from es_lite.scoring.embedding import EmbeddingProxy
@@ -24,9 +25,9 @@ from es_lite.scoring.generate import Limits, generate
 from es_lite.scoring.heads import Head, HeadInput, LogitTransform
 from es_lite.scoring.kept import KeptScratch
 from es_lite.scoring.lanes import Lanes
+from es_lite.scoring.lengths import LengthDependence
 from es_lite.scoring.perturbation import Perturbation
 from es_lite.scoring.proxies import Proxy, ScoringState
-from es_lite.scoring.rotary import LengthDependence
 from es_lite.scoring.scratch import Scratch
 from es_lite.scoring.sequences import AllRows, SequenceRows, SequenceTile, check_cache
 from es_lite.scoring.tiles import SampleRows
@@ -63,6 +64,7 @@ class PerturbedModel:
         if scratch is None:
             scratch = DeviceScratch(device, compute) if device else Scratch(compute, lanes.all_threads)
         self._state = ScoringState(weights, scratch, lanes, micro_batch, tile_members, progress=progress, compute=compute)
+        self._state.copies = state_copies(model.config)
         self._parameters = layout.size
         self._model = model
         self._prompt_members = prompt_members

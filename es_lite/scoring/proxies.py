@@ -18,6 +18,7 @@ from torch import nn
 from torch.func import functional_call
 
 from es_lite.model.layout import Layer, Tensor
+from es_lite.scoring.arguments import Arguments
 from es_lite.scoring.device import DeviceScratch
 from es_lite.scoring.kept import KeptScratch
 from es_lite.scoring.lanes import Lanes
@@ -50,6 +51,8 @@ class ScoringState:
     done: float = 0.0
     compute: torch.dtype = torch.float32
     """The type that is computed in."""
+    copies: int = 1
+    """States of each token between the model's blocks."""
 
     def passed(self, parameters: int) -> None:
         """Adds `parameters`, used for one perturbation, to the work that is done."""
@@ -112,11 +115,10 @@ class Proxy(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         state = self.wrapped.state
-        if any(isinstance(value, torch.Tensor) and value.shape[:1] == (state.rows.count,) for value in args):
-            return self._each_row(args, kwargs)
-        return self._each_member(args, kwargs)
+        arguments = Arguments.of(args, kwargs, state.rows.count, state.copies)
+        return self._each_row(arguments) if arguments.of_each_row(state.rows.count) else self._each_member(args, kwargs)
 
-    def _each_row(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _each_row(self, arguments: Arguments) -> Any:
         """The module's output for every row."""
         state = self.wrapped.state
         output = state.rows.output()
@@ -125,21 +127,20 @@ class Proxy(nn.Module):
             linear = {name: parts[name] for name in self.wrapped.shared[0].linear}
             for group in state.groups():
                 if not group.perturbations[0].factored:
-                    self._full(group, parts, output, args, kwargs)
+                    self._full(group, parts, output, arguments)
                 elif self.wrapped.shared[0].mixes:
-                    self._one_by_one(group, parts, linear, output, args, kwargs)
+                    self._one_by_one(group, parts, linear, output, arguments)
                 else:
-                    self._together(group, parts, linear, output, args, kwargs)
+                    self._together(group, parts, linear, output, arguments)
                 state.passed(len(group.perturbations) * sum(part.data.size for part in parts.values()))
-        return output.result()
+        return arguments.result(output)
 
     def _full(
         self,
         group: PerturbationGroup,
         parts: Mapping[str, Part],
         output: Output,
-        args: tuple,
-        kwargs: dict[str, Any],
+        arguments: Arguments,
     ) -> None:
         """Runs the module on perturbed tensors of the group's only perturbation."""
         state, (perturbation,) = self.wrapped.state, group.perturbations
@@ -147,7 +148,7 @@ class Proxy(nn.Module):
 
         def run(lane: int, tile: Tile | SequenceTile) -> None:
             values = members[tile.members.start]
-            output.put(tile, functional_call(self.wrapped.modules[lane], values, tile.cut(args), tile.cut(kwargs)))
+            arguments.put(output, tile, functional_call(self.wrapped.modules[lane], values, *arguments.of_tile(tile)))
 
         state.lanes.run([partial(run, tile=tile) for tile in state.rows.tiles(group, apart=True)])
 
@@ -157,14 +158,13 @@ class Proxy(nn.Module):
         parts: Mapping[str, Part],
         linear: Mapping[str, Part],
         output: Output,
-        args: tuple,
-        kwargs: dict[str, Any],
+        arguments: Arguments,
     ) -> None:
         """Runs the module on the unperturbed matrices; a tile may have several members."""
         scratch = self.wrapped.state.scratch
         vectors = {name: part for name, part in parts.items() if name not in linear}
         made = [member for perturbation in group.perturbations for member in scratch.kept(perturbation, vectors)]
-        self._shared(group, linear, made, output, args, kwargs, apart=False)
+        self._shared(group, linear, made, output, arguments, apart=False)
 
     def _one_by_one(
         self,
@@ -172,8 +172,7 @@ class Proxy(nn.Module):
         parts: Mapping[str, Part],
         linear: Mapping[str, Part],
         output: Output,
-        args: tuple,
-        kwargs: dict[str, Any],
+        arguments: Arguments,
     ) -> None:
         """The same for a module that owns other tensors, which are perturbed in scratch: a tile has one member."""
         scratch = self.wrapped.state.scratch
@@ -181,7 +180,7 @@ class Proxy(nn.Module):
         first = group.first
         for perturbation in group.perturbations:
             alone = PerturbationGroup(first, [perturbation])
-            self._shared(alone, linear, scratch.tensors(perturbation, others), output, args, kwargs, apart=True)
+            self._shared(alone, linear, scratch.tensors(perturbation, others), output, arguments, apart=True)
             first += perturbation.members
 
     def _shared(
@@ -190,8 +189,7 @@ class Proxy(nn.Module):
         linear: Mapping[str, Part],
         made: Sequence[Mapping[str, torch.Tensor]],
         output: Output,
-        args: tuple,
-        kwargs: dict[str, Any],
+        arguments: Arguments,
         apart: bool,
     ) -> None:
         """Runs the group's tiles, and the members of a tile in turn if the module mixes its rows.
@@ -214,7 +212,7 @@ class Proxy(nn.Module):
 
             own = {name: each[tile.perturbations] for name, each in factors.items()}
             shared.operands.set(tile, base, own, made[members.start : members.stop], make)
-            output.put(tile, shared(tile.cut(args), tile.cut(kwargs)))
+            arguments.put(output, tile, shared(*arguments.of_tile(tile)))
 
         def run(lane: int, tile: Tile | SequenceTile) -> None:
             shared = self.wrapped.shared[lane]

@@ -8,6 +8,7 @@ Shapes: R rows (sequences) of a forward, T tokens of each (a prompt's, or 1), S 
 """
 
 import threading
+from collections import UserDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -157,6 +158,9 @@ class SequenceTile(TileOfMembers):
     def count(self) -> int:
         return self.rows.stop - self.rows.start
 
+    def numbers(self) -> tuple[int, ...]:
+        return self.rows.start, self.rows.stop
+
     def place(self, states: torch.Tensor) -> torch.Tensor:
         """The tile's part of the states of all rows, [rows, length, ...] of [R, T, ...], a view."""
         return states[self.rows, -self.length :]
@@ -201,6 +205,8 @@ class SequenceTile(TileOfMembers):
             return tuple(map(self.cut, value))
         if isinstance(value, dict):
             return {name: self.cut(item) for name, item in value.items()}
+        if isinstance(value, UserDict):
+            return self.own(value)
         return value
 
 

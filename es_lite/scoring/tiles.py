@@ -7,6 +7,7 @@ Shapes: G members of all perturbations, B samples, T the longest sample.
 
 import math
 import threading
+from collections import UserDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -50,6 +51,14 @@ class TileOfMembers:
         signs = self.group.perturbations[0].signs
         return signs if len(self.members) > 1 else (signs[self.members.start % len(signs)],)
 
+    def own(self, left: UserDict) -> UserDict:
+        """The tile's part of what blocks leave for later ones (keys and values, in Gemma 3n and 4)."""
+        return left.data.setdefault(("tile", *self.numbers()), type(left)())
+
+    def numbers(self) -> tuple[int, ...]:
+        """Those of the tile's rows, which tell it from all others of a forward."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class Tile(TileOfMembers):
@@ -86,6 +95,9 @@ class Tile(TileOfMembers):
         """The tile's part of the states of all rows, [members, samples, length, ...] of [G, B, T, ...], a view."""
         return states[self.rows][:, :, : self.length]
 
+    def numbers(self) -> tuple[int, ...]:
+        return tuple(number for rows in self.rows for number in (rows.start, rows.stop))
+
     def apart(self) -> Iterator["Tile"]:
         """The tile cut into tiles of one member each."""
         return (replace(self, members=range(member, member + 1)) for member in self.members)
@@ -102,6 +114,8 @@ class Tile(TileOfMembers):
             return type(value)(self.cut(item, name) for item in value)
         if isinstance(value, dict):
             return {key: self.cut(item, name or str(key)) for key, item in value.items()}
+        if isinstance(value, UserDict):
+            return self.own(value)
         return value
 
     def _cut(self, value: torch.Tensor, name: str) -> torch.Tensor:

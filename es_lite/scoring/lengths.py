@@ -1,6 +1,7 @@
-"""Rotary positions whose frequencies depend on the longest text of a forward: those that are cut off alone must be scored alone.
+"""What in a model depends on the longest text of a forward, so that not all samples can be scored in one.
 
 LongRoPE has other frequencies for texts longer than the model was first trained with, "dynamic" ones for each length beyond it.
+An index that chooses the tokens to attend to (DeepSeek V3.2) chooses among equal ones by how many there are, padding included.
 """
 
 import copy
@@ -17,21 +18,19 @@ KINDS = ("longrope", "dynamic")
 
 
 class LengthDependence:
-    """Which samples may be scored in one forward, so that each sees the positions that it would see alone."""
+    """Which samples may be scored in one forward, so that each sees what it would see alone."""
 
     def __init__(self, model: nn.Module, config: PretrainedConfig) -> None:
         self._modules = [module for module in model.modules() if _kinds(getattr(module, "rope_type", None))]
         self._before = [_state(module) for module in self._modules]
         self._kinds = {kind for module in self._modules for kind in _kinds(module.rope_type)}
         self._limit = longest_unchanged(config)
+        self._each_apart = "dynamic" in self._kinds or chosen_tokens(config) > 0
 
     def alike(self, lengths: np.ndarray) -> Iterator[slice]:
-        """Slices of samples, int32 [B], longest first, that have the same frequencies."""
-        if not self._modules:
-            yield slice(0, lengths.size)
-            return
-        beyond = np.where(lengths > self._limit, lengths, 0)
-        classes = beyond if "dynamic" in self._kinds else beyond > 0
+        """Slices of samples, int32 [B], longest first, for which nothing differs."""
+        beyond = np.where(lengths > self._limit, lengths, 0) if self._limit else np.zeros_like(lengths)
+        classes = beyond if self._each_apart else beyond > 0
         starts = [0, *(np.flatnonzero(np.diff(classes)) + 1).tolist(), lengths.size]
         for low, high in itertools.pairwise(starts):
             yield slice(low, high)
@@ -48,15 +47,20 @@ class LengthDependence:
 
 
 def longest_unchanged(config: PretrainedConfig) -> int:
-    """The longest text whose positions are those of all shorter ones; 0 if the model has no such limit."""
+    """The longest text of which a part is read as it would be alone; 0 if the model has no such limit."""
     text = config.get_text_config()
     parameters = getattr(text, "rope_parameters", None) or {}
     nested = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
-    limits = []
+    limits = [chosen] if (chosen := chosen_tokens(config)) else []
     for own in nested:
         if _kinds(own.get("rope_type")):
             limits.append(own.get("original_max_position_embeddings") or text.max_position_embeddings)
     return min(limits, default=0)
+
+
+def chosen_tokens(config: PretrainedConfig) -> int:
+    """How many tokens an index chooses at most; 0 if the model has none. Up to so many, all are."""
+    return int(getattr(config.get_text_config(), "index_topk", 0) or 0)
 
 
 def _kinds(rope_type: Any) -> list[str]:

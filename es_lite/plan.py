@@ -17,7 +17,6 @@ from es_lite.model.origin import Origin
 from es_lite.planning.plan import Plan
 from es_lite.planning.rates import estimate
 from es_lite.recipe import Recipe
-from es_lite.scoring.rehearsal import rehearse
 from es_lite.terminal import accept_any_text
 
 
@@ -32,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         model, layout = Origin.of_recipe(recipe).skeleton()
         fitness = fitness_of(recipe.fitness.kind)
         plan = Plan.of(recipe, fitness, model.config, layout)
-        rehearse(model, layout, plan.noise, fitness.generates, plan.execution.compute == "bf16")
+        plan.rehearse(model, fitness)
         expected = estimate(plan.work, plan.execution, plan.noise, Path(recipe.run.dir).expanduser())
         print(f"{plan.summary(expected, recipe.run.iterations)}\n\n{plan.details(expected)}")
         if problem := plan.shortfall():

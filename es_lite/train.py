@@ -30,7 +30,6 @@ from es_lite.runs.journal import Journal
 from es_lite.runs.metrics import Metrics
 from es_lite.runs.milestones import Milestones
 from es_lite.runs.pace import Pace
-from es_lite.scoring.rehearsal import rehearse
 from es_lite.terminal import accept_any_text
 from es_lite.weights.store import Store
 
@@ -48,7 +47,7 @@ def train(recipe: Recipe, resume: bool = False, rebuild: bool = False) -> None:
     origin, fitness = Origin.of_recipe(recipe), fitness_of(recipe.fitness.kind)
     model, layout = origin.skeleton()
     plan = Plan.of(recipe, fitness, model.config, layout)
-    rehearse(model, layout, plan.noise, fitness.generates, plan.execution.compute == "bf16")
+    plan.rehearse(model, fitness)
     if problem := plan.shortfall():
         raise UserError(f"{problem}\n\n{plan.parts()}")
 

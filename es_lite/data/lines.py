@@ -1,16 +1,18 @@
 """Lines of UTF-8 text files, and the JSON in them. What cannot be read raises `UserError`."""
 
 import gzip
+import io
 import json
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
 from es_lite.errors import UserError
 
 PACKED = (".gz", ".zst")
+READ_BYTES = 2**14
 
 
 def suffix_of(file: Path) -> str:
@@ -28,8 +30,40 @@ def _open(file: Path) -> IO[bytes]:
             import zstandard
         except ImportError:
             raise UserError(f"{file}: reading .zst needs a package: pip install zstandard; or decompress it") from None
-        return cast(IO[bytes], zstandard.open(file, "rb"))
+        return io.BufferedReader(_Frames(file, zstandard.ZstdDecompressor))
     return file.open("rb")
+
+
+class _Frames(io.RawIOBase):
+    """What the frames of a .zst decompress to; zstandard's own reader takes a file that is cut off for its end."""
+
+    def __init__(self, file: Path, decompressor: Callable[[], Any]) -> None:
+        self._file, self._decompressor = file.open("rb"), decompressor
+        self._frame: Any = None
+        self._made, self._rest = b"", b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._made:
+            packed = self._rest or self._file.read(READ_BYTES)
+            if not packed:
+                if self._frame and not self._frame.eof:
+                    raise EOFError("it ends too early")
+                return 0
+            if self._frame is None or self._frame.eof:
+                self._frame = self._decompressor().decompressobj()
+            self._made = self._frame.decompress(packed)
+            self._rest = self._frame.unused_data if self._frame.eof else b""
+        count = min(len(buffer), len(self._made))
+        buffer[:count] = self._made[:count]
+        self._made = self._made[count:]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def numbered_lines(file: Path) -> Iterator[tuple[int, str]]:

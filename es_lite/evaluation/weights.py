@@ -31,7 +31,6 @@ from es_lite.planning.plan import Plan
 from es_lite.quantities import GIB
 from es_lite.recipe import Recipe
 from es_lite.scoring.perturbation import Perturbation
-from es_lite.scoring.rehearsal import rehearse
 from es_lite.weights.store import Store
 
 PREFIX = "es_lite-evaluate-"
@@ -84,7 +83,7 @@ def opened(subject: Subject, recipe: Recipe, fitness: Fitness) -> Iterator[Opene
             if not all(file.exists() for file in store.files):
                 subject.check(subject.origin.source(model, layout, Threads(system.cores())))
             plan = _planned(recipe, fitness, subject)
-            rehearse(model, layout, plan.noise, fitness.generates, plan.execution.compute == "bf16")
+            plan.rehearse(model, fitness)
             _check_disk(store, len(subject.records), plan.execution.processes)
             with LocalEngine(recipe, subject.origin, layout, store, plan.execution, lock, warn) as engine:
                 with progress(f"opening {subject.name}") as show:

@@ -57,6 +57,8 @@ class GhostProducts(TorchFunctionMode):
             if function in GROUPED:
                 return _product(args[0], *weight.shape[1:])
             if function is functional.embedding:
+                if args[0].max() >= weight.shape[0]:
+                    raise IndexError(f"it has {weight.shape[0]} rows, and the text needs row {args[0].max()}")
                 return ghost_rows(args[0], weight.shape[1]).to(weight.dtype)
         return function(*args, **kwargs)
 

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from es_lite import system
 from es_lite.algorithm.noise.kinds import NoiseKind, kind_of
@@ -18,6 +18,7 @@ from es_lite.planning.rates import Estimate, Work
 from es_lite.quantities import GIB, count, duration
 from es_lite.recipe import Recipe
 from es_lite.scoring.lengths import longest_unchanged
+from es_lite.scoring.rehearsal import rehearse
 from es_lite.tables import NoiseTable
 
 
@@ -153,6 +154,11 @@ class Plan:
             ),
             fitting_new_tokens=fitting,
         )
+
+    def rehearse(self, model: PreTrainedModel, fitness: Fitness) -> None:
+        """Raises UserError if es_lite would not compute with `model`, a `layout.skeleton`, what transformers does."""
+        longest = self.recipe.fitness.max_length + (self.recipe.generation.max_new_tokens if fitness.generates else 0)
+        rehearse(model, self.layout, self.noise, fitness.generates, self.execution.compute == "bf16", longest)
 
     def shortfall(self) -> str | None:
         """What is needed, what there is and what to change, if the plan does not fit."""

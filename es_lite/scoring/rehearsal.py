@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from es_lite.algorithm.jit import Threads
@@ -42,11 +43,18 @@ TOLERANCE = 1e-3
 """Relative to the greatest magnitude; a product of other rows has other last bits."""
 
 
-def rehearse(model: PreTrainedModel, layout: Layout, noise: NoiseKind, writes: bool, bf16: bool = False) -> None:
+LEARNED = 16
+"""Positions that are learned have so many rows more than the model has positions, at most."""
+
+
+def rehearse(
+    model: PreTrainedModel, layout: Layout, noise: NoiseKind, writes: bool, bf16: bool = False, longest_text: int = 0
+) -> None:
     """Raises UserError if the model is not causal, or if es_lite would not compute with it what transformers does.
 
     model: a `layout.skeleton`, which is not changed. noise: the kind that is to be used. writes: text is to be generated. bf16:
-    layers are to be computed in it, which some models do not stand; what is compared here is float32.
+    layers are to be computed in it, which some models do not stand; what is compared here is float32. longest_text: tokens that
+    it is to be used with at most.
     """
     name, text = type(model).__name__, model.config.get_text_config()
     perturbation = Perturbation(sigma=1.0, signs=(1, -1), kind=noise.NAME, rank=noise.RANK)
@@ -75,6 +83,9 @@ def rehearse(model: PreTrainedModel, layout: Layout, noise: NoiseKind, writes: b
                     f"{name}: layer by layer, it does not compute what it does as a whole, so its scores would be wrong; take a "
                     "model of another architecture"
                 )
+    if _learns_positions(model) and longest_text > LONGEST:
+        with _refused(f"{name}: {longest_text} tokens are too many", "lower fitness.max_length"):
+            own.states(_tokens(text.vocab_size, longest_text)[0])
     if bf16:
         with _refused(f"{name}: cannot be computed in bf16", 'set workers.compute = "fp32"'):
             rows = _tokens(text.vocab_size, LONGEST)
@@ -93,6 +104,13 @@ def rehearse(model: PreTrainedModel, layout: Layout, noise: NoiseKind, writes: b
             whole = np.append(whole, np.int32(own.next_token(whole)))
         if not all(np.array_equal(completion, whole[prompt.size :]) for completion in completions):
             raise UserError(f"{name}: token by token, it does not write what it writes after a whole text; {remedy}")
+
+
+def _learns_positions(model: PreTrainedModel) -> bool:
+    """Whether it may have a vector for each position; some have fewer than their configuration says."""
+    positions = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 0)
+    tables = [module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)]
+    return any(positions <= rows <= positions + LEARNED for rows in tables)
 
 
 @contextlib.contextmanager

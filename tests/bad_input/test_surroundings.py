@@ -51,6 +51,27 @@ def test_a_user_without_a_folder_for_compiled_code(tmp_path: Path) -> None:
     assert list((tmp_path / "tmp").glob("es_lite-numba-*")) == []
 
 
+NO_TMP = """
+import sys, tempfile
+
+def nowhere():
+    raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+
+tempfile._get_default_tempdir = nowhere
+from es_lite.train import main
+sys.exit(main(sys.argv[1:]))
+"""
+"""The command where nothing can be written but the run directory."""
+
+
+def test_no_folder_for_temporary_files(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, run={"iterations": 1})
+    refused = command(recipe, tmp_path / "run", NO_TMP)
+    said = b"es_lite: No usable temporary directory found in ['/tmp']; set TMPDIR to a folder that can be written\n"
+    assert (refused.returncode, refused.stderr) == (2, said)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def flock(*_: object) -> None:
         raise OSError(95, "Operation not supported")

@@ -139,8 +139,13 @@ def test_parquet_files_are_read(tmp_path):
 
 def test_zst_files_are_read(tmp_path):
     zstandard = pytest.importorskip("zstandard")
-    write(tmp_path / "a.txt.zst", zstandard.compress(b"one\n"))
-    assert read(str(tmp_path), 0) == [["one\n"]]
+    text = b"".join(b"line %d\n" % number for number in range(50_000))
+    packed = zstandard.compress(text) + zstandard.compress(b"another frame\n")
+    write(tmp_path / "a.txt.zst", packed)
+    assert "".join(read(str(tmp_path), 0)[0]).encode() == text + b"another frame\n"
+    for torn in (packed[:100], packed[:-3], b"plain\n"):
+        with pytest.raises(UserError, match=r"a\.txt\.zst: is damaged, or not compressed at all"):
+            read(write(tmp_path / "a.txt.zst", torn), 0)
 
 
 def test_what_is_about_the_text_is_not_read(tmp_path):

@@ -55,6 +55,20 @@ def test_a_model_that_sees_later_tokens_is_refused(config):
     assert "is not causal as it is configured" in refused(config)
 
 
+@pytest.mark.parametrize(("kind", "most"), [("roberta", 62), ("opt", 64), ("gpt2", 64)])
+def test_positions_that_are_fewer_than_the_configuration_says_are_counted(kind, most):
+    """RoBERTa's begin behind its padding token's, and have no rows for it."""
+    opt = {"ffn_dim": 96, "word_embed_proj_dim": 64} if kind == "opt" else {}
+    config = (
+        AutoConfig.for_model(kind, **BERT | opt | {"pad_token_id": 1}, is_decoder=True) if kind != "gpt2" else config_of("gpt2")
+    )
+    model = skeleton(config)
+    rehearse(model, Layout.of(model), KINDS["gaussian"], False, longest_text=most)
+    if most < 64:
+        with pytest.raises(UserError, match=r"RobertaForCausalLM: 63 tokens are too many.*lower fitness\.max_length"):
+            rehearse(model, Layout.of(model), KINDS["gaussian"], False, longest_text=most + 1)
+
+
 def test_a_bert_that_is_a_decoder_is_accepted():
     rehearsed(AutoConfig.for_model("bert", **BERT, is_decoder=True))
 

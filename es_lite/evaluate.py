@@ -47,7 +47,7 @@ def evaluate(subject: Subject, base: Subject | None, recipe: Recipe, options: ar
     text = None
     if base:
         _check_same_tokenizer(subject, tokenizer, base, recipe)
-        text = comparison.text_samples(tokenizer, options.text or BUILTIN, window, vocabulary)
+        text = comparison.text_samples(tokenizer, options.text or BUILTIN, window, vocabulary, recipe.data)
     longest = max(2, *(prompt.size for prompt in prompts))
     recipe = replace(
         recipe,

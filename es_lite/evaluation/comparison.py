@@ -18,6 +18,7 @@ from es_lite.evaluation.report import Side
 from es_lite.evaluation.subject import Subject
 from es_lite.evaluation.weights import WINDOW, Opened
 from es_lite.fitness.reward import RewardItems, end_tokens
+from es_lite.tables import DataTable
 
 TEXT_TOKENS = 4096
 """Of a text, on which models are compared, evenly spread."""
@@ -67,13 +68,13 @@ def completion_log_probabilities(
     return values
 
 
-def text_samples(tokenizer: PreTrainedTokenizerBase, path: str, window: int, vocabulary: int) -> Batch:
+def text_samples(tokenizer: PreTrainedTokenizerBase, path: str, window: int, vocabulary: int, data: DataTable) -> Batch:
     """Samples of the text at `path`, about TEXT_TOKENS tokens, evenly spread.
 
-    window: tokens of a sample, at most WINDOW; vocabulary: of the model. Raises UserError.
+    window: tokens of a sample, at most WINDOW; vocabulary: of the model; data: says how samples begin. Raises UserError.
     """
     window = min(window, WINDOW)
-    samples = corpus.tokenize(Texts(path), tokenizer, "joined", window, beginning(tokenizer, "auto"))
+    samples = corpus.tokenize(Texts(path), tokenizer, "joined", window, beginning(tokenizer, data.bos))
     corpus.check_vocabulary(samples, vocabulary)
     return batch.pack(samples, batch.spread(samples, max(1, TEXT_TOKENS // window)))
 

@@ -44,7 +44,8 @@ class RunDirectory:
         self.tokenizer = self.path / "tokenizer"
         try:
             present = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
-            foreign = "recipe.toml" not in present and not present <= BEFORE_THE_RECIPE
+            ours = "recipe.toml" in present or present >= {"journal.jsonl", self.store.name}  # a lost recipe ends no run
+            foreign = not ours and not present <= BEFORE_THE_RECIPE
             if foreign or (self.path.exists() and not self.path.is_dir()):
                 raise UserError(f"{self.path}: exists and is not a run directory; choose another run.dir")
             self.path.mkdir(parents=True, exist_ok=True)
@@ -108,9 +109,12 @@ class RunDirectory:
             return
         if not resume:
             raise UserError(f"{self.path}: holds a run already; add --resume to continue it, or choose another run.dir")
-        changed = [
-            line for line in Recipe.load(self.path / "recipe.toml").changes(recipe) if line.partition(":")[0] not in CHANGEABLE
-        ]
+        try:
+            kept = Recipe.load(self.path / "recipe.toml")
+        except UserError as error:
+            print(f"warning: the run goes on, but whether it began with this recipe cannot be checked: {error}", file=sys.stderr)
+            return
+        changed = [line for line in kept.changes(recipe) if line.partition(":")[0] not in CHANGEABLE]
         if changed:
             listing = "\n".join(f"  {line}" for line in changed)
             raise UserError(f"{self.path}: belongs to another recipe:\n{listing}\nSet these back, or choose another run.dir")

@@ -59,11 +59,12 @@ def export(
 
 
 def step_of(folder: Path) -> int | None:
-    """The step that an exported folder holds; None if there is no such folder."""
+    """The step that an exported folder holds; None if there is no such folder, or if it does not say."""
     try:
-        return json.loads((folder / STATE).read_text(encoding="utf-8"))["step"]
-    except (OSError, ValueError, KeyError):
+        step = json.loads((folder / STATE).read_bytes())["step"]
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
         return None
+    return step if type(step) is int else None
 
 
 def _weights(

@@ -42,16 +42,23 @@ class Metrics:
             raise _unwritten(self._samples, error) from None
 
     def lines(self) -> list[dict[str, Any]]:
-        """What has been written so far, except lines that are not JSON."""
+        """What has been written so far, except lines that are not a step's metrics: the file may be damaged."""
         lines = []
-        for line in self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []:
-            with contextlib.suppress(ValueError):
-                lines.append(json.loads(line))
+        for line in self._path.read_bytes().splitlines() if self._path.exists() else []:
+            with contextlib.suppress(ValueError, RecursionError):
+                if _is_of_a_step(found := json.loads(line)):
+                    lines.append(found)
         return lines
 
     def evaluations(self) -> dict[int, float]:
         """eval_score by step, as written so far."""
         return {line["step"]: line["eval_score"] for line in self.lines() if line.get("eval_score") is not None}
+
+
+def _is_of_a_step(line: Any) -> bool:
+    if not isinstance(line, dict) or type(line.get("step")) is not int:
+        return False
+    return isinstance(line.get("eval_score"), float | int | None)
 
 
 def _append(path: Path, lines: Sequence[dict[str, Any]]) -> None:

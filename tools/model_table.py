@@ -29,13 +29,17 @@ from es_lite.algorithm.noise.kinds import kind_of
 from es_lite.algorithm.noise.place import Place
 from es_lite.data.batch import Batch
 from es_lite.errors import UserError
+from es_lite.fitness.kinds import fitness_of
 from es_lite.model.layout import Layout
 from es_lite.model.origin import Origin
+from es_lite.planning.plan import Plan
+from es_lite.recipe import Recipe
 from es_lite.runs.export import export
 from es_lite.scoring.lanes import Lanes
 from es_lite.scoring.model import PerturbedModel
 from es_lite.scoring.perturbation import Perturbation
 from es_lite.scoring.rehearsal import rehearse
+from es_lite.tables import FitnessTable, GenerationTable
 from es_lite.weights import working_copy
 from es_lite.weights.layer_format import LayerFormat
 from es_lite.weights.reading import LayerReader
@@ -103,6 +107,7 @@ def _compare(model: PreTrainedModel, folder: Path) -> str:
     skeleton, layout = origin.skeleton()
     for kind, rank in NOISE.items():
         rehearse(skeleton, layout, kind_of(kind, rank), writes=False)
+    _plan(skeleton, layout)
     source = origin.source(skeleton, layout, ONE)
     own = {name: value.detach().clone() for name, value in model.named_parameters()}
     for tensor in layout.tensors:
@@ -131,6 +136,15 @@ def _compare(model: PreTrainedModel, folder: Path) -> str:
     for name, value in own.items():
         model.get_parameter(name).data = value
     return _exported(model, origin, folder, skeleton, layout)
+
+
+def _plan(skeleton: PreTrainedModel, layout: Layout) -> None:
+    """Plans a run of each fitness; one that needs what the model cannot do is refused there, which is not the verdict."""
+    for kind in ("logprob", "reward"):
+        fitness = FitnessTable(kind=kind, max_length=16, samples=2, micro_batch=1)
+        recipe = Recipe(fitness=fitness, generation=GenerationTable(max_new_tokens=8))
+        with contextlib.suppress(UserError):
+            Plan.of(recipe, fitness_of(kind), skeleton.config, layout)
 
 
 def _exported(model: PreTrainedModel, origin: Origin, folder: Path, skeleton: PreTrainedModel, layout: Layout) -> str:

@@ -18,6 +18,7 @@ from es_lite.data.texts import Texts
 from es_lite.data.tokenizer import beginning, load_tokenizer
 from es_lite.errors import UserError
 from es_lite.fitness.base import Graded, ItemMemory, Items
+from es_lite.model.configuration import intermediate_size
 from es_lite.recipe import Recipe
 from es_lite.scoring.arguments import state_width
 from es_lite.scoring.heads import VOCABULARY_BLOCK
@@ -122,8 +123,7 @@ class LogProb:
     def memory(self, recipe: Recipe, config: PretrainedConfig, itemsize: int) -> ItemMemory:
         text = config.get_text_config()
         width, length, micro = text.hidden_size, recipe.fitness.max_length, recipe.fitness.micro_batch
-        intermediate = getattr(text, "intermediate_size", None) or 4 * width
-        block = micro * length * (3 * intermediate * itemsize + 8 * width * 4)
+        block = micro * length * (3 * intermediate_size(config) * itemsize + 8 * width * 4)
         logits = micro * length * 2 * VOCABULARY_BLOCK * itemsize
         # Hidden states: a layer's input and output, and the head's selection of them.
         hidden = 3 * length * state_width(config) * itemsize

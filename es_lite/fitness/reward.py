@@ -25,6 +25,7 @@ from es_lite.fitness.base import Graded, ItemMemory, Items, Sample
 from es_lite.fitness.functions import role
 from es_lite.fitness.grading import Completions, Graders
 from es_lite.fitness.tasks.known import rows_of, task_of
+from es_lite.model.configuration import intermediate_size, size_of
 from es_lite.quantities import count
 from es_lite.recipe import Recipe
 from es_lite.scoring.arguments import state_width
@@ -198,11 +199,10 @@ class Reward:
         length, new, micro = recipe.fitness.max_length, recipe.generation.max_new_tokens, recipe.fitness.micro_batch
         check_cache(config)
         width = text.hidden_size
-        intermediate = getattr(text, "intermediate_size", None) or 4 * width
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        head = getattr(text, "head_dim", None) or width // text.num_attention_heads
+        heads = size_of(config, "num_key_value_heads") or size_of(config, "num_attention_heads", 1)
+        head = size_of(config, "head_dim") or width // size_of(config, "num_attention_heads", 1)
         slots = PADDING + length + new - 1
-        block = 3 * intermediate * itemsize + 8 * width * 4
+        block = 3 * intermediate_size(config) * itemsize + 8 * width * 4
         return ItemMemory(
             tokens=length,
             hidden=3 * (length + PADDING) * state_width(config) * itemsize,

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from es_lite.errors import UserError
@@ -99,3 +100,16 @@ def read_json(path: Path) -> dict:
     if not isinstance(document, dict):
         raise UserError(f"{path}: expected a JSON object")
     return document
+
+
+def size_of(config: PretrainedConfig, name: str, default: int = 0) -> int:
+    """A size of a model's text part, such as "head_dim", the greatest if its layers have several; `default` if there is none."""
+    text = config.get_text_config()
+    layers = list(text.per_layer_config) if getattr(text, "is_heterogeneous", False) else [text]
+    values = [getattr(layer, name, None) for layer in layers]
+    return max((int(np.max(value)) for value in values if value), default=0) or default
+
+
+def intermediate_size(config: PretrainedConfig) -> int:
+    """The width within a feed-forward part."""
+    return size_of(config, "intermediate_size", 4 * config.get_text_config().hidden_size)

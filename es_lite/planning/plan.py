@@ -11,6 +11,7 @@ from es_lite.algorithm.noise.kinds import NoiseKind, kind_of
 from es_lite.engine.base import Execution
 from es_lite.errors import UserError
 from es_lite.fitness.base import Fitness
+from es_lite.model.configuration import intermediate_size
 from es_lite.model.layout import Layout
 from es_lite.planning.largest import largest_new_tokens
 from es_lite.planning.needs import Needs
@@ -149,7 +150,7 @@ class Plan:
                 read_bytes=stored * (passes * needs.forwards if streamed else 1),
                 written_bytes=stored,
                 hidden=text.hidden_size,
-                intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+                intermediate=intermediate_size(config),
                 rows=rows * (1 if needs.generates else length),
             ),
             fitting_new_tokens=fitting,

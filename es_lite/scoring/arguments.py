@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from transformers import PretrainedConfig
 
+from es_lite.model.configuration import size_of
 from es_lite.scoring.sequences import SequenceTile
 from es_lite.scoring.tiles import Output, Tile
 
@@ -23,7 +24,7 @@ class Arguments:
 
     @classmethod
     def of(cls, args: tuple, kwargs: dict[str, Any], rows: int, copies: int) -> Self:
-        """copies: states of each token between the model's blocks."""
+        """copies: states of each token between the model's blocks, if the module is one; else 1."""
         first = args[0] if args else None
         if copies > 1 and isinstance(first, torch.Tensor) and first.dim() == 4 and first.shape[:2] == (copies, rows):
             return cls((_wide(first), *args[1:]), kwargs, copies)
@@ -56,7 +57,7 @@ def _wide(states: torch.Tensor) -> torch.Tensor:
 
 def state_copies(config: PretrainedConfig) -> int:
     """States of each token between a model's blocks."""
-    return int(getattr(config.get_text_config(), "altup_num_inputs", 1))
+    return size_of(config, "altup_num_inputs", 1)
 
 
 def state_width(config: PretrainedConfig) -> int:
@@ -64,6 +65,5 @@ def state_width(config: PretrainedConfig) -> int:
     text = config.get_text_config()
     width = text.hidden_size * state_copies(config)
     if getattr(text, "num_kv_shared_layers", 0):
-        head = max(text.head_dim, getattr(text, "global_head_dim", None) or 0)
-        width += 2 * text.num_key_value_heads * head * len(set(text.layer_types))
+        width += 2 * size_of(config, "num_key_value_heads") * size_of(config, "head_dim") * len(set(text.layer_types))
     return width

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from es_lite.model.configuration import size_of
+
 KINDS = ("longrope", "dynamic")
 
 
@@ -60,7 +62,7 @@ def longest_unchanged(config: PretrainedConfig) -> int:
 
 def chosen_tokens(config: PretrainedConfig) -> int:
     """How many tokens an index chooses at most; 0 if the model has none. Up to so many, all are."""
-    return int(getattr(config.get_text_config(), "index_topk", 0) or 0)
+    return size_of(config, "index_topk")
 
 
 def _kinds(rope_type: Any) -> list[str]:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from es_lite.data.batch import Batch
 from es_lite.errors import UserError
+from es_lite.model.configuration import size_of
 from es_lite.model.layout import Layout, Tensor, blocks
 from es_lite.scoring.arguments import state_copies
 from es_lite.scoring.attention import one_query_attention
@@ -64,13 +65,12 @@ class PerturbedModel:
         if scratch is None:
             scratch = DeviceScratch(device, compute) if device else Scratch(compute, lanes.all_threads)
         self._state = ScoringState(weights, scratch, lanes, micro_batch, tile_members, progress=progress, compute=compute)
-        self._state.copies = state_copies(model.config)
         self._parameters = layout.size
         self._model = model
         self._prompt_members = prompt_members
         self._keep_weights = keep_weights
         self._kernels = device is None
-        self._heads = int(getattr(model.config.get_text_config(), "num_attention_heads", 0) or 0)
+        self._heads = size_of(model.config, "num_attention_heads")
         self._accepted = inspect.signature(model.forward).parameters
         self._cache_name = "cache" if "cache" in self._accepted else "past_key_values"
         for module in model.modules():  # such as the rotary frequencies; the parameters stay on the meta device
@@ -244,7 +244,7 @@ def _replace_modules(model: PreTrainedModel, layout: Layout, state: ScoringState
         else:
             replaced[name] = Proxy(module, layer, own, state)
     for index, block in enumerate(block_list):
-        block_list[index] = Proxy(block, layout.blocks[index], tensors(block, recurse=True), state)
+        block_list[index] = Proxy(block, layout.blocks[index], tensors(block, recurse=True), state, state_copies(model.config))
     for name, proxy in replaced.items():
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, proxy)

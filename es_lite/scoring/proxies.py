@@ -51,8 +51,6 @@ class ScoringState:
     done: float = 0.0
     compute: torch.dtype = torch.float32
     """The type that is computed in."""
-    copies: int = 1
-    """States of each token between the model's blocks."""
 
     def passed(self, parameters: int) -> None:
         """Adds `parameters`, used for one perturbation, to the work that is done."""
@@ -94,18 +92,20 @@ class Wrapped:
     tensors: dict[str, Tensor]
     """By the parameter's name in the module."""
     state: ScoringState
+    copies: int
+    """States of each token that the module is given and returns."""
 
 
 class Proxy(nn.Module):
     """Replaces a module and runs it on perturbed tensors; other attributes are the module's."""
 
-    def __init__(self, module: nn.Module, layer: Layer, tensors: dict[str, Tensor], state: ScoringState) -> None:
+    def __init__(self, module: nn.Module, layer: Layer, tensors: dict[str, Tensor], state: ScoringState, copies: int = 1) -> None:
         super().__init__()
         lanes = range(state.lanes.count)
         modules = [module, *(copy.deepcopy(module) for _ in lanes[1:])]
         shared = [Shared(module, tensors, state.lanes.threads) for _ in lanes]
         # Not registered as a submodule: the model must not list these parameters as its own.
-        self.__dict__["wrapped"] = Wrapped(modules, shared, layer, tensors, state)
+        self.__dict__["wrapped"] = Wrapped(modules, shared, layer, tensors, state, copies)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -115,7 +115,7 @@ class Proxy(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         state = self.wrapped.state
-        arguments = Arguments.of(args, kwargs, state.rows.count, state.copies)
+        arguments = Arguments.of(args, kwargs, state.rows.count, self.wrapped.copies)
         return self._each_row(arguments) if arguments.of_each_row(state.rows.count) else self._each_member(args, kwargs)
 
     def _each_row(self, arguments: Arguments) -> Any:

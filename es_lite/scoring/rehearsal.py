@@ -18,6 +18,7 @@ from es_lite.algorithm.jit import Threads
 from es_lite.algorithm.noise.kinds import NoiseKind
 from es_lite.data.batch import Batch
 from es_lite.errors import UserError
+from es_lite.model.configuration import size_of
 from es_lite.model.ghosts import GhostProducts, OwnForward, ghost, ghost_rows
 from es_lite.model.layout import Layer, Layout, Tensor
 from es_lite.scoring.generate import Limits
@@ -58,7 +59,7 @@ def rehearse(
     """
     name, text = type(model).__name__, model.config.get_text_config()
     perturbation = Perturbation(sigma=1.0, signs=(1, -1), kind=noise.NAME, rank=noise.RANK)
-    own, heads = OwnForward(model), int(getattr(text, "num_attention_heads", 0) or 0)
+    own, heads = OwnForward(model), size_of(model.config, "num_attention_heads")
     for longest in sorted({LONGEST, 3 * perturbation.members, heads if SHORTER < heads <= MANY_HEADS else LONGEST}):
         lengths = (longest, SHORTER, SHORTER)
         tokens = _tokens(text.vocab_size, longest)
@@ -108,9 +109,9 @@ def rehearse(
 
 def _learns_positions(model: PreTrainedModel) -> bool:
     """Whether it may have a vector for each position; some have fewer than their configuration says."""
-    positions = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 0)
+    positions = size_of(model.config, "max_position_embeddings")
     tables = [module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)]
-    return any(positions <= rows <= positions + LEARNED for rows in tables)
+    return positions > 0 and any(positions <= rows <= positions + LEARNED for rows in tables)
 
 
 @contextlib.contextmanager

@@ -34,6 +34,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **{"linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
     },
 }
+GEMMA = {
+    **{"vocab_size_per_layer_input": 257, "hidden_size_per_layer_input": 8, "num_hidden_layers": 4, "num_kv_shared_layers": 2},
+    **{"layer_types": 2 * ["sliding_attention", "full_attention"], "sliding_window": 5},
+    **{"intermediate_size": [64] * 4, "activation_sparsity_pattern": [0.0] * 4},
+}
+CONFIGS["states and keys of Gemma 3n"] = {"model_type": "gemma3n_text", **COMMON, **GEMMA}
 FROM_FOLDERS = ["buffers", "experts", "long positions"]
 TABLES: dict[str, dict[str, Any]] = {
     "run": {"iterations": 3, "checkpoint_every": 3, "checkpoint_dtype": "fp32"},
@@ -44,7 +50,7 @@ TABLES: dict[str, dict[str, Any]] = {
 }
 
 
-SOON = ["random vectors", "experts, from a folder", "buffers, from a folder"]
+SOON = ["states and keys of Gemma 3n", "random vectors", "experts, from a folder", "buffers, from a folder"]
 """The others are long."""
 
 ALL = [*CONFIGS, *(f"{name}, from a folder" for name in FROM_FOLDERS)]

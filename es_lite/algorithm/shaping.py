@@ -7,7 +7,7 @@ def utilities(scores: np.ndarray, shaping: str) -> np.ndarray:
     """Utilities w_j, float64 [N], of scores r_j, float64 [N].
 
     "zscore": (r_j - mean) / (std + 1e-8), ddof 0. "rank": 2·rank/(N-1) - 1; ties share their mean rank.
-    Scores that are not finite are left out of mean, std and ranks, and their utility is 0. Raises ValueError if fewer than two
+    If all scores are equal, all utilities are exactly 0. Scores that are not finite are left out of mean, std and ranks, and their utility is 0. Raises ValueError if fewer than two
     are finite.
     """
     finite = np.isfinite(scores)
@@ -15,6 +15,8 @@ def utilities(scores: np.ndarray, shaping: str) -> np.ndarray:
     if kept.size < 2:
         raise ValueError(f"{kept.size} of {scores.size} scores are finite; at least two are needed")
     shaped = np.zeros(scores.shape, np.float64)
+    if shaping == "zscore" and np.ptp(kept) == 0:  # their mean may be rounded to another number
+        return shaped
     if shaping == "zscore":
         shaped[finite] = (kept - kept.mean()) / (kept.std() + 1e-8)
     elif shaping == "rank":

@@ -19,9 +19,12 @@ def test_the_1e_8_matters_for_close_scores():
     assert np.allclose(utilities(np.array([1e-8, -1e-8]), "zscore"), [0.5, -0.5], rtol=1e-12)
 
 
+@pytest.mark.parametrize("score", [-2.5, 0.1, -12.087])
+@pytest.mark.parametrize("members", [2, 6, 7, 30])
 @pytest.mark.parametrize("kind", ["zscore", "rank"])
-def test_equal_scores_have_the_utility_0(kind):
-    assert utilities(np.full(6, -2.5), kind).tolist() == [0] * 6
+def test_equal_scores_have_the_utility_0(kind, members, score):
+    """Also where their mean is not exactly the score."""
+    assert utilities(np.full(members, score), kind).tolist() == [0] * members
 
 
 def test_ranks_run_from_minus_one_to_one():

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 from architectures import COMMON
-from transformers import Qwen3Config
+from transformers import AutoConfig, Qwen3Config
 
 from es_lite.errors import UserError
-from es_lite.model.configuration import SIZES, configuration, locate, read_json
+from es_lite.model.configuration import SIZES, configuration, intermediate_size, locate, read_json, size_of
 from es_lite.model.layout import Layout, skeleton
 
 KEYS = {"model_type": "qwen3", **COMMON}
@@ -166,3 +166,19 @@ def test_a_model_that_cannot_be_downloaded_is_refused_in_one_line(monkeypatch, e
         locate("somebody/something")
     assert str(raised.value).startswith("model.path = 'somebody/something': no such folder, and it cannot be downloaded ")
     assert str(raised.value).endswith(f": {reason}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "head", "intermediate"),
+    [
+        ("llama", {"head_dim": 16, "intermediate_size": 96}, 16, 96),
+        ("gpt2", {"n_embd": 64}, 0, 256),  # it names neither
+        ("gemma3n_text", {"intermediate_size": [96, 128], "num_hidden_layers": 2}, 256, 128),
+        ("gemma4_text", {"head_dim": 16, "global_head_dim": 32, "num_hidden_layers": 2, "intermediate_size": 96}, 32, 96),
+    ],
+)
+def test_a_size_is_the_greatest_of_all_layers(kind, keys, head, intermediate):
+    """Some configurations have lists of sizes, others refuse to name one if layers differ."""
+    config = AutoConfig.for_model(kind, **keys)
+    assert (size_of(config, "head_dim"), intermediate_size(config)) == (head, intermediate)
+    assert size_of(config, "no_such_size", 3) == 3

@@ -7,8 +7,8 @@ def utilities(scores: np.ndarray, shaping: str) -> np.ndarray:
     """Utilities w_j, float64 [N], of scores r_j, float64 [N].
 
     "zscore": (r_j - mean) / (std + 1e-8), ddof 0. "rank": 2·rank/(N-1) - 1; ties share their mean rank.
-    If all scores are equal, all utilities are exactly 0. Scores that are not finite are left out of mean, std and ranks, and their utility is 0. Raises ValueError if fewer than two
-    are finite.
+    If all scores are equal, all utilities are exactly 0. Scores that are not finite are left out of mean, std and ranks, and
+    their utility is 0. Raises ValueError if fewer than two are finite.
     """
     finite = np.isfinite(scores)
     kept = scores[finite].astype(np.float64)

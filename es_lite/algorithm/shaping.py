@@ -15,10 +15,9 @@ def utilities(scores: np.ndarray, shaping: str) -> np.ndarray:
     if kept.size < 2:
         raise ValueError(f"{kept.size} of {scores.size} scores are finite; at least two are needed")
     shaped = np.zeros(scores.shape, np.float64)
-    if shaping == "zscore" and np.ptp(kept) == 0:  # their mean may be rounded to another number
-        return shaped
     if shaping == "zscore":
-        shaped[finite] = (kept - kept.mean()) / (kept.std() + 1e-8)
+        if np.ptp(kept) > 0:  # else their mean may still be rounded to another number
+            shaped[finite] = (kept - kept.mean()) / (kept.std() + 1e-8)
     elif shaping == "rank":
         shaped[finite] = 2 * _mean_ranks(kept) / (kept.size - 1) - 1
     else:

@@ -199,8 +199,8 @@ class Reward:
         length, new, micro = recipe.fitness.max_length, recipe.generation.max_new_tokens, recipe.fitness.micro_batch
         check_cache(config)
         width = text.hidden_size
-        heads = size_of(config, "num_key_value_heads") or size_of(config, "num_attention_heads", 1)
-        head = size_of(config, "head_dim") or width // size_of(config, "num_attention_heads", 1)
+        queries = size_of(config, "num_attention_heads", 1)
+        heads, head = size_of(config, "num_key_value_heads", queries), size_of(config, "head_dim", width // queries)
         slots = PADDING + length + new - 1
         block = 3 * intermediate_size(config) * itemsize + 8 * width * 4
         return ItemMemory(

@@ -243,8 +243,9 @@ def _replace_modules(model: PreTrainedModel, layout: Layout, state: ScoringState
             replaced[name] = EmbeddingProxy(module, layer, own, state)
         else:
             replaced[name] = Proxy(module, layer, own, state)
+    copies = state_copies(model.config)
     for index, block in enumerate(block_list):
-        block_list[index] = Proxy(block, layout.blocks[index], tensors(block, recurse=True), state, state_copies(model.config))
+        block_list[index] = Proxy(block, layout.blocks[index], tensors(block, recurse=True), state, copies)
     for name, proxy in replaced.items():
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, proxy)

@@ -1,5 +1,7 @@
 """Several states of each token between blocks, and keys that later blocks use again: Gemma 3n and 4."""
 
+from dataclasses import replace
+
 import pytest
 from architectures import BOTH, COMMON, Tiny, batch_of, close
 from plain import KINDS
@@ -30,7 +32,7 @@ def test_samples_score_as_with_transformers(config, lengths, micro_batch):
     """Of two samples, the two members make as many rows as Gemma 3n has states."""
     tiny, batch = Tiny(config()), batch_of(lengths)
     for kind in (KINDS["gaussian"], KINDS["lowrank 1"]):
-        both = BOTH.__class__(**BOTH.__dict__ | {"kind": kind.NAME, "rank": kind.RANK})
+        both = replace(BOTH, kind=kind.NAME, rank=kind.RANK)
         assert close(tiny.score(both, batch, micro_batch=micro_batch), tiny.expected(both, batch)), kind
 
 

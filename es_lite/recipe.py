@@ -110,6 +110,14 @@ def _contradictions(recipe: Recipe) -> typing.Iterator[tuple[set[str], str]]:
         yield {"model"}, "model: give one of model.path and model.config" + (", not both" if path else "")
     if es.antithetic and es.population % 2:
         yield {"es"}, f"es.population = {es.population}: must be even with es.antithetic = true"
+    yield from _auto_contradictions(recipe)
+    if es.anchor and es.weight_decay:
+        yield (
+            {"es"},
+            "es.anchor and es.weight_decay: parameters can decay towards θ₀ or towards 0, not both; set one of them to 0",
+        )
+    if es.baseline == "item" and es.shaping == "rank":
+        yield {"es"}, 'es.baseline = "item": ranks do not depend on it; remove it, or set es.shaping = "zscore"'
     if config and not recipe.data.tokenizer:
         yield (
             {"model", "data"},
@@ -132,3 +140,26 @@ def _contradictions(recipe: Recipe) -> typing.Iterator[tuple[set[str], str]]:
             table, key = name.split(".")
             if getattr(getattr(recipe, table), key) != getattr(getattr(Recipe(), table), key):
                 yield {table, "fitness"}, f'{name}: only fitness.kind = "{kind}" uses it; remove it, or set that'
+
+
+def _auto_contradictions(recipe: Recipe) -> typing.Iterator[tuple[set[str], str]]:
+    """The same, of "auto"."""
+    es = recipe.es
+    for name in ("alpha", "sigma"):
+        every = f"{name}_decay_every"
+        if getattr(es, name) == "auto" and getattr(es, every):
+            yield (
+                {"es"},
+                f'es.{every} = {getattr(es, every)}: es.{name} = "auto" has no decay of its own; remove it, or give a number',
+            )
+    if es.alpha == "auto":
+        least = 4 if es.antithetic else 3
+        if recipe.fitness.samples < 2:
+            yield (
+                {"es", "fitness"},
+                'fitness.samples = 1: es.alpha = "auto" compares samples with each other; take at least 2, or give a number',
+            )
+        if es.population < least:
+            yield {"es"}, f'es.population = {es.population}: es.alpha = "auto" needs at least {least} members; or give a number'
+    elif es.alpha_start != ESTable.alpha_start:
+        yield {"es"}, f'es.alpha_start = {es.alpha_start:g}: only es.alpha = "auto" begins there; remove it, or set that'

@@ -6,13 +6,16 @@ record before any weight changes; the engine then brings the weights to the jour
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
+from es_lite.algorithm import shaping
+from es_lite.algorithm.drift import Drift
+from es_lite.algorithm.estimate import Estimate, estimate, tied
 from es_lite.algorithm.noise.kinds import NoiseKind
-from es_lite.algorithm.record import Record
+from es_lite.algorithm.record import Record, coefficients, pair_coefficients
 from es_lite.engine.base import Engine, Execution
 from es_lite.errors import RunError
 from es_lite.fitness import diagnosis
@@ -22,11 +25,15 @@ from es_lite.recipe import Recipe
 from es_lite.runs.console import Console
 from es_lite.runs.journal import Journal
 from es_lite.runs.pace import Pace
+from es_lite.runs.tuning import Tuning
 from es_lite.scoring.perturbation import Perturbation
 from es_lite.weights.store import Store
 
 TIED_STEPS, TIED_REWARD_STEPS = 5, 20
 """The run stops if all members score the same in so many steps in a row; rewards may be rare at first."""
+
+ADVISED_AFTER = 20
+"""Steps of a command after which there is advice, if any, on how to spend a step's time."""
 
 
 @dataclass
@@ -43,10 +50,14 @@ class Run:
     store: Store
     console: Console
     pace: Pace
+    tuning: Tuning
+    drift: Drift
     examined_sigma: float | None = None
     """The last σ that was examined."""
     tied: int = 0
     """Steps in a row in which all members scored the same."""
+    shares_tied: list[float] = field(default_factory=list)
+    """The share of tied members in each step of this command."""
 
     @property
     def theta(self) -> Perturbation:
@@ -65,52 +76,62 @@ class Run:
             self.engine.advance(self.journal.records, progress)
             self.engine.check(progress)
 
-    def step(self, sigma: float, alpha: float) -> dict[str, float]:
+    def step(self) -> dict[str, float | None]:
         """One iteration. Returns its metrics."""
         es, seed, t = self.recipe.es, self.recipe.run.seed, self.done
+        sigma = self.tuning.sigma(t)
         before, started = self.engine.traffic(), time.perf_counter()
 
-        # Score the population on the step's items; if σ is new, score θ itself too.
+        # Score the population on the step's items; now and then, and if σ is new, score θ itself too.
         items = self.dataset.draw(t)
         signs = (1, -1) if es.antithetic else (1,)
         pairs = range(es.population // len(signs))
         perturbations = [Perturbation(seed, t, pair, sigma, signs, self.noise.NAME, self.noise.RANK) for pair in pairs]
-        new_sigma = sigma != self.examined_sigma
-        answers = self._score([*perturbations, self.theta] if new_sigma else perturbations, items)
+        probed = sigma != self.examined_sigma or self.tuning.probes(t)
+        answers = self._score([*perturbations, self.theta] if probed else perturbations, items)
         answered = time.perf_counter()
         graded = self._grade(answers[: es.population], items)
         scores = graded.means()
-        centre = float(self._grade(answers[es.population :], items).means()[0]) if new_sigma else 0.0
+        centre = self._grade(answers[es.population :], items) if probed else None
         scored = time.perf_counter()
-        if new_sigma:
-            self._examine(sigma, centre, scores)
+        if centre and sigma != self.examined_sigma:
+            self._examine(sigma, float(centre.means()[0]), scores)
         self._count_tied(scores)
 
-        # Decide: scores to utilities to coefficients. Once the journal has them, the step is done, whatever happens.
+        # Decide: scores to utilities to α and coefficients. Once the journal has them, the step is done, whatever happens.
         finite = np.isfinite(scores)
         if not finite.all():
             self.console.warn(f"step {t + 1}: {np.sum(~finite)} of {scores.size} scores are not finite; they are ignored")
         try:
-            record = Record.from_scores(
-                t,
-                scores,
-                seed=seed,
-                noise=self.noise,
-                sigma=sigma,
-                alpha=alpha,
-                shaping_kind=es.shaping,
-                scale=es.scale,
-                antithetic=es.antithetic,
-                weight_decay=es.weight_decay,
-            )
+            utilities = self._utilities(graded)
         except ValueError as error:
             raise RunError(f"step {t + 1}: {error}; nothing has changed. es.sigma or es.alpha may be too large") from None
-        self.journal.append(record, [score if np.isfinite(score) else None for score in scores.tolist()])
+        found = self._estimate(graded, utilities, sigma, centre)
+        alpha = self.tuning.alpha(t, sigma, found)
+        if news := self.tuning.news():
+            self.console.say(news)
+        record = Record.from_utilities(
+            t,
+            utilities,
+            seed=seed,
+            noise=self.noise,
+            sigma=sigma,
+            alpha=alpha,
+            scale=es.scale,
+            antithetic=es.antithetic,
+            weight_decay=es.weight_decay,
+            anchor=es.anchor,
+        )
+        finite_scores = [score if np.isfinite(score) else None for score in scores.tolist()]
+        self.journal.append(record, finite_scores, self.tuning.document(found, alpha))
 
         # Move θ.
         with self.console.progress(f"step {t + 1}: update") as progress:
             self.engine.advance([record], progress)
         updated = time.perf_counter()
+        self.drift.add(record)
+        share_tied = tied(scores)
+        self._advise(share_tied)
 
         if self.pace.stepped(updated - started):
             self._say_pace()
@@ -128,6 +149,10 @@ class Run:
             "read_gib": max(0, after[0] - before[0]) / GIB,
             "written_gib": max(0, after[1] - before[1]) / GIB,
             "workers": self.engine.workers,
+            "signal": self.tuning.averages.signal,
+            "tied": share_tied,
+            "gain_expected": self.tuning.gain_expected(alpha),
+            "drift_rms": self.drift.rms,
         }
 
     def evaluation(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
@@ -154,6 +179,17 @@ class Run:
         """Metrics of the memory in use."""
         now, peak = self.engine.memory()
         return {"pss_gib": now / GIB, "peak_pss_gib": peak / GIB}
+
+    def _utilities(self, graded: Graded) -> np.ndarray:
+        """Utilities, float64 [N]. Raises ValueError if fewer than two scores are finite."""
+        es = self.recipe.es
+        compared, spread = shaping.item_baseline(graded.scores) if es.baseline == "item" else (graded.means(), None)
+        return shaping.utilities(compared, es.shaping, spread)
+
+    def _estimate(self, graded: Graded, utilities: np.ndarray, sigma: float, centre: Graded | None) -> Estimate:
+        es = self.recipe.es
+        unit = pair_coefficients(coefficients(utilities, 1.0, sigma, es.scale), es.antithetic)
+        return estimate(graded.scores, unit, sigma, es.antithetic, None if centre is None else centre.scores[0])
 
     def _grade(self, answers: np.ndarray, items: Items) -> Graded:
         graded = self.dataset.grade(answers, items, self.done)
@@ -193,6 +229,15 @@ class Run:
             raise RunError(f"step {self.done + 1}, the last of {most} in a row: {advice}")
         if self.tied == 1:
             self.console.warn(f"step {self.done + 1}: {advice}")
+
+    def _advise(self, share_tied: float) -> None:
+        """Says, once, if the same time is better spent on more items or on more members."""
+        self.shares_tied.append(share_tied)
+        if len(self.shares_tied) == ADVISED_AFTER:
+            mean_tied, samples = float(np.mean(self.shares_tied)), self.recipe.fitness.samples
+            advice = diagnosis.budget_advice(self.tuning.averages.signal, mean_tied, samples, self.recipe.es.population)
+            if advice:
+                self.console.say(f"advice: {advice}")
 
     def _examine(self, sigma: float, centre: float, scores: np.ndarray) -> None:
         """Warns if σ is too small or too large to be of use; centre: θ's own score."""

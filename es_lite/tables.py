@@ -21,6 +21,7 @@ FRACTION = Check("at least 0 and less than 1", lambda value: 0 <= value < 1)
 SEED = Check("from 0 to 2**64 - 1", lambda value: 0 <= value < 2**64)
 SIZE = Check('a size such as "8 GiB" or "512 MiB", or "" for none', lambda value: value == "" or parse_size(value) > 0)
 COUNT_OR_AUTO = Check('"auto" or a whole number of at least 1', lambda v: v == "auto" or (isinstance(v, int) and v >= 1))
+SIZE_OR_AUTO = Check('"auto" or a number greater than 0', lambda v: v == "auto" or (isinstance(v, float) and v > 0))
 PATTERN = Check("a regular expression", lambda value: _compiles(value))
 
 
@@ -122,11 +123,15 @@ class Group:
 class ESTable:
     population: Annotated[int, at_least(2)] = 30
     """N: members per step."""
-    sigma: Annotated[float, ABOVE_0] = 1e-3
-    """σ: the perturbation's standard deviation."""
-    alpha: Annotated[float, ABOVE_0] = 5e-4
-    """α: the step size."""
+    sigma: Annotated[float | str, SIZE_OR_AUTO] = 1e-3
+    """σ: the perturbation's standard deviation; "auto": found in the first steps, then held."""
+    alpha: Annotated[float | str, SIZE_OR_AUTO] = 5e-4
+    """α: the step size; "auto": found from the scores of each step."""
+    alpha_start: Annotated[float, ABOVE_0] = 5e-4
+    """Where an α that is "auto" begins."""
     shaping: Literal["zscore", "rank"] = "zscore"
+    baseline: Literal["member", "item"] = "member"
+    """Scores are compared with the members' mean; "item": with each item's own, and with the spread of all items' (EGGROLL)."""
     scale: Literal["standard", "nes"] = "standard"
     """θ += α ĝ, or θ += α/σ ĝ."""
     antithetic: bool = False
@@ -138,6 +143,8 @@ class ESTable:
     sigma_decay_every: Annotated[int, at_least(0)] = 0
     weight_decay: Annotated[float, at_least(0)] = 0.0
     """λ of θ -= α λ θ, decoupled from the scores."""
+    anchor: Annotated[float, at_least(0)] = 0.0
+    """λ of θ -= α λ (θ - θ₀): the decay goes towards the model that the run began with, not towards 0."""
     groups: tuple[Group, ...] = ()
 
 

@@ -15,9 +15,11 @@ from pathlib import Path
 from transformers.utils import logging as transformers_logging
 
 from es_lite import system
+from es_lite.algorithm.drift import Drift
 from es_lite.algorithm.jit import Threads
 from es_lite.engine.local import LocalEngine
 from es_lite.errors import DamagedFile, RunError, UserError
+from es_lite.fitness.diagnosis import least_sigma
 from es_lite.fitness.kinds import fitness_of
 from es_lite.model.origin import Origin
 from es_lite.planning.plan import Plan
@@ -30,6 +32,7 @@ from es_lite.runs.journal import Journal
 from es_lite.runs.metrics import Metrics
 from es_lite.runs.milestones import Milestones
 from es_lite.runs.pace import Pace
+from es_lite.runs.tuning import Tuning
 from es_lite.terminal import accept_any_text
 from es_lite.weights.store import Store
 
@@ -70,7 +73,7 @@ def train(recipe: Recipe, resume: bool = False, rebuild: bool = False) -> None:
             if resume:
                 print(f"nothing to resume in {run.path}: starting at step 0", flush=True)
             journal = Journal.create(run.journal, origin.header(layout, theta_0) | header)
-        store = Store(run.store, layout, origin.storage)
+        store = Store(run.store, layout, origin.storage, lambda: theta_0)
         if rebuild:
             for error in store.remove_damaged():
                 print(f"removed, to be made again from θ₀ and the journal: {error}", flush=True)
@@ -85,7 +88,18 @@ def train(recipe: Recipe, resume: bool = False, rebuild: bool = False) -> None:
             Console(recipe.run.iterations, len(journal.records)) as console,
             LocalEngine(recipe, origin, layout, store, plan.execution, run.lock, console.warn) as engine,
         ):
-            under_way = Run(recipe, fitness, dataset, engine, plan.execution, plan.noise, journal, store, console, pace)
+            rounded = plan.execution.compute == "bf16"
+            tuning = Tuning(
+                recipe,
+                lambda: least_sigma(layout.tensors, theta_0, plan.noise, recipe.run.seed) if rounded else 0.0,
+                [(record.sigma, found) for record, found in zip(journal.records, journal.estimates, strict=True)],
+            )
+            drift = Drift(layout.factor_shares())
+            for record in journal.records:
+                drift.add(record)
+            under_way = Run(
+                recipe, fitness, dataset, engine, plan.execution, plan.noise, journal, store, console, pace, tuning, drift
+            )
             milestones = Milestones(
                 recipe=recipe,
                 run=run,
@@ -105,7 +119,7 @@ def train(recipe: Recipe, resume: bool = False, rebuild: bool = False) -> None:
             under_way.begin()
             milestones.catch_up()
             while under_way.done < recipe.run.iterations and not console.stopping:
-                milestones.after_step(under_way.step(milestones.sigma(under_way.done), milestones.alpha(under_way.done)))
+                milestones.after_step(under_way.step())
                 if engine.shortage and under_way.done < recipe.run.iterations:
                     raise RunError(f"stopped after step {under_way.done}, {engine.shortage}")
                 if pace.exhausted and under_way.done < recipe.run.iterations:

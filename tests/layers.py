@@ -98,9 +98,9 @@ class Arrays:
         return self
 
 
-def records(count: int) -> list[Record]:
+def records(count: int, anchored: bool = False) -> list[Record]:
     """Steps 0 … count - 1, each with another kind of noise: antithetic or not, with weight decay or without; in each, one member
-    has the coefficient 0."""
+    has the coefficient 0. anchored: the decay goes towards θ₀."""
     out = []
     kinds = list(plain.KINDS.values())[::-1]  # low-rank noise, which depends on a tensor's shape, is in the first steps
     for step in range(count):
@@ -108,7 +108,10 @@ def records(count: int) -> list[Record]:
         coefficients[step % 6] = 0
         decay = float(np.float32(1e-2 if step % 3 else 0))
         noise, members = kinds[step % len(kinds)], tuple(float(c) for c in coefficients)
-        out.append(Record(step, 2**63 + step // 2, 1e-2, bool(step % 2), decay, members, noise.NAME, noise.RANK))
+        pulls = {"decay": 0.0, "anchor": 8 * decay} if anchored else {"decay": decay}
+        out.append(
+            Record(step, 2**63 + step // 2, 1e-2, bool(step % 2), coefficients=members, kind=noise.NAME, rank=noise.RANK, **pulls)
+        )
     return out
 
 
@@ -123,10 +126,12 @@ def expected(layer: Layer, theta_0: Arrays, storage: Storage, history: Sequence[
                 coefficients = coefficients[::2] - coefficients[1::2]
             coefficients *= np.float32(tensor.coefficient_factor)
             decay = np.float32(record.decay) * np.float32(tensor.decay_factor)
-            if coefficients.any() or decay:
+            anchor = np.float32(record.anchor) * np.float32(tensor.decay_factor)
+            if coefficients.any() or decay or anchor:
                 place = {"seed": record.seed, "step": record.step, "tensor": tensor.number}
+                pull = {"anchor": anchor, "origin": theta_0.values[tensor.name]} if record.anchor else {}
                 noise = {"noise": record.noise, "shape": tensor.shape, "pairs": np.arange(coefficients.size)}
-                stored, scales = plain.advanced(stored, scales, **place, **noise, coefficients=coefficients, decay=decay)
+                stored, scales = plain.advanced(stored, scales, **place, **noise, coefficients=coefficients, decay=decay, **pull)
         out[tensor.name] = stored, scales
     return out
 

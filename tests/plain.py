@@ -138,15 +138,18 @@ def advanced(
     start: int = 0,
     noise: NoiseKind = gaussian,
     shape: tuple[int, ...] = (),
+    anchor: float = 0.0,
+    origin: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Elements start … of a tensor after a step, and their scales. int8: whole rows, and `scales` of these rows only.
 
-    shape: the tensor's; only low-rank noise depends on it.
+    shape: the tensor's; only low-rank noise depends on it. origin: θ₀ of the same elements, if the step is anchored.
     """
     width = stored.size // scales.size if scales.size else 1
     total = weighted_sum(noise, Place(seed, step, 0, tensor), pairs, coefficients, shape, start, stored.size)
     values = as_float32(stored, scales, width)
-    values = (values - np.float32(decay) * values) + total
+    pull = np.float32(decay) * values if origin is None else np.float32(anchor) * (values - origin)
+    values = (values - pull) + total
     assert values.dtype == np.float32
     if stored.dtype == np.float32:
         return values, scales

@@ -34,6 +34,7 @@ from transformers.utils import logging as transformers_logging
 from es_lite import system
 from es_lite.algorithm.noise.kinds import kind_of
 from es_lite.algorithm.record import Record
+from es_lite.algorithm.shaping import utilities
 from es_lite.data.chat import decode
 from es_lite.data.prompt_batch import Prompts
 from es_lite.engine.local import LocalEngine
@@ -253,17 +254,15 @@ def shares(load: Load, kind: str, turns: int, workers: int) -> None:
             scores = np.array([(countdown.WEIGHTS @ grade.parts).mean() for grade in grades])
             times.append(time.perf_counter())
             scores += np.arange(len(scores))  # equal scores would move nothing
-            record = Record.from_scores(
+            record = Record.from_utilities(
                 step,
-                scores,
+                utilities(scores, "zscore"),
                 seed=1,
                 noise=noise,
                 sigma=SIGMA,
                 alpha=1e-6,
-                shaping_kind="zscore",
                 scale="standard",
                 antithetic=True,
-                weight_decay=0.0,
             )
             own.local.advance([record], lambda share: None)
             times.append(time.perf_counter())

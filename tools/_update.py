@@ -19,6 +19,7 @@ from _measuring import StepLoad
 from es_lite.algorithm.jit import Threads
 from es_lite.algorithm.noise import gaussian
 from es_lite.algorithm.record import Record
+from es_lite.algorithm.shaping import utilities
 from es_lite.engine.local import divide
 from es_lite.engine.messages import Advance, AdvanceSections, Check, Finish, Task
 from es_lite.model.layout import Layout
@@ -78,9 +79,9 @@ def makespan(seconds: Sequence[float], workers: int) -> float:
 def record_of(step: int, population: int) -> Record:
     """A record in which every member counts."""
     scores = np.random.default_rng(step).standard_normal(population)
-    return Record.from_scores(
-        step, scores, seed=0, noise=gaussian, sigma=1e-3, alpha=5e-4, shaping_kind="zscore", scale="standard",
-        antithetic=True, weight_decay=0.0,
+    return Record.from_utilities(
+        step, utilities(scores, "zscore"), seed=0, noise=gaussian, sigma=1e-3, alpha=5e-4, scale="standard",
+        antithetic=True,
     )  # fmt: skip
 
 

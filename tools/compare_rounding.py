@@ -28,6 +28,7 @@ from es_lite.algorithm.formats import Storage
 from es_lite.algorithm.jit import Threads
 from es_lite.algorithm.noise import gaussian
 from es_lite.algorithm.record import Record
+from es_lite.algorithm.shaping import utilities
 from es_lite.data import batch
 from es_lite.data.corpus import Corpus, split
 from es_lite.data.texts import BUILTIN, Texts
@@ -107,17 +108,15 @@ def path(way: str, seed: int, steps: int) -> list[float]:
     for step in range(steps):
         samples = batch.pack(train_set, batch.draw(len(train_set), SAMPLES, seed, step))
         pairs = [Perturbation(seed, step, pair, SIGMA, (1, -1)) for pair in range(POPULATION // 2)]
-        record = Record.from_scores(
+        record = Record.from_utilities(
             step,
-            scorer.log_probabilities(pairs, samples, SAMPLES).mean(axis=1),
+            utilities(scorer.log_probabilities(pairs, samples, SAMPLES).mean(axis=1), "zscore"),
             seed=seed,
             noise=gaussian,
             sigma=SIGMA,
             alpha=ALPHA,
-            shaping_kind="zscore",
             scale="standard",
             antithetic=True,
-            weight_decay=0.0,
         )
         for part in store:
             if stochastic:

@@ -1,17 +1,16 @@
-"""The record of a step: what is needed, besides θ_t, to compute θ_{t+1} bit for bit."""
+"""The record of a step: what is needed, besides θ_t and θ₀, to compute θ_{t+1} bit for bit."""
 
 from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
 
-from es_lite.algorithm import shaping
 from es_lite.algorithm.noise.kinds import NoiseKind, kind_of
 
 
 @dataclass(frozen=True)
 class Record:
-    """Step t of a run: θ ← (θ - decay·θ) + Σ_j coefficients[j]·ε_j, in float32."""
+    """Step t of a run: θ ← (θ - decay·θ - anchor·(θ - θ₀)) + Σ_j coefficients[j]·ε_j, in float32."""
 
     step: int
     seed: int
@@ -20,45 +19,42 @@ class Record:
     """The σ of the perturbations; the update does not need it."""
     antithetic: bool
     decay: float
-    """α·λ of the weight decay, a float32 value; 0 if it is off."""
+    """α·λ of the weight decay, a float32 value; 0 if it is off, as it is if `anchor` is not."""
     coefficients: tuple[float, ...]
     """c_j of each member, float32 values; 0 for a member whose score was not finite."""
     kind: str = "gaussian"
     """The kind of noise."""
     rank: int = 0
     """Its rank, if it is "lowrank"; else 0."""
+    anchor: float = 0.0
+    """α·λ of the decay towards θ₀, a float32 value; 0 if it is off."""
 
     @classmethod
-    def from_scores(
+    def from_utilities(
         cls,
         step: int,
-        scores: np.ndarray,
+        utilities: np.ndarray,
         *,
         seed: int,
         noise: NoiseKind,
         sigma: float,
         alpha: float,
-        shaping_kind: str,
         scale: str,
         antithetic: bool,
-        weight_decay: float,
+        weight_decay: float = 0.0,
+        anchor: float = 0.0,
     ) -> Self:
-        """The record that follows from scores r_j, [N]: c_j = α/N·w_j (scale "standard") or α/(Nσ)·w_j ("nes").
-
-        Raises ValueError if fewer than two scores are finite.
-        """
-        utilities = shaping.utilities(np.asarray(scores, np.float64), shaping_kind)
-        step_size = alpha / len(scores) / (sigma if scale == "nes" else 1.0)
-        coefficients = (step_size * utilities).astype(np.float32)
+        """The record that follows from utilities w_j, [N]: c_j = α/N·w_j (scale "standard") or α/(Nσ)·w_j ("nes")."""
         return cls(
             step=step,
             seed=seed,
             sigma=sigma,
             antithetic=antithetic,
             decay=float(np.float32(alpha * weight_decay)),
-            coefficients=tuple(float(c) for c in coefficients),
+            coefficients=tuple(float(c) for c in coefficients(utilities, alpha, sigma, scale).astype(np.float32)),
             kind=noise.NAME,
             rank=noise.RANK,
+            anchor=float(np.float32(alpha * anchor)),
         )
 
     @property
@@ -72,8 +68,16 @@ class Record:
         Member j's noise is that of pair j; with antithetic sampling, pair p's coefficient is c_2p - c_2p+1.
         Pairs of coefficient 0 are left out, which changes no bit of the sum.
         """
-        coefficients = np.array(self.coefficients, np.float32)
-        if self.antithetic:
-            coefficients = coefficients[0::2] - coefficients[1::2]
-        used = np.flatnonzero(coefficients)
-        return used.astype(np.uint32), coefficients[used]
+        of_pairs = pair_coefficients(np.array(self.coefficients, np.float32), self.antithetic)
+        used = np.flatnonzero(of_pairs)
+        return used.astype(np.uint32), of_pairs[used]
+
+
+def coefficients(utilities: np.ndarray, alpha: float, sigma: float, scale: str) -> np.ndarray:
+    """c_j of utilities w_j, float64 [N]; see `Record.from_utilities`."""
+    return alpha / len(utilities) / (sigma if scale == "nes" else 1.0) * utilities
+
+
+def pair_coefficients(coefficients: np.ndarray, antithetic: bool) -> np.ndarray:
+    """c_p of each pair, [P], from the members' c_j, [N]: c_2p - c_2p+1, or c_j itself without antithetic sampling."""
+    return coefficients[0::2] - coefficients[1::2] if antithetic else coefficients

@@ -1,5 +1,7 @@
 """The update of a step, θ ← (θ - decay·θ) + Σ_p c_p·ε_p, on weights in any stored format (numba).
 
+An anchored step has anchor·(θ - θ₀) in place of decay·θ.
+
 float32 needs no further rounding. bfloat16 and int8 are rounded stochastically: up with the probability of the fraction that is
 cut off, so updates far below the format's resolution still move the weights by the right amount on average. The 16 random bits
 come from the noise's counter with the reserved pair ROUNDING: element i takes lane i % 8 of counter i // 8. So the update is a
@@ -22,18 +24,25 @@ from es_lite.algorithm.noise.place import ROUNDING, Place
 
 _u32, _f32 = np.uint32, np.float32
 
+NO_ORIGIN = np.empty(0, np.float32)
+
 GROWTH = np.float32(17 / 16)
 """A row's scale grows by this factor at a time."""
 
 
 @jit
-def _apply_fp32(theta, total, decay):
-    for i in range(theta.size):
-        theta[i] = (theta[i] - decay * theta[i]) + total[i]
+def _move(value, total, decay, anchor, origin):
+    """Float32 values, in place. origin: θ₀, or empty for decay."""
+    if origin.size:
+        for i in range(value.size):
+            value[i] = (value[i] - anchor * (value[i] - origin[i])) + total[i]
+    else:
+        for i in range(value.size):
+            value[i] = (value[i] - decay * value[i]) + total[i]
 
 
 @jit
-def _apply_bf16(theta, total, decay, start, none, tensor, pair, step, k0, k1):
+def _apply_bf16(theta, total, decay, anchor, origin, start, none, tensor, pair, step, k0, k1):
     words, lanes = words_buffer()
     value = np.empty(CHUNK, _f32)
     bits = value.view(_u32)
@@ -41,15 +50,14 @@ def _apply_bf16(theta, total, decay, start, none, tensor, pair, step, k0, k1):
         count = min(CHUNK, theta.size - low)
         part, moved = theta[low : low + count], total[low : low + count]
         load(value, bits, part, none, 1, 0)
-        for i in range(count):
-            value[i] = (value[i] - decay * value[i]) + moved[i]
+        _move(value[:count], moved, decay, anchor, origin[low : low + count])
         cut = draw_lanes(words, lanes, start + low, count, tensor, pair, step, k0, k1)
         for i in range(count):
             part[i] = np.uint16((bits[i] + _u32(cut[i])) >> _u32(16))
 
 
 @jit
-def _apply_int8(theta, scales, total, decay, start, tensor, pair, step, k0, k1):
+def _apply_int8(theta, scales, total, decay, anchor, origin, start, tensor, pair, step, k0, k1):
     """theta: whole rows; scales: of these rows only."""
     words, lanes = words_buffer()
     width = theta.size // scales.size
@@ -58,8 +66,7 @@ def _apply_int8(theta, scales, total, decay, start, tensor, pair, step, k0, k1):
     for row in range(scales.size):
         stored, moved = theta[row * width : (row + 1) * width], total[row * width : (row + 1) * width]
         load(value, bits, stored, scales, width, row * width)
-        for i in range(width):
-            value[i] = (value[i] - decay * value[i]) + moved[i]
+        _move(value, moved, decay, anchor, origin[row * width : (row + 1) * width])
         scale, top = scales[row], greatest(value)
         if scale <= TINY:
             scale = top
@@ -87,8 +94,12 @@ def advance(
     *,
     start: int = 0,
     scales: np.ndarray = NO_SCALES,
+    anchor: float = 0.0,
+    origin: np.ndarray = NO_ORIGIN,
 ) -> None:
     """θ ← (θ - decay·θ) + Σ_p coefficients[p]·ε_{pairs[p]}, in place; the sum runs in the order given, in float32.
+
+    If `origin` is given, which is θ₀ of the same elements, float32 [n], anchor·(θ - θ₀) takes the place of decay·θ.
 
     theta: elements of the tensor from `start` on: float32 [n]; bfloat16 bits, uint16 [n]; or int8 [n], whole rows, whose scales,
     float32 [rows], change too. place: its pair is ignored. pairs: uint32 [P]; coefficients: float32 [P].
@@ -102,11 +113,12 @@ def advance(
         part = theta[low : low + block]
         moved, first = total[: part.size], start + low
         noise.weighted_sum(moved, place, pairs, coefficients, shape, start=first)
+        pull = _f32(decay), _f32(anchor), origin[low : low + block]
         if theta.dtype == np.float32:
-            _apply_fp32(part, moved, _f32(decay))
+            _move(part, moved, *pull)
         elif theta.dtype == np.uint16:
-            _apply_bf16(part, moved, _f32(decay), first, NO_SCALES, *rounding)
+            _apply_bf16(part, moved, *pull, first, NO_SCALES, *rounding)
         else:
             assert theta.dtype == np.int8
             rows = scales[low // width : (low + part.size) // width]
-            _apply_int8(part, rows, moved, _f32(decay), first, *rounding)
+            _apply_int8(part, rows, moved, *pull, first, *rounding)

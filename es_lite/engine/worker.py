@@ -71,7 +71,9 @@ class Worker:
         if working_copy is not None:
             self._working = WorkingCopy(setup.layout, setup.weights, working_copy)
         else:
-            self._stream = Stream(self._files, setup.layout, setup.weights, self._lanes.all_threads, setup.execution.direct)
+            self._stream = Stream(
+                self._files, setup.layout, setup.weights, self._lanes.all_threads, setup.execution.direct, self._theta_0
+            )
         self._model: PerturbedModel | None = None
         self._source: Source | None = None
 

@@ -80,7 +80,7 @@ def opened(subject: Subject, recipe: Recipe, fitness: Fitness) -> Iterator[Opene
         store = Store(folder, layout, subject.origin.storage)
         try:
             _link(subject, store)
-            if not all(file.exists() for file in store.files):
+            if not all(file.exists() for file in store.files) or any(record.anchor for record in subject.records):
                 subject.check(subject.origin.source(model, layout, Threads(system.cores())))
             plan = _planned(recipe, fitness, subject)
             plan.rehearse(model, fitness)

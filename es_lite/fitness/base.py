@@ -8,6 +8,7 @@ from typing import Protocol, Self
 import numpy as np
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+from es_lite.algorithm.shaping import means
 from es_lite.recipe import Recipe
 from es_lite.scoring.model import PerturbedModel
 from es_lite.scoring.perturbation import Perturbation
@@ -57,11 +58,7 @@ class Graded:
 
     def means(self) -> np.ndarray:
         """Each member's score, the mean over the items that count; NaN if none does: float64 [members]."""
-        counted = ~np.isnan(self.scores)
-        if counted.all():
-            return self.scores.mean(axis=1)
-        sums, counts = np.where(counted, self.scores, 0.0).sum(axis=1), counted.sum(axis=1)
-        return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+        return means(self.scores)
 
 
 class Dataset(Protocol):

@@ -1,7 +1,8 @@
 """Advice if σ is so small that rounding removes it, or so large that perturbed models collapse."""
 
 import contextlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -10,12 +11,16 @@ from es_lite.algorithm.noise.kinds import NoiseKind
 from es_lite.algorithm.noise.place import Place
 from es_lite.fitness.base import Fitness
 from es_lite.model.layout import Tensor
+from es_lite.model.source import Source
 from es_lite.weights.layer_file import FileReader, LayerFile
 
 GROUPS, ROWS, ELEMENTS = 8, 16, 4096
 """What is examined of a tensor: groups of consecutive rows, the least rows of each, and the least elements of all together."""
 
 SMALLEST_SHARE_MOVED = 0.5
+
+MOST_TIED, MOST_SIGNAL = 0.5, 0.7
+"""Above these, a step's time is better spent on more items, or on more members."""
 
 
 def share_moved(files: Sequence[LayerFile], noise: NoiseKind, sigma: float, seed: int) -> float:
@@ -24,22 +29,46 @@ def share_moved(files: Sequence[LayerFile], noise: NoiseKind, sigma: float, seed
     Under low-rank noise a linear map's weights stay as they are, and what is rounded is its outputs; but whether σ is large
     enough for bfloat16 is told as well by the weights as they would be.
     """
-    moved, perturbed = 0.0, 0
+    examined: list[Examined] = []
     for file in files:
         with contextlib.closing(FileReader(file)) as reader:
-            for tensor in file.layer.tensors:
-                if tensor.sigma_factor == 0 or not tensor.size:
-                    continue
-                place, changed, examined = Place(seed, 0, 0, tensor.number), 0, 0
-                for start, count in examined_rows(tensor):
-                    weights = np.empty(count, np.uint16)
-                    formats.to_bf16(weights, reader.part(tensor, start, count).float32())
-                    out = np.empty_like(weights)
-                    noise.perturb(out, None, weights, place, sigma * tensor.sigma_factor, tensor.shape, start=start)
-                    changed += int(np.count_nonzero(out != weights))
-                    examined += count
-                moved += tensor.size * changed / examined
-                perturbed += tensor.size
+            examined += _examined(file.layer.tensors, lambda *rows, reader=reader: reader.part(*rows).float32())
+    return _share_moved(examined, noise, sigma, seed)
+
+
+def least_sigma(tensors: Sequence[Tensor], theta_0: Source, noise: NoiseKind, seed: int) -> float:
+    """The least σ, a power of two, that changes most of θ₀'s perturbed weights in bfloat16; 0 if none does."""
+    examined = list(_examined(tensors, theta_0.read))
+    for exponent in range(-24, 1):
+        if _share_moved(examined, noise, 2.0**exponent, seed) >= SMALLEST_SHARE_MOVED:
+            return 2.0**exponent
+    return 0.0
+
+
+Examined = tuple[Tensor, int, np.ndarray]
+"""Weights of a tensor from an element on, as bfloat16 bits, uint16 [n]."""
+
+
+def _examined(tensors: Sequence[Tensor], read: Callable[[Tensor, int, int], np.ndarray]) -> Iterator[Examined]:
+    """What is examined of the perturbed tensors. read: float32 [count] of a tensor from an element on."""
+    for tensor in tensors:
+        for start, count in examined_rows(tensor) if tensor.sigma_factor and tensor.size else ():
+            weights = np.empty(count, np.uint16)
+            formats.to_bf16(weights, read(tensor, start, count))
+            yield tensor, start, weights
+
+
+def _share_moved(examined: Sequence[Examined], noise: NoiseKind, sigma: float, seed: int) -> float:
+    moved, perturbed = 0.0, 0
+    for _, group in itertools.groupby(examined, key=lambda rows: rows[0].name):
+        changed, count = 0, 0
+        for tensor, start, weights in group:
+            out, place = np.empty_like(weights), Place(seed, 0, 0, tensor.number)
+            noise.perturb(out, None, weights, place, sigma * tensor.sigma_factor, tensor.shape, start=start)
+            changed += int(np.count_nonzero(out != weights))
+            count += weights.size
+        moved += tensor.size * changed / count
+        perturbed += tensor.size
     return moved / max(1, perturbed)
 
 
@@ -91,3 +120,21 @@ def tied_advice(fitness: Fitness, score: float) -> str:
         f"all members score the same ({score:g}), so the step moves nothing: es.sigma changes nothing (too small, or 0 for all "
         "that matters), or the model has collapsed (es.alpha or es.sigma was far too large): change them and start again"
     )
+
+
+def budget_advice(signal: float | None, tied: float, samples: int, population: int) -> str | None:
+    """Advice if the same time is better spent on more items or on more members, else None.
+
+    signal: the share of the spread of scores that items agree on; tied: the share of members whose score equals another's.
+    """
+    if tied >= MOST_TIED:
+        return (
+            f"{tied:.0%} of the members have the score of another one, so the step cannot tell them apart: take more items "
+            f"(fitness.samples = {2 * samples}), or a reward with more shades, even if there are fewer members (es.population)"
+        )
+    if signal is not None and signal >= MOST_SIGNAL and samples > 2:
+        return (
+            f"items agree on {signal:.0%} of the spread of the scores: with half the items (fitness.samples = {samples // 2}) "
+            f"and twice the members (es.population = {2 * population}), a step takes about as long and learns more"
+        )
+    return None

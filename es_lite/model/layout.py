@@ -146,6 +146,14 @@ class Layout:
         """Elements of the whole model; tied tensors count once."""
         return sum(layer.size for layer in self.layers)
 
+    def factor_shares(self) -> dict[tuple[float, float], float]:
+        """The share of the parameters that have each pair of factors, for coefficients and for decay."""
+        shares: dict[tuple[float, float], float] = {}
+        for tensor in self.tensors:
+            factors = tensor.coefficient_factor, tensor.decay_factor
+            shares[factors] = shares.get(factors, 0.0) + tensor.size / max(1, self.size)
+        return shares
+
     def structure(self) -> str:
         """SHA-256 of names, shapes and noise numbers, on which the meaning of a journal's records depends."""
         listing = json.dumps([[t.name, t.shape, t.number] for t in self.tensors])

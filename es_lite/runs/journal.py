@@ -22,6 +22,9 @@ from es_lite.files import open_file, write_durably, write_fully
 
 FORMAT = "es_lite journal 1"
 
+OTHER_KEYS = {"scores", "estimate"}
+"""Of a step's line: what its update does not need."""
+
 
 class Journal:
     """An open journal. `header` and `records` are what the file holds; `append` adds a record, durably."""
@@ -30,6 +33,8 @@ class Journal:
         self.path = path
         self.scores: list[list[float | None]] = []
         """The members' scores of each step; None if not finite."""
+        self.estimates: list[dict[str, Any] | None] = []
+        """What α or σ was found from in each step; None if neither was "auto"."""
         self.header = header
         self.records = records
         self._check = check
@@ -79,6 +84,7 @@ class Journal:
                 raise UserError(f"{path}: line {number + 2}: {error}") from None
         journal = cls(path, lines[0], records, check, len(whole))
         journal.scores = [document["scores"] for document in lines[1:]]
+        journal.estimates = [document.get("estimate") for document in lines[1:]]
         return journal
 
     def check_noise(self, noise: NoiseKind) -> None:
@@ -90,8 +96,9 @@ class Journal:
                     f"{record.step + 1}, the recipe's {_words(noise)}); restore the run's own journal"
                 )
 
-    def append(self, record: Record, scores: list[float | None]) -> None:
+    def append(self, record: Record, scores: list[float | None], estimate: dict[str, Any] | None = None) -> None:
         """Adds the record of the next step; it is on disk when this returns. scores: for people and for metrics.
+        estimate: for the α and σ of the steps after it.
 
         Raises RunError if it cannot be written; the journal is then as it was.
         """
@@ -99,9 +106,12 @@ class Journal:
         document = asdict(record)
         if not record.rank:
             del document["rank"]  # versions that know no rank can read the other kinds
-        self._append({**document, "scores": scores})
+        if not record.anchor:
+            del document["anchor"]
+        self._append({**document, "scores": scores, **({"estimate": estimate} if estimate else {})})
         self.records.append(record)
         self.scores.append(scores)
+        self.estimates.append(estimate)
 
     def _append(self, document: dict[str, Any]) -> None:
         line, check = _line(document, self._check)
@@ -136,14 +146,14 @@ def _record(document: dict[str, Any], step: int) -> Record:
     """The record in a line's object. Raises ValueError, in words, if this version cannot apply it."""
     if document.get("step") != step:
         raise ValueError(f"expected step {step}, found {document.get('step')}; restore the file from a copy")
-    if unknown := document.keys() - Record.__dataclass_fields__.keys() - {"scores"}:
+    if unknown := document.keys() - Record.__dataclass_fields__.keys() - OTHER_KEYS:
         raise ValueError(
             f"the record has {', '.join(sorted(unknown))}, which this version of es_lite does not know and which may change what "
             "the step does; use the version that wrote it"
         )
-    fields = dict(document)
+    fields = {name: value for name, value in document.items() if name not in OTHER_KEYS}
     try:
-        del fields["scores"]  # for people and metrics
+        _ = document["scores"]
         record = Record(**fields | {"coefficients": tuple(document["coefficients"])})
         kind_of(record.kind, record.rank)
     except (KeyError, TypeError) as error:

@@ -10,7 +10,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from es_lite import system
 from es_lite.algorithm.jit import Threads
-from es_lite.algorithm.schedule import decayed
 from es_lite.model.layout import Layout
 from es_lite.quantities import GIB
 from es_lite.recipe import Recipe
@@ -19,6 +18,7 @@ from es_lite.runs.directory import RunDirectory
 from es_lite.runs.export import export, model_card, step_of
 from es_lite.runs.journal import Journal
 from es_lite.runs.metrics import Metrics
+from es_lite.runs.tuning import alpha_of
 from es_lite.weights.store import Store
 
 
@@ -48,14 +48,6 @@ class Milestones:
         """Steps that the journal holds."""
         return len(self.journal.records)
 
-    def sigma(self, step: int) -> float:
-        es = self.recipe.es
-        return decayed(es.sigma, es.sigma_decay, es.sigma_decay_every, step)
-
-    def alpha(self, step: int) -> float:
-        es = self.recipe.es
-        return decayed(es.alpha, es.alpha_decay, es.alpha_decay_every, step)
-
     def catch_up(self) -> None:
         """Does what a crash prevented after a step was in the journal: metrics, an evaluation, a checkpoint. At step 0, the first
         evaluation."""
@@ -78,7 +70,11 @@ class Milestones:
         """The metrics of a step that follow from the journal."""
         scores = np.array([score for score in self.journal.scores[step] if score is not None])
         score = {"score_mean": float(scores.mean()), "score_std": float(scores.std()), "score_best": float(scores.max())}
-        return {"step": step + 1} | score | {"eval_score": None, "sigma": self.sigma(step), "alpha": self.alpha(step)}
+        sizes = {
+            "sigma": self.journal.records[step].sigma,
+            "alpha": alpha_of(self.recipe.es, step, self.journal.estimates[step]),
+        }
+        return {"step": step + 1} | score | {"eval_score": None} | sizes
 
     def after_step(self, figures: dict[str, Any]) -> None:
         """Completes the journal's last step: an evaluation and checkpoints if they are due, and its metrics."""

@@ -1,6 +1,6 @@
 """Parts of stored tensors (float32, bfloat16, or int8 with one scale per row), and applying records to them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,10 +10,15 @@ from es_lite.algorithm.formats import NO_SCALES, Storage
 from es_lite.algorithm.jit import CHUNK, Threads
 from es_lite.algorithm.noise.place import Place
 from es_lite.algorithm.record import Record
+from es_lite.algorithm.update import NO_ORIGIN
 from es_lite.model.layout import Layer, Tensor
 
 SLICE = 2**20
 """Elements that are processed at a time if a layer need not be in memory whole."""
+
+
+ReadTheta0 = Callable[[Tensor, int, int], np.ndarray]
+"""θ₀ of a tensor's elements: (tensor, start, count) to float32 [count]."""
 
 
 def dtype_of(tensor: Tensor, storage: Storage) -> np.dtype:
@@ -74,16 +79,28 @@ class Part:
 
             threads.each(scales.size, part, least=max(1, 16 * CHUNK // width))
 
-    def advance(self, records: Sequence[Record], threads: Threads) -> None:
-        """Applies `records`, in order and in place."""
-        for record in records:
-            pairs, coefficients = record.pairs()
-            coefficients = coefficients * np.float32(self.tensor.coefficient_factor)
-            decay = float(np.float32(record.decay) * np.float32(self.tensor.decay_factor))
-            if coefficients.any() or decay:
-                self._advance(record, pairs, coefficients, decay, threads)
+    def advance(self, records: Sequence[Record], threads: Threads, theta_0: ReadTheta0 | None = None) -> None:
+        """Applies `records`, in order and in place. theta_0: called, in slices, only if one of them is anchored."""
+        if self.tensor.decay_factor and any(record.anchor for record in records):
+            for start, count in slices(self.tensor, self.start, self.data.size):
+                low = start - self.start
+                part = Part(self.tensor, start, self.data[low : low + count], self.scales)
+                assert theta_0 is not None, "anchored records need θ₀"
+                origin = theta_0(self.tensor, start, count)
+                for record in records:
+                    part._apply(record, threads, origin if record.anchor else NO_ORIGIN)
+        else:
+            for record in records:
+                self._apply(record, threads, NO_ORIGIN)
 
-    def _advance(self, record: Record, pairs: np.ndarray, coefficients: np.ndarray, decay: float, threads: Threads) -> None:
+    def _apply(self, record: Record, threads: Threads, origin: np.ndarray) -> None:
+        """origin: θ₀ of the same elements, float32 [n], if the record is anchored."""
+        pairs, coefficients = record.pairs()
+        coefficients = coefficients * np.float32(self.tensor.coefficient_factor)
+        factor = np.float32(self.tensor.decay_factor)
+        decay, anchor = (float(np.float32(pull) * factor) for pull in (record.decay, record.anchor))
+        if not (coefficients.any() or decay or anchor):
+            return
         int8 = self.data.dtype == np.int8
         unit = self.tensor.width if int8 else 1
         scales = self.own_scales
@@ -101,6 +118,8 @@ class Part:
                 self.tensor.shape,
                 start=self.start + low * unit,
                 scales=scales[low:high] if int8 else NO_SCALES,
+                anchor=anchor,
+                origin=origin[low * unit : high * unit],
             )
 
         threads.each(self.data.size // unit, part, least=max(1, 16 * CHUNK // unit))
@@ -112,7 +131,8 @@ class Part:
         return self.scales[first : first + self.data.size // max(1, self.tensor.width)]
 
 
-def slices(tensor: Tensor) -> list[tuple[int, int]]:
-    """(start, count) of about SLICE elements, whole rows, covering the tensor in order."""
+def slices(tensor: Tensor, first: int = 0, size: int | None = None) -> list[tuple[int, int]]:
+    """(start, count) of about SLICE elements, whole rows, covering the tensor, or `size` elements from `first` on, in order."""
     step = max(1, SLICE // max(1, tensor.width)) * tensor.width
-    return [(start, min(step, tensor.size - start)) for start in range(0, tensor.size, step)]
+    end = first + (tensor.size if size is None else size)
+    return [(start, min(step, end - start)) for start in range(first, end, step)]

@@ -3,6 +3,7 @@
 The update, the stream, exports and replay all read weights through this module.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -66,18 +67,35 @@ class LayerReader:
         needed: the records that lead from the stored step to the reader's.
     """
 
-    def __init__(self, stored: StoredLayer, format: LayerFormat, needed: Sequence[Record], threads: Threads) -> None:
+    def __init__(
+        self,
+        stored: StoredLayer,
+        format: LayerFormat,
+        needed: Sequence[Record],
+        threads: Threads,
+        theta_0: Callable[[], Source] | None,
+    ) -> None:
+        """theta_0: opens θ₀; called only if one of the records is anchored."""
         self.front = stored.front
         self.needed = needed
         self.format = format
         self._stored = stored
         self._threads = threads
+        self._theta_0 = theta_0
+        self._reading = threading.Lock()  # several threads may ask for parts, but a source is read by one at a time
 
     @classmethod
     def of_file(
-        cls, file: LayerFile, records: Sequence[Record], step: int, threads: Threads, direct: bool = False
+        cls,
+        file: LayerFile,
+        records: Sequence[Record],
+        step: int,
+        threads: Threads,
+        direct: bool = False,
+        theta_0: Callable[[], Source] | None = None,
     ) -> "LayerReader":
         """From the layer's file. records: all that may be needed. direct: read sections bypassing the page cache.
+        theta_0: opens θ₀, which anchored records need.
 
         Raises DamagedFile if the file cannot be read, or if the records do not lead from its step to `step`.
         """
@@ -87,20 +105,20 @@ class LayerReader:
         if needed is None:
             stored.close()
             raise file.damaged(f"says it holds step {at}, from where it cannot be brought to {step}")
-        return cls(stored, file.format, needed, threads)
+        return cls(stored, file.format, needed, threads, theta_0)
 
     @classmethod
     def of_theta_0(cls, format: LayerFormat, theta_0: Source, records: Sequence[Record], threads: Threads) -> "LayerReader":
         """From θ₀, through `records`, which begin at step 0."""
-        return cls(InitialLayer(format, theta_0, threads), format, records, threads)
+        return cls(InitialLayer(format, theta_0, threads), format, records, threads, lambda: theta_0)
 
     @classmethod
     def of_either(
         cls, file: LayerFile, theta_0: Callable[[], Source], records: Sequence[Record], step: int, threads: Threads
     ) -> "LayerReader":
-        """From the layer's file if there is one, else from θ₀, which is opened only then."""
+        """From the layer's file if there is one, else from θ₀, which is opened only then, or if a record is anchored."""
         if file.exists():
-            return cls.of_file(file, records, step, threads)
+            return cls.of_file(file, records, step, threads, theta_0=theta_0)
         needed = _between(records, 0, step)
         if needed is None:
             raise file.damaged(f"is missing, and the records at hand do not lead from the beginning to step {step}")
@@ -109,7 +127,7 @@ class LayerReader:
     def part(self, tensor: Tensor, start: int, count: int) -> Part:
         """A copy of the elements from `start` on, whole rows."""
         part = self._stored.part(tensor, start, count)
-        part.advance(self.needed, self._threads)
+        self._advance(part)
         return part
 
     def section(self, section: Section, out: np.ndarray) -> list[Part]:
@@ -125,15 +143,23 @@ class LayerReader:
         """The second half of `section`: returns the parts in `out`, advanced."""
         parts = self.format.views(section, out, self.front)
         for part in parts:
-            part.advance(self.needed, self._threads)
+            self._advance(part)
         return parts
 
     def small(self) -> list[Part]:
         """The front's small tensors, advanced in place; to be called once."""
         parts = list(self.front.small.values())
         for part in parts:
-            part.advance(self.needed, self._threads)
+            self._advance(part)
         return parts
+
+    def _advance(self, part: Part) -> None:
+        part.advance(self.needed, self._threads, self._read_theta_0)
+
+    def _read_theta_0(self, tensor: Tensor, start: int, count: int) -> np.ndarray:
+        assert self._theta_0 is not None, "anchored records need θ₀"
+        with self._reading:
+            return self._theta_0().read(tensor, start, count)
 
     def verify(self) -> None:
         """To be called after all sections. Raises DamagedFile if the checksum does not match."""

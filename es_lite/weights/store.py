@@ -31,8 +31,10 @@ SECTION_BYTES = 4 * SLICE
 class Store:
     """The files of all layers, in the layout's order."""
 
-    def __init__(self, folder: Path, layout: Layout, storage: Storage) -> None:
+    def __init__(self, folder: Path, layout: Layout, storage: Storage, theta_0: Callable[[], Source] | None = None) -> None:
+        """theta_0: opens θ₀, which `reader` needs for anchored records."""
         self.folder = folder
+        self._theta_0 = theta_0
         self.files = [LayerFile(folder / f"{layer.name}.safetensors", LayerFormat(layer, storage)) for layer in layout.layers]
 
     def steps(self) -> list[int]:
@@ -60,7 +62,7 @@ class Store:
 
     def reader(self, layer: Layer, records: Sequence[Record], step: int, threads: Threads) -> LayerReader:
         """The layer at `step`, whatever step its file is at. Raises DamagedFile."""
-        return LayerReader.of_file(self.files[layer.index], records, step, threads)
+        return LayerReader.of_file(self.files[layer.index], records, step, threads, theta_0=self._theta_0)
 
 
 def advance_layer(
@@ -74,7 +76,8 @@ def advance_layer(
 ) -> None:
     """Brings the layer's file, and its part of the working copy if there is one, to `step`; verifies the checksum.
 
-    theta_0: opens θ₀; called only if there is no file yet. records: lead from the file's step (0 if there is none) to `step`.
+    theta_0: opens θ₀; called only if there is no file yet, or if a record is anchored. records: lead from the file's step (0 if
+    there is none) to `step`.
     spare: a file to write over. Calling it again changes nothing, so a worker's unfinished work is simply repeated. One section
     is in memory at a time.
 

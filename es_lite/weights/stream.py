@@ -10,7 +10,7 @@ The rows of the embedding that a batch uses are read separately; its matrix pass
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +19,7 @@ from es_lite.algorithm.formats import Storage
 from es_lite.algorithm.jit import Threads
 from es_lite.algorithm.record import Record
 from es_lite.model.layout import Layer, Layout, Tensor
+from es_lite.model.source import Source
 from es_lite.weights.conveyor import BUFFERS, Buffer, Conveyor, Filled, PassingLayer, buffer_bytes
 from es_lite.weights.layer_file import LayerFile
 from es_lite.weights.parts import Part, dtype_of, scales_of
@@ -40,16 +41,18 @@ class Stream:
         working: Storage,
         threads: Threads,
         direct: bool,
+        theta_0: Callable[[], Source] | None = None,
     ) -> None:
         """files: of the layers, in order; working: the type that scoring takes, "bf16" or "int8".
 
-        direct: bypass the page cache if possible.
+        direct: bypass the page cache if possible. theta_0: opens θ₀, which anchored records need.
         """
         self._files = files
         self._layout = layout
         self._working: Storage = working
         self._threads = threads
         self._direct = direct
+        self._theta_0 = theta_0
         self._records: Sequence[Record] = ()
         self._step = 0
         self._buffers: list[Buffer] = []
@@ -128,7 +131,7 @@ class Stream:
         file = self._files[0]
         data = np.empty((rows.size, tensor.width), dtype_of(tensor, file.format.storage))
         scales = np.empty(rows.size if scales_of(tensor, file.format.storage) else 0, np.float32)
-        with LayerReader.of_file(file, self._records, self._step, _ALONE) as reader:
+        with LayerReader.of_file(file, self._records, self._step, _ALONE, theta_0=self._theta_0) as reader:
 
             def some(low: int, high: int) -> None:
                 for i in range(low, high):
@@ -145,7 +148,8 @@ class Stream:
         return part.data.reshape(few.shape), part.scales
 
     def _open(self, file: LayerFile) -> PassingLayer:
-        return PassingLayer(file, LayerReader.of_file(file, self._records, self._step, self._threads, self._direct))
+        how = self._threads, self._direct, self._theta_0
+        return PassingLayer(file, LayerReader.of_file(file, self._records, self._step, *how))
 
     def _sections(self, layer: PassingLayer) -> Iterator[Filled]:
         """The sections of a layer outside the blocks, as they arrive."""

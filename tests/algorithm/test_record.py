@@ -16,27 +16,27 @@ OPTIONS = {
     "noise": gaussian,
     "sigma": 0.125,
     "alpha": 0.3,
-    "shaping_kind": "zscore",
     "scale": "standard",
     "antithetic": False,
     "weight_decay": 0.0,
+    "anchor": 0.0,
 }
 
 
-def record(**changes) -> Record:
-    return Record.from_scores(4, SCORES, **OPTIONS | changes)
+def record(kind: str = "zscore", **changes) -> Record:
+    return Record.from_utilities(4, shaping.utilities(SCORES, kind), **OPTIONS | changes)
 
 
 @pytest.mark.parametrize("kind", ["zscore", "rank"])
 def test_standard_coefficients_are_alpha_over_n_times_the_utilities(kind):
     expected = 0.3 / 6 * shaping.utilities(SCORES, kind)
-    assert np.allclose(record(shaping_kind=kind).coefficients, expected, rtol=1e-7, atol=0)
+    assert np.allclose(record(kind).coefficients, expected, rtol=1e-7, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["zscore", "rank"])
 def test_nes_coefficients_are_divided_by_sigma_too(kind):
     expected = 0.3 / (6 * 0.125) * shaping.utilities(SCORES, kind)
-    assert np.allclose(record(shaping_kind=kind, scale="nes").coefficients, expected, rtol=1e-7, atol=0)
+    assert np.allclose(record(kind, scale="nes").coefficients, expected, rtol=1e-7, atol=0)
 
 
 def test_it_holds_everything_that_the_step_needs():
@@ -68,16 +68,16 @@ def test_the_decay_is_alpha_times_lambda_whatever_the_scale(scale):
     assert record(weight_decay=0.1, scale=scale).decay == float(np.float32(0.3 * 0.1))
 
 
+def test_the_decay_towards_theta_0_is_a_number_of_its_own():
+    made = record(anchor=0.1)
+    assert (made.decay, made.anchor) == (0, float(np.float32(0.3 * 0.1)))
+
+
 def test_a_score_that_is_not_finite_has_coefficient_0_and_counts_in_n():
     scores = np.array([-3.25, np.nan, -2.0, -np.inf])
-    made = Record.from_scores(0, scores, **OPTIONS)
+    made = Record.from_utilities(0, shaping.utilities(scores, "zscore"), **OPTIONS)
     assert made.coefficients[1] == made.coefficients[3] == 0
     assert np.allclose(made.coefficients[::2], [-0.3 / 4, 0.3 / 4], rtol=1e-6)
-
-
-def test_fewer_than_two_finite_scores_make_no_record():
-    with pytest.raises(ValueError, match="1 of 3 scores are finite"):
-        Record.from_scores(0, np.array([np.nan, 1.0, np.inf]), **OPTIONS)
 
 
 def with_coefficients(coefficients, antithetic) -> Record:

@@ -21,6 +21,7 @@ from es_lite.algorithm.noise.kinds import NoiseKind, kind_of
 from es_lite.algorithm.noise.lowrank import LowRank
 from es_lite.algorithm.noise.place import Place
 from es_lite.algorithm.record import Record
+from es_lite.algorithm.shaping import utilities
 from es_lite.model.configuration import configuration
 from es_lite.model.layout import Factors, Layout, Tensor, skeleton
 from es_lite.model.origin import Origin
@@ -52,26 +53,35 @@ class Formula:
     scale: str = "nes"
     antithetic: bool = True
     weight_decay: float = 0.02
+    anchor: float = 0.0
     groups: tuple[Factors, ...] = ()
     kind: NoiseKind = gaussian
 
     def record(self, scores: list[float]) -> Record:
         """The program's record of the step."""
-        return Record.from_scores(
+        return Record.from_utilities(
             self.step,
-            np.array(scores),
+            utilities(np.array(scores), self.shaping),
             seed=self.seed,
             noise=self.kind,
             sigma=self.sigma,
             alpha=self.alpha,
-            shaping_kind=self.shaping,
             scale=self.scale,
             antithetic=self.antithetic,
             weight_decay=self.weight_decay,
+            anchor=self.anchor,
         )
 
-    def moved(self, theta: np.ndarray, name: str, shape: tuple[int, ...], number: int, scores: list[float]) -> np.ndarray:
-        """θ + α (or α/σ) · 1/N Σ w_j ε_j - α λ θ, in float64, with σ and α of the tensor's group.
+    def moved(
+        self,
+        theta: np.ndarray,
+        name: str,
+        shape: tuple[int, ...],
+        number: int,
+        scores: list[float],
+        theta_0: np.ndarray | float = 0.0,
+    ) -> np.ndarray:
+        """θ + α (or α/σ) · 1/N Σ w_j ε_j - α λ θ, or - α λ (θ - θ₀), in float64, with σ and α of the tensor's group.
 
         shape: the tensor's; number: its position among the model's parameters.
         """
@@ -83,7 +93,8 @@ class Formula:
             pair, sign = (member // 2, (1, -1)[member % 2]) if self.antithetic else (member, 1)
             gradient += utility * sign * self.noise(pair, number, shape) / len(scores)
         step_size = 0.0 if alpha == 0 else alpha / sigma if self.scale == "nes" else alpha
-        return theta + step_size * gradient - alpha * self.weight_decay * theta
+        pull = self.weight_decay * theta + self.anchor * (theta - theta_0)
+        return theta + step_size * gradient - alpha * pull
 
     def noise(self, pair: int, number: int, shape: tuple[int, ...]) -> np.ndarray:
         """ε of a tensor; a matrix's is A Bᵀ/√r if the noise is low-rank, from numbers that are drawn for A, then for B."""
@@ -152,6 +163,25 @@ def test_a_step_is_the_papers_formula(noise, shaping, scale, antithetic, groups,
             assert (
                 relative_error(movement, formula.moved(np.zeros(tensor.size), tensor.name, tensor.shape, number, scores)) < 1e-6
             )
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("groups", [(), GROUPS], ids=["alike", "groups"])
+def test_an_anchored_step_decays_towards_theta_0(noise, groups):
+    formula = Formula(weight_decay=0.0, anchor=0.3, scale="standard", groups=groups, kind=noise)
+    record = formula.record(SCORES)
+    for number, tensor in enumerate(layout_of(groups).tensors):
+        theta_0 = initial(tensor)
+        theta = theta_0 + np.float32(0.1) * initial(replace(tensor, shape=(tensor.size + 1,)))[1:]
+        found = theta.copy()
+        Part(tensor, 0, found).advance([record], ALONE, lambda _, start, count, values=theta_0: values[start : start + count])
+        wide = theta.astype(np.float64), tensor.name, tensor.shape, number, SCORES
+        expected = formula.moved(*wide, theta_0)
+        if "q_proj" in tensor.name and groups:
+            assert np.array_equal(found, theta)
+        else:
+            assert relative_error(found - theta, expected - theta) < 1e-5
+            assert relative_error(expected - theta, replace(formula, anchor=0.0).moved(*wide) - theta) > 1e-3
 
 
 def test_consecutive_steps_each_have_their_own_sizes_and_noise():

@@ -114,7 +114,7 @@ def test_the_metrics_of_a_step_are_what_its_record_tells_and_the_figures(tmp_pat
         "score_std": pytest.approx((2 / 3) ** 0.5),
         "score_best": -1.0,
         "eval_score": None,
-        "sigma": 1e-3,
+        "sigma": 1e-2,
         "alpha": 5e-4,
         "tokens": 123,
     }
@@ -122,13 +122,14 @@ def test_the_metrics_of_a_step_are_what_its_record_tells_and_the_figures(tmp_pat
 
 
 def test_sigma_and_alpha_are_those_of_the_step(tmp_path):
-    decay = {"es.sigma": 0.5, "es.sigma_decay": 0.5, "es.sigma_decay_every": 2}
-    decay |= {"es.alpha": 0.25, "es.alpha_decay": 0.5, "es.alpha_decay_every": 1}
-    run = Run(tmp_path, **decay)
-    for _ in range(4):
+    """σ is the record's; α follows the recipe's decay or, if it is "auto", is what the journal says."""
+    run = Run(tmp_path, **{"es.alpha": 0.25, "es.alpha_decay": 0.5, "es.alpha_decay_every": 1})
+    for _ in range(3):
         run.step()
-    assert [line["sigma"] for line in run.metrics.lines()] == [0.5, 0.5, 0.25, 0.25]
-    assert [line["alpha"] for line in run.metrics.lines()] == [0.25, 0.125, 0.0625, 0.03125]
+    run.journal.append(records(STEPS)[3], SCORES, {"alpha": 0.75})
+    run.milestones.after_step({})
+    assert [line["sigma"] for line in run.metrics.lines()] == [1e-2] * 4
+    assert [line["alpha"] for line in run.metrics.lines()] == [0.25, 0.125, 0.0625, 0.75]
 
 
 def test_metrics_that_a_crash_prevented_are_written_once(tmp_path):

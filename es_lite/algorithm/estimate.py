@@ -1,0 +1,118 @@
+"""What a step's scores say of it: what it gains on items that it has not seen, what it costs, how much of the scores is signal.
+
+With g the gradient of the score at θ and H its second derivatives, antithetic pair p scores r_b(θ) ± σ g_b·ε_p + ½σ² ε_pᵀHε_p on
+item b, to second order. So
+
+    d_pb = (r_2p,b - r_2p+1,b)/2 = σ g_b·ε_p
+    κ    = (r(θ) - mean of the members' scores)/σ² = -½ tr H
+
+and a step θ + Σ_p c_p ε_p gains Σ_p c_p g·ε_p, to first order, and costs κ Σ_p c_p². The gain must not be measured on the items
+that the coefficients came from, which they also fit by chance: only products of different items are unbiased. Without antithetic
+sampling, d is each member's score less the population's mean. Where es.groups makes α and σ unlike, both are estimates for a
+step that follows the perturbations.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one step's scores say; all 0 if they say nothing: fewer than two pairs or items, or equal scores."""
+
+    slope: float = 0.0
+    """Σ_p c_p d_p/σ at α = 1: what a step gains for each unit of α on its own items."""
+    seen: float = 0.0
+    """The mean of d_p² over pairs, where d_p is the mean over items."""
+    agreed: float = 0.0
+    """The mean product of d_pb of different items: an unbiased estimate of what `seen` would be on all items there are."""
+    squares: float = 0.0
+    """Σ_p c_p² at α = 1."""
+    curvature: float | None = None
+    """κ; None if θ itself was not scored in this step."""
+
+
+def estimate(
+    scores: np.ndarray, coefficients: np.ndarray, sigma: float, antithetic: bool, centre: np.ndarray | None = None
+) -> Estimate:
+    """scores: float64 [N, items], NaN where an item does not count. coefficients: c_p at α = 1, float64 [pairs]. centre: θ's own
+    scores, float64 [items], if it was scored.
+
+    Pairs of members without a finite score are left out, and so are items that do not count for all others.
+    """
+    members, kept, items = _finite(scores, antithetic)
+    curvature = None
+    if centre is not None and members.size and np.isfinite(centre[items]).all():
+        curvature = float(centre[items].mean() - members.mean()) / sigma**2
+    d = (members[:, 0] - members[:, 1]) / 2 if antithetic else members[:, 0] - members[:, 0].mean(axis=0)
+    pairs, count = d.shape
+    seen = d.mean(axis=1) if count else np.zeros(pairs)
+    if pairs < 2 or count < 2 or not seen.any():
+        return Estimate(curvature=curvature)
+    products = ((count * seen) ** 2 - np.sum(d**2, axis=1)) / (count * (count - 1))
+    return Estimate(
+        slope=float(np.sum(coefficients[kept] * seen)) / sigma,
+        seen=float(np.mean(seen**2)),
+        agreed=float(products.mean()),
+        squares=float(np.sum(coefficients**2)),
+        curvature=curvature,
+    )
+
+
+def _finite(scores: np.ndarray, antithetic: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The scores that count, [pairs, members of a pair, items], and of which pairs, bool [pairs], and items, bool [items]."""
+    members = scores.reshape(-1, 2 if antithetic else 1, scores.shape[1])
+    finite = np.isfinite(members)
+    kept = finite.any(axis=2).all(axis=1)
+    items = finite[kept].all(axis=(0, 1)) if kept.any() else np.zeros(scores.shape[1], bool)
+    return members[kept][:, :, items], kept, items
+
+
+def tied(scores: np.ndarray) -> float:
+    """Share of the members, float64 [N], whose score equals another's."""
+    _, counts = np.unique(scores[np.isfinite(scores)], return_counts=True)
+    return float(counts[counts > 1].sum()) / scores.size
+
+
+class Averages:
+    """Estimates, smoothed over steps: over all so far, then over the last 10 or, if that is more, the last quarter.
+
+    The longer a run, the more slowly it changes, and the smaller is the share of signal, which takes more steps to see. The
+    curvature, which is measured less often and more exactly, is smoothed over its last `CURVATURES` measurements.
+    """
+
+    LEAST, SHARE, CURVATURES = 10, 0.25, 4
+
+    def __init__(self) -> None:
+        self.curvature: float | None = None
+        """κ; None if it was never measured."""
+        self._steps = self._measured = 0
+        self._slope = self._seen = self._agreed = self._squares = 0.0
+
+    def add(self, of_step: Estimate) -> None:
+        weight = 1 / min(self._steps + 1, max(self.LEAST, self.SHARE * self._steps))
+        self._steps += 1
+        self._slope += weight * (of_step.slope - self._slope)
+        self._seen += weight * (of_step.seen - self._seen)
+        self._agreed += weight * (of_step.agreed - self._agreed)
+        self._squares += weight * (of_step.squares - self._squares)
+        if of_step.curvature is not None:
+            before = self.curvature or 0.0
+            self._measured += 1
+            self.curvature = before + (of_step.curvature - before) / min(self._measured, self.CURVATURES)
+
+    @property
+    def signal(self) -> float | None:
+        """Share of the variance of members' scores that items agree on. Unbiased, so it may be below 0; None if it is unknown."""
+        return self._agreed / self._seen if self._seen else None
+
+    @property
+    def gain(self) -> float:
+        """What a step gains for each unit of α on items that it has not seen, to first order."""
+        return self._slope * (self.signal or 0.0)
+
+    @property
+    def cost(self) -> float | None:
+        """What a step costs for each unit of α²; None if the curvature is unknown."""
+        return None if self.curvature is None else self._squares * self.curvature

@@ -1,0 +1,49 @@
+"""α found from the scores: a multiple of the step that gains most, and smaller and smaller in the last part of a run.
+
+The step that gains most now is α = gain/(2·cost) (`estimate`). A run that follows it exactly learns too little: the random part
+of a step raises the slope in steep directions, which the next steps then take back, so its cost does not add up, and it is α that
+carries a run along all other directions (the short-horizon bias of stochastic meta-descent, arXiv 1803.02021). Expected to gain
+nothing at all is α = gain/cost. Between these two is what gains most in the long run. In the last part of a run, α falls in a
+straight line to 0, which takes back what the random part of the steps still costs.
+"""
+
+from es_lite.algorithm.estimate import Averages
+
+MULTIPLE = 1.3
+"""α is this multiple of the step that gains most now; at 2, it would gain nothing."""
+
+LAST_PART = 0.4
+"""Share of a run's steps over which α falls to 0."""
+
+RISE, FALL = 2.0, 4.0
+"""The most by which α rises and falls from one step to the next."""
+
+TRUST = 3.0
+"""The root mean square of a step's elements is at most this multiple of σ: scores say nothing of what is further away."""
+
+
+class StepSize:
+    """α of each step, a function of the estimates of all steps up to it."""
+
+    def __init__(self, start: float, iterations: int) -> None:
+        """start: near which the first α is. iterations: steps of the whole run."""
+        self._alpha = start
+        self._iterations = iterations
+
+    def next(self, step: int, averages: Averages, sigma: float, squares: float) -> float:
+        """α of step `step`; to be called for every step in order. averages: with this step's estimate. squares: that estimate's,
+        Σ_p c_p² at α = 1.
+        """
+        left = 1 - step / self._iterations
+        if left > LAST_PART or step == 0:
+            self._alpha = self._bounded(averages, sigma, squares)
+        return self._alpha * min(1.0, left / LAST_PART)
+
+    def _bounded(self, averages: Averages, sigma: float, squares: float) -> float:
+        cost, gain = averages.cost, max(0.0, averages.gain)
+        highest = RISE * self._alpha
+        if squares:
+            highest = min(highest, TRUST * sigma / squares**0.5)
+        if cost is None or cost <= 0:  # nothing is known that speaks against a larger step
+            return highest if gain else self._alpha
+        return max(min(MULTIPLE * gain / (2 * cost), highest), self._alpha / FALL)

@@ -1,0 +1,90 @@
+"""α and σ of each step: the recipe's, with their decays, or found from the scores ("auto")."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from es_lite.algorithm.estimate import Averages, Estimate
+from es_lite.algorithm.schedule import decayed
+from es_lite.algorithm.sigma_search import SigmaSearch
+from es_lite.algorithm.step_size import StepSize
+from es_lite.recipe import Recipe
+from es_lite.tables import ESTable
+
+FIRST_SIGMA = 1e-3
+"""Where the search for a σ that is "auto" begins: the papers'."""
+
+FIRST_PROBES = 4
+"""θ itself is scored in so many steps at first."""
+
+PROBED_MEMBERS = 125
+"""Later it is scored once for so many members, which takes less than 1 % of the time."""
+
+
+def alpha_of(es: ESTable, step: int, estimate: dict[str, Any] | None) -> float:
+    """α that a step was made with. estimate: what the journal has of it."""
+    return estimate["alpha"] if estimate else _number(es.alpha, es.alpha_decay, es.alpha_decay_every, step)
+
+
+def _number(value: float | str, factor: float, every: int, step: int) -> float:
+    return decayed(float(value), factor, every, step)
+
+
+class Tuning:
+    """Which α and σ the next step takes. What is found depends on the estimates of all steps so far, which the journal holds."""
+
+    def __init__(self, recipe: Recipe, least_sigma: Callable[[], float], history: Sequence[tuple[float, dict[str, Any] | None]]):
+        """least_sigma: a σ below which rounding removes perturbations; called only if σ is to be found. history: σ and the
+        journal's estimate of each step so far.
+        """
+        self._es = es = recipe.es
+        self._averages = Averages()
+        self._step_size = StepSize(es.alpha_start, recipe.run.iterations) if es.alpha == "auto" else None
+        self._search = SigmaSearch(FIRST_SIGMA, least_sigma()) if es.sigma == "auto" else None
+        self._probe_every = math.ceil(PROBED_MEMBERS / es.population)
+        for step, (sigma, document) in enumerate(history):
+            if document:
+                found = Estimate(**{name: value for name, value in document.items() if name != "alpha"})
+                self.alpha(step, sigma, found)
+        self._told = self._search is None or self._search.found
+
+    @property
+    def averages(self) -> Averages:
+        """The estimates so far, smoothed."""
+        return self._averages
+
+    def sigma(self, step: int) -> float:
+        """σ of the next step."""
+        es = self._es
+        return self._search.sigma if self._search else _number(es.sigma, es.sigma_decay, es.sigma_decay_every, step)
+
+    def probes(self, step: int) -> bool:
+        """Whether step `step` scores θ itself, which tells the curvature."""
+        searching = self._search is not None and not self._search.found
+        return searching or step < FIRST_PROBES or step % self._probe_every == 0
+
+    def alpha(self, step: int, sigma: float, found: Estimate) -> float:
+        """α of a step. found: the estimate from its scores. To be called for every step, in order."""
+        self._averages.add(found)
+        if self._search and not self._search.found and found.curvature is not None:
+            self._search.add(found.curvature * sigma**2, math.sqrt(found.seen))
+        if self._step_size:
+            return self._step_size.next(step, self._averages, sigma, found.squares)
+        return alpha_of(self._es, step, None)
+
+    def document(self, found: Estimate, alpha: float) -> dict[str, Any] | None:
+        """What the journal keeps of a step; None if nothing depends on it."""
+        return asdict(found) | {"alpha": alpha} if self._step_size or self._search else None
+
+    def gain_expected(self, alpha: float) -> float | None:
+        """What a step of this α gains on items that it has not seen; None if the curvature is unknown."""
+        cost = self._averages.cost
+        return None if cost is None else self._averages.gain * alpha - cost * alpha**2
+
+    def news(self) -> str | None:
+        """One line on the σ that was found, once; else None."""
+        if self._search is None or self._told or not self._search.found:
+            return None
+        self._told = True
+        return self._search.words()

@@ -94,7 +94,7 @@ class Run:
         scores = graded.means()
         centre = self._grade(answers[es.population :], items) if probed else None
         scored = time.perf_counter()
-        if centre and sigma != self.examined_sigma:
+        if centre and sigma != self.examined_sigma and not self.tuning.searching:
             self._examine(sigma, float(centre.means()[0]), scores)
         self._count_tied(scores)
 

@@ -19,7 +19,7 @@ KINDS = ("lowrank 1", "gaussian", "rademacher")
 
 Settings = dict[str, dict[str, Any]]
 
-PLAIN: Settings = {"workers": {"compute": "bf16"}}
+PLAIN: Settings = {"workers": {"compute": "bf16"}, "es": {"weight_decay": 0.5}}
 """The working copy, if it is bf16, is multiplied as it is under low-rank noise."""
 CROWDED: Settings = {
     "workers": {"compute": "fp32"},
@@ -27,8 +27,10 @@ CROWDED: Settings = {
     "es": {
         "antithetic": False,
         "scale": "nes",
-        "alpha": 1e-3,
-        "weight_decay": 0.5,
+        "alpha": "auto",
+        "alpha_start": 1e-4,
+        "baseline": "item",
+        "anchor": 20.0,
         "groups": [{"pattern": "k_proj", "sigma": 0.0, "alpha": 0.0}, {"pattern": "mlp|norm", "sigma": 2.0, "alpha": 0.5}],
     },
 }
@@ -41,6 +43,10 @@ SETTINGS = {
     "crowded rewards": ("reward", CROWDED),
 }
 """A fitness, and tables of the recipe."""
+
+
+SIGMAS: dict[str, dict[str, Any]] = {"logprob": {"sigma": "auto"}, "reward": {}}
+"""Members that write must differ in what they write from the first step on."""
 
 
 class Reference:
@@ -56,7 +62,7 @@ class Reference:
             model={"config": config},
             memory={"weights": weights, "master": master},
             eval={"every": 7, "samples": 4},
-            es=SHARED_TILES | tables.get("es", {}),
+            es=SHARED_TILES | tables.get("es", {}) | SIGMAS[fitness],
             noise=NOISES[noise] | tables.get("noise", {}),
             workers=tables["workers"],
         )

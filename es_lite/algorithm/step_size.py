@@ -3,17 +3,18 @@
 The step that gains most now is α = gain/(2·cost) (`estimate`). A run that follows it exactly learns too little: the random part
 of a step raises the slope in steep directions, which the next steps then take back, so its cost does not add up, and it is α that
 carries a run along all other directions (the short-horizon bias of stochastic meta-descent, arXiv 1803.02021). Expected to gain
-nothing at all is α = gain/cost. Between these two is what gains most in the long run. In the last part of a run, α falls in a
-straight line to 0, which takes back what the random part of the steps still costs.
+nothing at all is α = gain/cost, twice as much. Between these two is what gains most in the long run. In the last part of a run, α
+falls in a straight line to 0, which takes back what the random part of the steps still costs. benchmarks/step-size.md has what
+else was tried.
 """
 
 from es_lite.algorithm.estimate import Averages
 
-MULTIPLE = 1.3
-"""α is this multiple of the step that gains most now; at 2, it would gain nothing."""
+MULTIPLES = 1.0, 1.3
+"""α is this multiple of the step that gains most now: at first, when nothing steep has been learned yet, and after FIRST_PART."""
 
-LAST_PART = 0.4
-"""Share of a run's steps over which α falls to 0."""
+FIRST_PART, LAST_PART = 0.3, 0.4
+"""Shares of a run's steps: over the first, the multiple rises; over the last, α falls to 0."""
 
 RISE, FALL = 2.0, 4.0
 """The most by which α rises and falls from one step to the next."""
@@ -36,14 +37,16 @@ class StepSize:
         """
         left = 1 - step / self._iterations
         if left > LAST_PART or step == 0:
-            self._alpha = self._bounded(averages, sigma, squares)
+            first, later = MULTIPLES
+            multiple = first + (later - first) * min(1.0, (1 - left) / FIRST_PART)
+            self._alpha = self._bounded(multiple, averages, sigma, squares)
         return self._alpha * min(1.0, left / LAST_PART)
 
-    def _bounded(self, averages: Averages, sigma: float, squares: float) -> float:
+    def _bounded(self, multiple: float, averages: Averages, sigma: float, squares: float) -> float:
         cost, gain = averages.cost, max(0.0, averages.gain)
         highest = RISE * self._alpha
         if squares:
             highest = min(highest, TRUST * sigma / squares**0.5)
         if cost is None or cost <= 0:  # nothing is known that speaks against a larger step
             return highest if gain else self._alpha
-        return max(min(MULTIPLE * gain / (2 * cost), highest), self._alpha / FALL)
+        return max(min(multiple * gain / (2 * cost), highest), self._alpha / FALL)

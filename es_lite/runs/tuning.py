@@ -54,6 +54,11 @@ class Tuning:
         """The estimates so far, smoothed."""
         return self._averages
 
+    @property
+    def searching(self) -> bool:
+        """Whether σ is "auto" and was not found yet."""
+        return self._search is not None and not self._search.found
+
     def sigma(self, step: int) -> float:
         """σ of the next step."""
         es = self._es
@@ -61,14 +66,14 @@ class Tuning:
 
     def probes(self, step: int) -> bool:
         """Whether step `step` scores θ itself, which tells the curvature."""
-        searching = self._search is not None and not self._search.found
-        return searching or step < FIRST_PROBES or step % self._probe_every == 0
+        return self.searching or step < FIRST_PROBES or step % self._probe_every == 0
 
     def alpha(self, step: int, sigma: float, found: Estimate) -> float:
         """α of a step. found: the estimate from its scores. To be called for every step, in order."""
         self._averages.add(found)
-        if self._search and not self._search.found and found.curvature is not None:
-            self._search.add(found.curvature * sigma**2, math.sqrt(found.seen))
+        if self._search and not self._search.found:
+            cost = 0.0 if found.curvature is None else found.curvature * sigma**2
+            self._search.add(cost, math.sqrt(found.seen))
         if self._step_size:
             return self._step_size.next(step, self._averages, sigma, found.squares)
         return alpha_of(self._es, step, None)

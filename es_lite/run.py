@@ -106,7 +106,8 @@ class Run:
             utilities = self._utilities(graded)
         except ValueError as error:
             raise RunError(f"step {t + 1}: {error}; nothing has changed. es.sigma or es.alpha may be too large") from None
-        found = self._estimate(graded, utilities, sigma, centre)
+        # What is found may depend on the steps alone, not on where a run was resumed and σ was new to it.
+        found = self._estimate(graded, utilities, sigma, centre if self.tuning.probes(t) else None)
         alpha = self.tuning.alpha(t, sigma, found)
         if news := self.tuning.news():
             self.console.say(news)

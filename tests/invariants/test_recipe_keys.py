@@ -76,6 +76,9 @@ PROBES = {
     "es.population": Probe(6, "journal"),
     "es.sigma": Probe(1e-2, "journal"),
     "es.alpha": Probe(1e-2, "layers"),
+    "es.alpha_start": Probe(1e-2, "layers", {"es.alpha": "auto"}),
+    "es.baseline": Probe("item", "layers"),
+    "es.anchor": Probe(0.5, "layers"),
     "es.shaping": Probe("rank", "layers"),
     "es.scale": Probe("nes", "layers"),
     "es.antithetic": Probe(False, "journal"),
@@ -102,6 +105,9 @@ PROBES = {
     "eval.samples": Probe(1, "metrics", EVALUATED),
     "eval.best": Probe(False, "exports", EVALUATED),
 }
+
+FOUND = {"es.alpha": Probe("auto", "layers"), "es.sigma": Probe("auto", "journal", {"run.iterations": 3})}
+"""Keys that also have a word for a value that is found."""
 
 WITH_LOW_RANK = {
     "noise.kind": Probe("rademacher", "layers", LOW_RANK),
@@ -225,8 +231,13 @@ def observed_with(materials: Path, tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.mark.parametrize(
     ("key", "probe"),
-    [*PROBES.items(), *WITH_LOW_RANK.items(), *WITH_REWARDS.items()],
-    ids=[*PROBES, *(f"{key} with low rank" for key in WITH_LOW_RANK), *(f"{key} with rewards" for key in WITH_REWARDS)],
+    [*PROBES.items(), *FOUND.items(), *WITH_LOW_RANK.items(), *WITH_REWARDS.items()],
+    ids=[
+        *PROBES,
+        *(f"{key} auto" for key in FOUND),
+        *(f"{key} with low rank" for key in WITH_LOW_RANK),
+        *(f"{key} with rewards" for key in WITH_REWARDS),
+    ],
 )
 def test_a_key_changes_what_can_be_observed(key: str, probe: Probe, observed_with) -> None:
     before, after = observed_with(probe.base), observed_with(probe.base | {key: probe.value})

@@ -1,0 +1,171 @@
+"""What scores say of a step, on a quadratic model whose gradient and curvature are known."""
+
+import math
+
+import numpy as np
+import pytest
+
+from es_lite.algorithm.estimate import Averages, Estimate, estimate, tied
+from es_lite.algorithm.record import pair_coefficients
+from es_lite.algorithm.shaping import utilities
+
+DIMENSIONS, PAIRS, ITEMS, SIGMA = 40, 12, 6, 0.02
+
+
+class Quadratic:
+    """Scores r_b(θ) = g_b·θ - ½ Σ h θ², at θ = 0: items have gradients of their own around a common one."""
+
+    def __init__(self, seed: int, dimensions: int = DIMENSIONS) -> None:
+        self.random = np.random.default_rng(seed)
+        self.gradient = 0.3 * self.random.standard_normal(dimensions)
+        self.curvatures = self.random.uniform(0.5, 2.0, dimensions)
+
+    def step(self, antithetic: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Scores [N, items] of a population on new items, and ε, [pairs, dimensions]."""
+        items = self.gradient + self.random.standard_normal((ITEMS, self.gradient.size))
+        noise = self.random.standard_normal((PAIRS, self.gradient.size))
+        members = SIGMA * (np.repeat(noise, 2, axis=0) * np.tile([[1], [-1]], (PAIRS, 1)) if antithetic else noise)
+        return members @ items.T - (0.5 * members**2 @ self.curvatures)[:, None], noise
+
+
+def unit(scores: np.ndarray, antithetic: bool) -> np.ndarray:
+    """c_p at α = 1."""
+    shaped = utilities(scores.mean(axis=1), "zscore")
+    return pair_coefficients(shaped / len(shaped), antithetic)
+
+
+def many(model: Quadratic, antithetic: bool, steps: int = 3000) -> tuple[Averages, list[float], list[float], list[float]]:
+    """The estimates of many steps, and what their steps really gain for each unit of α, on all items, cost, and seem to gain."""
+    averages, gains, costs, seeming = Averages(), [], [], []
+    averages.SHARE = 1.0  # type: ignore[misc]  # the mean of all
+    for _ in range(steps):
+        scores, noise = model.step(antithetic)
+        coefficients = unit(scores, antithetic)
+        found = estimate(scores, coefficients, SIGMA, antithetic, np.zeros(ITEMS))
+        averages.add(found)
+        moved = coefficients @ noise
+        gains.append(float(model.gradient @ moved))
+        costs.append(float(0.5 * model.curvatures @ moved**2))
+        seeming.append(found.slope)
+    return averages, gains, costs, seeming
+
+
+@pytest.mark.parametrize("antithetic", [True, False], ids=["antithetic", "members"])
+def test_the_gain_on_unseen_items_is_found_without_bias(antithetic):
+    averages, gains, _, seeming = many(Quadratic(1), antithetic)
+    assert averages.gain == pytest.approx(np.mean(gains), rel=0.08)
+    assert np.mean(seeming) > 1.3 * np.mean(gains), "the items of the step itself promise more than there is"
+
+
+def test_the_cost_is_that_of_the_random_part():
+    """What a step costs along the gradient of its items is not in it: a small part where there are many more dimensions than
+    pairs."""
+    averages, _, costs, _ = many(Quadratic(2, 2000), True, 300)
+    assert averages.cost == pytest.approx(np.mean(costs), rel=0.05)
+
+
+def test_the_curvature_is_half_the_trace():
+    model = Quadratic(3)
+    averages = Averages()
+    averages.CURVATURES = 10**9  # type: ignore[misc]
+    for _ in range(500):
+        scores, _ = model.step(True)
+        averages.add(estimate(scores, unit(scores, True), SIGMA, True, np.zeros(ITEMS)))
+    assert averages.curvature == pytest.approx(0.5 * model.curvatures.sum(), rel=0.01)
+
+
+def test_the_signal_is_the_share_of_the_variance_that_all_items_would_show():
+    """|g|² of |g|² + |noise of an item|²/M."""
+    model = Quadratic(4)
+    averages, *_ = many(model, True)
+    common = float(model.gradient @ model.gradient)
+    assert averages.signal == pytest.approx(common / (common + DIMENSIONS / ITEMS), abs=0.02)
+
+
+def test_items_that_say_nothing_in_common_have_no_signal_on_average():
+    random, averages = np.random.default_rng(5), Averages()
+    averages.SHARE = 1.0  # type: ignore[misc]
+    for _ in range(4000):
+        scores = random.standard_normal((2 * PAIRS, ITEMS))
+        averages.add(estimate(scores, unit(scores, True), SIGMA, True))
+    assert abs(averages.signal) < 0.02
+    assert abs(averages.gain) < 0.02 * averages._slope
+
+
+def test_items_that_all_say_the_same_are_nothing_but_signal():
+    of_members = np.random.default_rng(6).standard_normal(2 * PAIRS)
+    found = estimate(np.repeat(of_members[:, None], ITEMS, axis=1), unit(of_members[:, None], True), SIGMA, True)
+    assert found.agreed == pytest.approx(found.seen, rel=1e-12)
+
+
+def test_by_hand():
+    """Two pairs, three items; d = [[1, 2, 3], [-1, 0, 1]]."""
+    d = np.array([[1.0, 2, 3], [-1, 0, 1]])
+    scores = np.stack([d[0], -d[0], d[1], -d[1]]) + np.array([5.0, 7, 9])
+    found = estimate(scores, np.array([0.5, 0.25]), 0.1, True, np.array([6.0, 8, 10]))
+    assert found.slope == pytest.approx((0.5 * 2 + 0.25 * 0) / 0.1)
+    assert found.seen == pytest.approx((2**2 + 0) / 2)
+    assert found.agreed == pytest.approx(((1 * 2 + 1 * 3 + 2 * 3) / 3 + (0 - 1 + 0) / 3) / 2)
+    assert found.squares == pytest.approx(0.5**2 + 0.25**2)
+    assert found.curvature == pytest.approx(1 / 0.1**2)
+
+
+@pytest.mark.parametrize("antithetic", [True, False], ids=["antithetic", "members"])
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_a_member_without_a_finite_score_is_left_out_with_its_pair(antithetic, broken):
+    scores, _ = Quadratic(7).step(antithetic)
+    coefficients = unit(scores, antithetic)
+    size = 2 if antithetic else 1
+    spoiled = scores.copy()
+    spoiled[2 * size] = broken
+    rest = np.delete(scores, range(2 * size, 3 * size), axis=0)
+    found = estimate(spoiled, coefficients, SIGMA, antithetic, np.zeros(ITEMS))
+    expected = estimate(rest, np.delete(coefficients, 2), SIGMA, antithetic, np.zeros(ITEMS))
+    for name in ("slope", "seen", "agreed"):
+        assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-12)
+
+
+def test_an_item_that_does_not_count_for_all_members_is_left_out():
+    scores, _ = Quadratic(8).step(True)
+    coefficients = unit(scores, True)
+    spoiled = scores.copy()
+    spoiled[3, 1] = math.nan
+    found = estimate(spoiled, coefficients, SIGMA, True, np.zeros(ITEMS))
+    assert found == estimate(np.delete(scores, 1, axis=1), coefficients, SIGMA, True, np.zeros(ITEMS - 1))
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [np.full((4, 3), -12.087), np.full((4, 3), np.nan), np.zeros((4, 1)), np.zeros((2, 3))],
+    ids=["equal", "not finite", "one item", "one pair"],
+)
+def test_nothing_is_said_where_nothing_is_known(scores):
+    found = estimate(scores, np.zeros(len(scores) // 2), SIGMA, True)
+    assert found == Estimate()
+    averages = Averages()
+    averages.add(found)
+    assert (averages.signal, averages.gain, averages.cost) == (None, 0.0, None)
+
+
+def test_a_theta_that_cannot_be_scored_tells_no_curvature():
+    scores, _ = Quadratic(9).step(True)
+    assert estimate(scores, unit(scores, True), SIGMA, True, np.full(ITEMS, np.nan)).curvature is None
+
+
+def test_averages_are_over_all_steps_then_over_the_last_quarter():
+    averages = Averages()
+    for step in range(400):
+        averages.add(Estimate(slope=float(step), seen=1.0, agreed=0.5, squares=1.0, curvature=float(step)))
+        if step == 5:
+            assert averages.gain == pytest.approx(0.5 * np.mean(range(6)))
+    assert 250 < 2 * averages.gain < 330  # a weight of 1/100 for the newest
+    assert 394 < averages.curvature < 399
+    averages.add(Estimate())  # nothing known of the curvature: it stays
+    assert 394 < averages.curvature < 399
+
+
+def test_the_share_of_tied_members():
+    assert tied(np.array([1.0, 2, 3, 4])) == 0
+    assert tied(np.array([1.0, 2, 1, 4])) == 0.5
+    assert tied(np.array([0.0, -0.0, 5, 5])) == 1
+    assert tied(np.array([1.0, 1, np.nan, np.nan])) == 0.5

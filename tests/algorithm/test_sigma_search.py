@@ -1,0 +1,57 @@
+"""σ from the first steps: where a perturbation costs a given share of the spread."""
+
+import pytest
+
+from es_lite.algorithm.sigma_search import CLOSE, SHARE, STEPS, SigmaSearch
+
+
+def searched(right: float, start: float = 1e-3, least: float = 0.0) -> tuple[SigmaSearch, list[float]]:
+    """A search in which the share is SHARE at σ = right, in proportion to σ; and the σ that it tries."""
+    search, tried = SigmaSearch(start, least), []
+    while not search.found:
+        tried.append(search.sigma)
+        search.add(SHARE * search.sigma / right * 0.3, 0.3)
+    return search, tried
+
+
+@pytest.mark.parametrize("right", [1e-5, 3e-4, 1e-3, 2e-3, 0.02, 0.5])
+def test_it_finds_the_share(right):
+    search, tried = searched(right)
+    assert right / CLOSE <= search.sigma <= right * CLOSE
+    assert len(tried) <= 4
+
+
+def test_a_sigma_that_is_right_is_kept():
+    search, tried = searched(1.2e-3)
+    assert search.sigma == 1e-3 and tried == [1e-3]
+    assert search.words().startswith('es.sigma = "auto": 0.001, at which a perturbation costs 42% of the spread of the scores')
+
+
+def test_it_is_not_smaller_than_rounding_allows():
+    search, _ = searched(1e-5, least=2e-4)
+    assert search.sigma == 2e-4
+    assert search.words().endswith("a smaller one would be lost in bf16; held from now on")
+    assert searched(1e-5, start=1e-4, least=2e-4)[1] == [2e-4]
+
+
+def test_scores_that_are_all_equal_ask_for_a_larger_one():
+    search = SigmaSearch(1e-3, 0.0)
+    for step in range(STEPS):
+        assert search.sigma == pytest.approx(1e-3 * 8.0**step) and not search.found
+        search.add(0.0, 0.0)
+    assert search.found and "all members scored the same" in search.words()
+
+
+def test_perturbations_that_cost_nothing_ask_for_a_larger_one():
+    search = SigmaSearch(1e-3, 0.0)
+    search.add(-0.1, 0.3)
+    assert search.sigma == pytest.approx(8e-3)
+
+
+def test_it_ends():
+    """Even if the share jumps about."""
+    search = SigmaSearch(1e-3, 0.0)
+    for step in range(STEPS):
+        assert not search.found
+        search.add([100.0, 1e-6][step % 2], 1.0)
+    assert search.found

@@ -1,0 +1,69 @@
+"""α from the estimates: towards a multiple of the greedy step, in bounded steps, and to 0 in the last part of a run."""
+
+import pytest
+
+from es_lite.algorithm.estimate import Averages, Estimate
+from es_lite.algorithm.step_size import FALL, FIRST_PART, LAST_PART, MULTIPLES, RISE, TRUST, StepSize
+
+ALIKE = Estimate(slope=1.0, seen=1.0, agreed=0.5, squares=0.25, curvature=10.0)
+"""Of which the greedy step is 0.5/(2·2.5) = 0.1."""
+FAR = 100.0
+"""A σ that bounds nothing."""
+
+
+def alphas(start: float, steps: int, found: Estimate = ALIKE, sigma: float = FAR) -> list[float]:
+    averages, step_size, out = Averages(), StepSize(start, steps), []
+    for step in range(steps):
+        averages.add(found)
+        out.append(step_size.next(step, averages, sigma, found.squares))
+    return out
+
+
+@pytest.mark.parametrize("start", [1e-3, 0.1, 1.0, 50.0])
+def test_it_comes_to_the_multiple_of_the_greedy_step_from_anywhere(start):
+    found = alphas(start, 1000)
+    assert found[50] == pytest.approx(0.1 * (MULTIPLES[0] + (MULTIPLES[1] - MULTIPLES[0]) * 0.05 / FIRST_PART), rel=1e-6)
+    assert found[450] == pytest.approx(0.1 * MULTIPLES[1], rel=1e-6)
+
+
+def test_it_rises_and_falls_by_bounded_factors():
+    up, down = alphas(1e-6, 1000), alphas(1e6, 1000)
+    assert [up[step + 1] / up[step] for step in range(5)] == pytest.approx([RISE] * 5)
+    assert [down[step] / down[step + 1] for step in range(5)] == pytest.approx([FALL] * 5)
+    assert up[0] == pytest.approx(RISE * 1e-6) and down[0] == pytest.approx(1e6 / FALL)
+
+
+def test_it_falls_in_a_straight_line_to_0_over_the_last_part():
+    found = alphas(0.1, 1000)
+    first = round(1000 * (1 - LAST_PART))
+    assert found[first - 1] == pytest.approx(found[first], rel=0.01)
+    for step in range(first, 1000):
+        assert found[step] == pytest.approx(found[first] * (1000 - step) / (1000 - first))
+
+
+def test_no_step_goes_further_than_the_scores_say_anything_of():
+    found = alphas(0.1, 1000, sigma=1e-3)
+    assert max(found) * ALIKE.squares**0.5 <= TRUST * 1e-3 * (1 + 1e-9) or found[0] == pytest.approx(0.1 / FALL)
+    assert found[100] == pytest.approx(TRUST * 1e-3 / ALIKE.squares**0.5)
+
+
+def test_without_a_gain_it_falls():
+    found = alphas(0.1, 1000, Estimate(slope=1.0, seen=1.0, agreed=-0.1, squares=0.25, curvature=10.0))
+    assert found[:3] == pytest.approx([0.1 / FALL, 0.1 / FALL**2, 0.1 / FALL**3])
+
+
+def test_of_which_the_cost_is_not_known_or_below_0_it_rises_as_long_as_there_is_a_gain_and_is_trusted():
+    for curvature in (None, -1.0, 0.0):
+        found = alphas(0.1, 1000, Estimate(slope=1.0, seen=1.0, agreed=0.5, squares=0.25, curvature=curvature), sigma=1.0)
+        assert found[:2] == pytest.approx([0.1 * RISE, 0.1 * RISE**2])
+        assert found[100] == pytest.approx(TRUST / 0.25**0.5)
+
+
+def test_scores_that_say_nothing_leave_it():
+    assert alphas(0.1, 1000, Estimate())[:3] == pytest.approx([0.1] * 3)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_short_runs(steps):
+    found = alphas(0.1, steps)
+    assert len(found) == steps and all(alpha > 0 for alpha in found)

@@ -79,10 +79,10 @@ class Averages:
     """Estimates, smoothed over steps: over all so far, then over the last 10 or, if that is more, the last quarter.
 
     The longer a run, the more slowly it changes, and the smaller is the share of signal, which takes more steps to see. The
-    curvature, which is measured less often and more exactly, is smoothed over its last `CURVATURES` measurements.
+    curvature, which is measured less often and more exactly, is smoothed over its last `CURVATURES` measurements or so.
     """
 
-    LEAST, SHARE, CURVATURES = 10, 0.25, 4
+    LEAST, SHARE, CURVATURES = 10, 0.25, 2
 
     def __init__(self) -> None:
         self.curvature: float | None = None

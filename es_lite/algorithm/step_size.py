@@ -8,7 +8,7 @@ falls in a straight line to 0, which takes back what the random part of the step
 else was tried.
 """
 
-from es_lite.algorithm.estimate import Averages
+from es_lite.algorithm.estimate import Averages, Estimate
 
 MULTIPLES = 1.0, 1.3
 """α is this multiple of the step that gains most now: at first, when nothing steep has been learned yet, and after FIRST_PART."""
@@ -17,9 +17,13 @@ FIRST_PART, LAST_PART = 0.3, 0.4
 """Shares of a run's steps: over the first, the multiple rises; over the last, α falls to 0."""
 
 RISE, FALL = 2.0, 4.0
-"""The most by which α rises and falls from one step to the next."""
+"""The most by which α rises above the one that it was when the curvature was last measured, and falls from one step to the next.
+At first, larger steps soon lead to where the curvature is many times as large."""
 
-TRUST = 3.0
+NEWS = 1.2
+"""The curvature is measured again once α has risen by this."""
+
+TRUST = 2.0
 """The root mean square of a step's elements is at most this multiple of σ: scores say nothing of what is further away."""
 
 
@@ -28,25 +32,30 @@ class StepSize:
 
     def __init__(self, start: float, iterations: int) -> None:
         """start: near which the first α is. iterations: steps of the whole run."""
-        self._alpha = start
+        self._alpha = self._measured = start
         self._iterations = iterations
 
-    def next(self, step: int, averages: Averages, sigma: float, squares: float) -> float:
-        """α of step `step`; to be called for every step in order. averages: with this step's estimate. squares: that estimate's,
-        Σ_p c_p² at α = 1.
-        """
+    @property
+    def asks(self) -> bool:
+        """Whether the curvature is to be measured in the next step."""
+        return self._alpha > NEWS * self._measured
+
+    def next(self, step: int, found: Estimate, averages: Averages, sigma: float) -> float:
+        """α of step `step`; to be called for every step in order. found: its estimate; averages: with that."""
         left = 1 - step / self._iterations
+        if found.curvature is not None:
+            self._measured = self._alpha
         if left > LAST_PART or step == 0:
             first, later = MULTIPLES
             multiple = first + (later - first) * min(1.0, (1 - left) / FIRST_PART)
-            self._alpha = self._bounded(multiple, averages, sigma, squares)
+            self._alpha = self._bounded(multiple, averages, sigma, found.squares)
         return self._alpha * min(1.0, left / LAST_PART)
 
     def _bounded(self, multiple: float, averages: Averages, sigma: float, squares: float) -> float:
         cost, gain = averages.cost, max(0.0, averages.gain)
-        highest = RISE * self._alpha
+        highest = RISE * self._measured
         if squares:
             highest = min(highest, TRUST * sigma / squares**0.5)
         if cost is None or cost <= 0:  # nothing is known that speaks against a larger step
-            return highest if gain else self._alpha
+            return highest if gain else min(self._alpha, highest)
         return max(min(multiple * gain / (2 * cost), highest), self._alpha / FALL)

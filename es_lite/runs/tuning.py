@@ -66,7 +66,8 @@ class Tuning:
 
     def probes(self, step: int) -> bool:
         """Whether step `step` scores θ itself, which tells the curvature."""
-        return self.searching or step < FIRST_PROBES or step % self._probe_every == 0
+        asked = self._step_size is not None and self._step_size.asks
+        return asked or self.searching or step < FIRST_PROBES or step % self._probe_every == 0
 
     def alpha(self, step: int, sigma: float, found: Estimate) -> float:
         """α of a step. found: the estimate from its scores. To be called for every step, in order."""
@@ -75,7 +76,7 @@ class Tuning:
             cost = 0.0 if found.curvature is None else found.curvature * sigma**2
             self._search.add(cost, math.sqrt(found.seen))
         if self._step_size:
-            return self._step_size.next(step, self._averages, sigma, found.squares)
+            return self._step_size.next(step, found, self._averages, sigma)
         return alpha_of(self._es, step, None)
 
     def document(self, found: Estimate, alpha: float) -> dict[str, Any] | None:

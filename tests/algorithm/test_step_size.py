@@ -1,5 +1,7 @@
 """α from the estimates: towards a multiple of the greedy step, in bounded steps, and to 0 in the last part of a run."""
 
+from dataclasses import replace
+
 import pytest
 
 from es_lite.algorithm.estimate import Averages, Estimate
@@ -15,7 +17,7 @@ def alphas(start: float, steps: int, found: Estimate = ALIKE, sigma: float = FAR
     averages, step_size, out = Averages(), StepSize(start, steps), []
     for step in range(steps):
         averages.add(found)
-        out.append(step_size.next(step, averages, sigma, found.squares))
+        out.append(step_size.next(step, found, averages, sigma))
     return out
 
 
@@ -31,6 +33,18 @@ def test_it_rises_and_falls_by_bounded_factors():
     assert [up[step + 1] / up[step] for step in range(5)] == pytest.approx([RISE] * 5)
     assert [down[step] / down[step + 1] for step in range(5)] == pytest.approx([FALL] * 5)
     assert up[0] == pytest.approx(RISE * 1e-6) and down[0] == pytest.approx(1e6 / FALL)
+
+
+def test_it_rises_no_further_than_the_curvature_was_measured_for():
+    averages, step_size = Averages(), StepSize(1e-3, 1000)
+    averages.add(ALIKE)
+    assert step_size.next(0, ALIKE, averages, FAR) == pytest.approx(RISE * 1e-3) and step_size.asks
+    unmeasured = replace(ALIKE, curvature=None)
+    for step in range(1, 10):
+        averages.add(unmeasured)
+        assert step_size.next(step, unmeasured, averages, FAR) == pytest.approx(RISE * 1e-3) and step_size.asks
+    averages.add(ALIKE)
+    assert step_size.next(10, ALIKE, averages, FAR) == pytest.approx(RISE**2 * 1e-3) and step_size.asks
 
 
 def test_it_falls_in_a_straight_line_to_0_over_the_last_part():
@@ -52,8 +66,8 @@ def test_without_a_gain_it_falls():
     assert found[:3] == pytest.approx([0.1 / FALL, 0.1 / FALL**2, 0.1 / FALL**3])
 
 
-def test_of_which_the_cost_is_not_known_or_below_0_it_rises_as_long_as_there_is_a_gain_and_is_trusted():
-    for curvature in (None, -1.0, 0.0):
+def test_where_perturbations_cost_nothing_it_rises_as_long_as_there_is_a_gain_and_it_is_trusted():
+    for curvature in (-1.0, 0.0):
         found = alphas(0.1, 1000, Estimate(slope=1.0, seen=1.0, agreed=0.5, squares=0.25, curvature=curvature), sigma=1.0)
         assert found[:2] == pytest.approx([0.1 * RISE, 0.1 * RISE**2])
         assert found[100] == pytest.approx(TRUST / 0.25**0.5)

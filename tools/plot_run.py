@@ -9,10 +9,8 @@ have panels for what was written, and below them some of it, from the first such
 import argparse
 import itertools
 import json
-import math
 import sys
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
@@ -20,13 +18,27 @@ matplotlib.use("Agg")
 
 import _examples
 import matplotlib.pyplot as plt
-import numpy as np
+from _panels import (
+    GREY,
+    SHARES,
+    Record,
+    draw_evaluation,
+    draw_gain,
+    draw_length,
+    draw_memory,
+    draw_references,
+    draw_score,
+    draw_seconds,
+    draw_shares,
+    draw_signal,
+    draw_sizes,
+    draw_tokens,
+)
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 COLOURS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#937264", "#d44c47", "#5f6b76")
-GREY = "#6b6b6b"
 STYLE = {
     "figure.dpi": 100,
     "figure.constrained_layout.use": True,
@@ -47,8 +59,6 @@ STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 9.5,
 }
-
-Record = dict[str, float | None]
 
 
 def read_metrics(run: Path) -> list[Record]:
@@ -73,89 +83,22 @@ def read_metrics(run: Path) -> list[Record]:
     return records
 
 
-def columns(records: list[Record], *keys: str) -> list[np.ndarray]:
-    """The steps and the values of `keys`, from the lines that have them all."""
-    rows = [[record.get(key) for key in ("step", *keys)] for record in records]
-    complete = [row for row in rows if None not in row]
-    return list(np.array(complete, dtype=float).reshape(-1, 1 + len(keys)).T)
-
-
-def draw_score(axes: Axes, records: list[Record], colour: str) -> None:
-    steps, mean, std = columns(records, "score_mean", "score_std")
-    axes.fill_between(steps, mean - std, mean + std, color=colour, alpha=0.16, linewidth=0)
-    line(axes, columns(records, "score_mean"), colour)
-    line(axes, columns(records, "score_best"), colour, linestyle=":", linewidth=1.3)
-
-
-def draw_evaluation(axes: Axes, records: list[Record], colour: str) -> None:
-    steps, scores = columns(records, "eval_score")
-    axes.plot(steps, scores, color=colour, marker="o", markersize=4.5)
-    if len(steps):
-        axes.annotate(
-            f"{scores[-1]:#.4g}", (steps[-1], scores[-1]), (0, 7), textcoords="offset points",
-            color=colour, ha="center", fontsize=9.5, fontweight="bold",
-        )  # fmt: skip
-
-
-def draw_shares(axes: Axes, records: list[Record], colour: str) -> None:
-    for key, style in zip(SHARES, ("-", "--", ":"), strict=True):
-        steps, shares = columns(records, f"eval_{key}")
-        axes.plot(steps, 100 * shares, color=colour, linestyle=style, marker="o", markersize=3.5, linewidth=1.5)
-
-
-def draw_length(axes: Axes, records: list[Record], colour: str) -> None:
-    steps, lengths = columns(records, "eval_length")
-    axes.plot(steps, lengths, color=colour, marker="o", markersize=3.5)
-    line(axes, columns(records, "length"), colour, linewidth=0.9, alpha=0.5)
-
-
-def draw_references(axes: Axes, runs: list[list[Record]]) -> None:
-    """The scores of two models that know little: only the tokens' frequencies, or nothing."""
-    records = [record for run in runs for record in run]
-    _, scores = columns(records, "eval_score")
-    # If a model begins far above them, drawing them would flatten its own line: then they are only named.
-    lowest = min(scores) - max(0.5, max(scores) - min(scores)) if len(scores) else -math.inf
-    lines = [(score, "unigram model of the training text", "--") for score in set(columns(records, "unigram_score")[1])]
-    lines += [(-math.log(size), f"uniform over {size:,.0f} tokens", ":") for size in set(columns(records, "vocab_size")[1])]
-    for score, what, style in sorted(lines, reverse=True):
-        if score >= lowest:
-            axes.axhline(score, color=GREY, linestyle=style, linewidth=1.3, label=f"{what}: {score:.3f}")
-        else:
-            axes.plot([], [], color=GREY, linestyle=style, label=f"{what}: {score:.3f}, far below")
-
-
-def draw_tokens(axes: Axes, records: list[Record], colour: str) -> None:
-    line(axes, columns(records, "tokens_per_second"), colour)
-
-
-def draw_seconds(axes: Axes, records: list[Record], colour: str) -> None:
-    steps, score, update = columns(records, "score_seconds", "update_seconds")
-    axes.fill_between(steps, 0, score, color=colour, alpha=0.12, linewidth=0)
-    axes.fill_between(steps, score, score + update, color=colour, alpha=0.5, linewidth=0)
-    line(axes, [steps, score + update], colour, linewidth=1)
-
-
-def draw_memory(axes: Axes, records: list[Record], colour: str) -> None:
-    line(axes, columns(records, "pss_gib"), colour)
-    line(axes, columns(records, "peak_pss_gib"), colour, linestyle="--", linewidth=1.3)
-
-
-def line(axes: Axes, points: list[np.ndarray], colour: str, **style: Any) -> None:
-    steps, values = points
-    axes.plot(steps, values, color=colour, marker="o" if len(steps) == 1 else "", markersize=4, **style)
-
-
-SHARES = {"accuracy": "right", "format": "in the right form", "cut": "cut off"}
-"""Shares of the completions of an evaluation, in words."""
-
 PANELS = {  # title, unit of the y-axis, the function that draws a run
     "score": ("Training: scores of the population", "score (higher is better)", draw_score),
     "evaluation": ("Evaluation: score on held-out text", "log-probability (nats a token)", draw_evaluation),
+    "signal": ("What items agree on, of the spread of scores", "%", draw_signal),
+    "gain": ("Gain in score since the first evaluation", "score", draw_gain),
+    "sizes": ("Sizes of steps", "", draw_sizes),
     "tokens": ("Speed: tokens scored a second", "tokens a second", draw_tokens),
     "seconds": ("Speed: seconds a step", "seconds", draw_seconds),
     "memory": ("Memory of all processes (PSS)", "GiB", draw_memory),
 }
-LAYOUT = [["score", "evaluation"], ["score", "evaluation"], ["tokens", "memory"], ["seconds", "memory"]]
+LAYOUT = [
+    *([["score", "evaluation"]] * 2),
+    ["signal", "gain"],
+    ["sizes", "memory"],
+    ["tokens", "seconds"],
+]
 
 REWARD_PANELS = PANELS | {
     "score": ("Training: mean rewards of the population", "reward", draw_score),
@@ -167,8 +110,9 @@ REWARD_PANELS = PANELS | {
 REWARD_LAYOUT = [
     *([["score", "evaluation"]] * 3),
     *([["shares", "length"]] * 2),
-    *([["tokens", "memory"]] * 2),
-    *([["seconds", "memory"]] * 2),
+    *([["signal", "gain"]] * 2),
+    *([["sizes", "memory"]] * 2),
+    *([["tokens", "seconds"]] * 2),
 ]
 
 
@@ -178,10 +122,10 @@ def writes(records: list[Record]) -> bool:
 
 
 def draw(runs: dict[str, list[Record]], examples: _examples.Examples | None, out: Path) -> None:
-    """Writes the PNG, 1400 pixels wide, 900 high or, with rewards, more; runs: by name. Raises OSError if it cannot be."""
+    """Writes the PNG, 1400 pixels wide, 1200 high or, with rewards, more; runs: by name. Raises OSError if it cannot be."""
     colours = dict(zip(runs, itertools.cycle(COLOURS), strict=False))
     rewards = any(map(writes, runs.values()))
-    heights = [12.0 if rewards else 9.0, *([examples.height] if examples else [])]
+    heights = [15.0 if rewards else 12.0, *([examples.height] if examples else [])]
     with plt.rc_context(STYLE):
         whole = plt.figure(figsize=(14, sum(heights)))
         figure, *below = whole.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
@@ -196,9 +140,10 @@ def draw(runs: dict[str, list[Record]], examples: _examples.Examples | None, out
         for panel in ("tokens", "seconds", "memory"):
             panels[panel].margins(y=0.3)  # room for the legend
             panels[panel].set_ylim(bottom=0)
-        for panel in ("seconds", "memory"):
+        for panel in ("tokens", "seconds"):
             panels[panel].set_xlabel("step")
             panels[panel].xaxis.get_major_locator().set_params(integer=True)
+        panels["sizes"].set_yscale("log")
         draw_references(panels["evaluation"], list(runs.values()))
         add_legends(panels)
         if len(runs) == 1:
@@ -219,6 +164,9 @@ def add_legends(panels: dict[str, Axes]) -> None:
     panels["score"].legend([solid, pale, dotted], ["mean", "mean ± std", "best member"], ncols=3)
     panels["seconds"].legend([pale, dark], ["scoring", "update"], loc="upper right", ncols=2)
     panels["memory"].legend([solid, dashed], ["now", "peak"], loc="lower right", ncols=2)
+    panels["signal"].legend([solid, dotted], ["signal", "members with another's score"], ncols=2)
+    panels["gain"].legend([solid, dashed], ["held out", "expected, sum of all steps"], loc="lower right")
+    panels["sizes"].legend([solid, dashed, dotted], ["α", "σ", "drift (RMS of θ − θ₀)"], ncols=3)
     if "shares" in panels:
         panels["shares"].set_ylim(-4, 118)  # room for the legend
         panels["shares"].legend([solid, dashed, dotted], SHARES.values(), loc="upper right", ncols=3)

@@ -27,6 +27,8 @@ class Estimate:
     """The mean of d_p² over pairs, where d_p is the mean over items."""
     agreed: float = 0.0
     """The mean product of d_pb of different items: an unbiased estimate of what `seen` would be on all items there are."""
+    scatter: float = 0.0
+    """The mean of d_pb² over pairs and items: the scale of the other two."""
     squares: float = 0.0
     """Σ_p c_p² at α = 1."""
     curvature: float | None = None
@@ -47,14 +49,15 @@ def estimate(
         curvature = float(centre[items].mean() - members.mean()) / sigma**2
     d = (members[:, 0] - members[:, 1]) / 2 if antithetic else members[:, 0] - members[:, 0].mean(axis=0)
     pairs, count = d.shape
-    seen = d.mean(axis=1) if count else np.zeros(pairs)
-    if pairs < 2 or count < 2 or not seen.any():
+    of_pairs = d.mean(axis=1) if count else np.zeros(pairs)
+    if pairs < 2 or count < 2 or not of_pairs.any():
         return Estimate(curvature=curvature)
-    products = ((count * seen) ** 2 - np.sum(d**2, axis=1)) / (count * (count - 1))
+    seen, scatter = float(np.mean(of_pairs**2)), float(np.mean(d**2))
     return Estimate(
-        slope=float(np.sum(coefficients[kept] * seen)) / sigma,
-        seen=float(np.mean(seen**2)),
-        agreed=float(products.mean()),
+        slope=float(np.sum(coefficients[kept] * of_pairs)) / sigma,
+        seen=seen,
+        agreed=(count * seen - scatter) / (count - 1),
+        scatter=scatter,
         squares=float(np.sum(coefficients**2)),
         curvature=curvature,
     )
@@ -88,15 +91,21 @@ class Averages:
         self.curvature: float | None = None
         """κ; None if it was never measured."""
         self._steps = self._measured = 0
-        self._slope = self._seen = self._agreed = self._squares = 0.0
+        self._means = np.zeros(6)
 
     def add(self, of_step: Estimate) -> None:
         weight = 1 / min(self._steps + 1, max(self.LEAST, self.SHARE * self._steps))
         self._steps += 1
-        self._slope += weight * (of_step.slope - self._slope)
-        self._seen += weight * (of_step.seen - self._seen)
-        self._agreed += weight * (of_step.agreed - self._agreed)
-        self._squares += weight * (of_step.squares - self._squares)
+        scale = of_step.scatter or 1.0
+        values = (
+            of_step.slope,
+            of_step.squares,
+            of_step.seen**0.5,
+            of_step.seen / scale,
+            of_step.agreed / scale,
+            of_step.agreed / scale**0.5,
+        )
+        self._means += weight * (np.array(values) - self._means)
         if of_step.curvature is not None:
             before = self.curvature or 0.0
             self._measured += 1
@@ -105,14 +114,20 @@ class Averages:
     @property
     def signal(self) -> float | None:
         """Share of the variance of members' scores that items agree on. Unbiased, so it may be below 0; None if it is unknown."""
-        return self._agreed / self._seen if self._seen else None
+        _, _, _, seen, agreed, _ = self._means.tolist()
+        return agreed / seen if seen else None
 
     @property
     def gain(self) -> float:
-        """What a step gains for each unit of α on items that it has not seen, to first order."""
-        return self._slope * (self.signal or 0.0)
+        """What a step gains for each unit of α on items that it has not seen, to first order.
+
+        It is the mean of slope·agreed/seen, but of a single step, that has a bias: where `seen` is large by chance, so is
+        `agreed`. So slope/√seen, which hardly varies, and 1/√seen = 1/√scatter · √(scatter/seen) are averaged apart.
+        """
+        slope, _, root, seen, _, agreed = self._means.tolist()
+        return slope / root * agreed / seen**0.5 if seen else 0.0
 
     @property
     def cost(self) -> float | None:
         """What a step costs for each unit of α²; None if the curvature is unknown."""
-        return None if self.curvature is None else self._squares * self.curvature
+        return None if self.curvature is None else float(self._means[1]) * self.curvature

@@ -89,7 +89,7 @@ def test_items_that_say_nothing_in_common_have_no_signal_on_average():
         scores = random.standard_normal((2 * PAIRS, ITEMS))
         averages.add(estimate(scores, unit(scores, True), SIGMA, True))
     assert abs(averages.signal) < 0.02
-    assert abs(averages.gain) < 0.02 * averages._slope
+    assert abs(averages.gain) < 0.02 * float(averages._means[0])
 
 
 def test_items_that_all_say_the_same_are_nothing_but_signal():
@@ -106,6 +106,7 @@ def test_by_hand():
     assert found.slope == pytest.approx((0.5 * 2 + 0.25 * 0) / 0.1)
     assert found.seen == pytest.approx((2**2 + 0) / 2)
     assert found.agreed == pytest.approx(((1 * 2 + 1 * 3 + 2 * 3) / 3 + (0 - 1 + 0) / 3) / 2)
+    assert found.scatter == pytest.approx((1 + 4 + 9 + 1 + 0 + 1) / 6)
     assert found.squares == pytest.approx(0.5**2 + 0.25**2)
     assert found.curvature == pytest.approx(1 / 0.1**2)
 
@@ -121,7 +122,7 @@ def test_a_member_without_a_finite_score_is_left_out_with_its_pair(antithetic, b
     rest = np.delete(scores, range(2 * size, 3 * size), axis=0)
     found = estimate(spoiled, coefficients, SIGMA, antithetic, np.zeros(ITEMS))
     expected = estimate(rest, np.delete(coefficients, 2), SIGMA, antithetic, np.zeros(ITEMS))
-    for name in ("slope", "seen", "agreed"):
+    for name in ("slope", "seen", "agreed", "scatter"):
         assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-12)
 
 
@@ -155,7 +156,7 @@ def test_a_theta_that_cannot_be_scored_tells_no_curvature():
 def test_averages_are_over_all_steps_then_over_the_last_quarter():
     averages = Averages()
     for step in range(400):
-        averages.add(Estimate(slope=float(step), seen=1.0, agreed=0.5, squares=1.0, curvature=float(step)))
+        averages.add(Estimate(float(step), seen=1.0, agreed=0.5, scatter=4.0, squares=1.0, curvature=float(step)))
         if step == 5:
             assert averages.gain == pytest.approx(0.5 * np.mean(range(6)))
     assert 250 < 2 * averages.gain < 330  # a weight of 1/100 for the newest

@@ -58,7 +58,7 @@ def size(path: Path) -> tuple[int, int]:
 
 def check_picture(path: Path, colours: int = 1) -> None:
     """It is a PNG of the right size, in which each of the first `colours` run colours is really drawn."""
-    assert size(path) == (1400, 900)
+    assert size(path) == (1400, 1200)
     pixels = (matplotlib.image.imread(path)[..., :3] * 255).round().astype(int)
     for colour in ((0x0B, 0x6E, 0x99), (0xD9, 0x73, 0x0D))[:colours]:
         assert (abs(pixels - colour).max(axis=-1) < 3).sum() > 1000

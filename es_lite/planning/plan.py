@@ -110,6 +110,8 @@ class Plan:
         # What is kept is made once a pass; low-rank factors always are.
         forwards = 1 if parts.kept else needs.forwards
         drawn = sum(noise.drawn(t.shape) for t in layout.tensors) * needs.tasks * passes
+        anchored = layout.size if recipe.es.anchor else 0
+        redrawn, theta_0 = (0, 2 * anchored) if recipe.model.path else (anchored, 0)
         rows = needs.tile_members * min(recipe.fitness.micro_batch, recipe.fitness.samples)
         return cls(
             recipe=recipe,
@@ -147,7 +149,8 @@ class Plan:
                 pairs=needs.tasks,
                 update_noise=sum(noise.drawn(t.shape, update=True) for t in layout.tensors) * needs.tasks,
                 rounded=layout.size if recipe.memory.master == "none" else 0,
-                read_bytes=stored * (passes * needs.forwards if streamed else 1),
+                redrawn=redrawn,
+                read_bytes=stored * (passes * needs.forwards if streamed else 1) + theta_0,
                 written_bytes=stored,
                 hidden=text.hidden_size,
                 intermediate=intermediate_size(config),
@@ -223,7 +226,7 @@ class Plan:
                 self.parts(),
                 f"a step reads {work.read_bytes / GIB:.2f} GiB and writes {work.written_bytes / GIB:.2f} GiB, "
                 f"{self._tokens()} ({work.flops / 1e12:.1f} TFLOP), "
-                f"draws {(work.scoring_noise + work.update_noise + work.rounded) / 1e9:.1f} G elements of noise",
+                f"draws {(work.scoring_noise + work.update_noise + work.rounded + work.redrawn) / 1e9:.1f} G elements of noise",
                 f"estimated from {estimate.rates}",
             ]
         )

@@ -52,8 +52,10 @@ class Work:
     """Whose noise the update sums."""
     rounded: int
     """Elements that the update rounds stochastically."""
+    redrawn: int
+    """Elements of a random θ₀ that an anchored update draws again."""
     read_bytes: int
-    """Read from the layers' files (from the disk, or from its cache if memory has room)."""
+    """Read from the layers' files and, by an anchored update, θ₀'s (from the disk, or from its cache if memory has room)."""
     written_bytes: int
     hidden: int
     """Width of the model's hidden states, and of its MLPs."""
@@ -86,7 +88,7 @@ def estimate(work: Work, execution: Execution, noise: NoiseKind, run_dir: Path) 
         perturbing = device_noise_rate(noise, execution.device)
         words += f" and {perturbing / 1e6:.0f} on the device"
     score = work.flops / (scoring * execution.workers) + work.scoring_noise / perturbing + work.converted / (converting * lanes)
-    update = (work.size * summing + work.rounded / rounding) / lanes
+    update = (work.size * summing + (work.rounded + work.redrawn) / rounding) / lanes
     if execution.direct:
         try:
             read, write = disk_rates(run_dir)

@@ -130,6 +130,8 @@ def test_the_work_of_a_step(planned):
     assert (plan.work.size, plan.work.pairs, plan.work.rounded, plan.work.converted) == (size, population // 2, 0, 0)
     assert plan.work.read_bytes == plan.passes * plan.work.written_bytes
     assert planned("memory.master=none").work.rounded == size
+    anchored = planned("es.anchor=1.0").work
+    assert (anchored.redrawn, anchored.read_bytes, plan.work.redrawn) == (size, plan.work.read_bytes, 0)
     untied = planned("model.config=qwen3-8b")
     assert untied.work.flops == 2 * (untied.layout.size - untied.layout.layers[0].size) * untied.tokens
 

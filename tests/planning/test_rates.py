@@ -21,6 +21,7 @@ WORK = Work(
     size=10**9,
     pairs=4,
     rounded=0,
+    redrawn=0,
     read_bytes=30 * 10**9,
     written_bytes=20 * 10**9,
     hidden=64,

@@ -83,7 +83,7 @@ class Run:
         before, started = self.engine.traffic(), time.perf_counter()
 
         # Score the population on the step's items; now and then, and if σ is new, score θ itself too.
-        items = self.dataset.draw(t)
+        items = self.dataset.draw(t - 1 if self.tuning.repeats(t) else t)
         signs = (1, -1) if es.antithetic else (1,)
         pairs = range(es.population // len(signs))
         perturbations = [Perturbation(seed, t, pair, sigma, signs, self.noise.NAME, self.noise.RANK) for pair in pairs]

@@ -143,7 +143,8 @@ def draw(runs: dict[str, list[Record]], examples: _examples.Examples | None, out
         for panel in ("tokens", "seconds"):
             panels[panel].set_xlabel("step")
             panels[panel].xaxis.get_major_locator().set_params(integer=True)
-        panels["sizes"].set_yscale("log")
+        if any((drawn.get_ydata() > 0).any() for drawn in panels["sizes"].lines):
+            panels["sizes"].set_yscale("log")
         draw_references(panels["evaluation"], list(runs.values()))
         add_legends(panels)
         if len(runs) == 1:

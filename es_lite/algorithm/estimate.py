@@ -6,10 +6,13 @@ item b, to second order. So
     d_pb = (r_2p,b - r_2p+1,b)/2 = σ g_b·ε_p
     κ    = (r(θ) - mean of the members' scores)/σ² = -½ tr H
 
-and a step θ + Σ_p c_p ε_p gains Σ_p c_p g·ε_p, to first order, and costs κ Σ_p c_p². The gain must not be measured on the items
-that the coefficients came from, which they also fit by chance: only products of different items are unbiased. Without antithetic
-sampling, d is each member's score less the population's mean. Where es.groups makes α and σ unlike, both are estimates for a
-step that follows the perturbations.
+and a step θ + Σ_p c_p ε_p gains Σ_p c_p g·ε_p, to first order, and its random part costs κ Σ_p c_p². The gain must not be measured
+on the items that the coefficients came from, which they also fit by chance: only products of different items are unbiased. What
+a step costs is more than its random part does, since the gradient tends to lie where the curvature is greatest: if the step after
+it has the same items, what θ really gained on them is short of Σ_p c_p d_p/σ, its gain there to first order, by its whole cost.
+
+Without antithetic sampling, d is each member's score less the population's mean. Where es.groups makes α and σ unlike, all this is
+of a step that follows the perturbations.
 """
 
 from dataclasses import dataclass
@@ -33,6 +36,8 @@ class Estimate:
     """Σ_p c_p² at α = 1."""
     curvature: float | None = None
     """κ; None if θ itself was not scored in this step."""
+    centre: float | None = None
+    """θ's own score, if it was."""
 
 
 def estimate(
@@ -44,14 +49,15 @@ def estimate(
     Pairs of members without a finite score are left out, and so are items that do not count for all others.
     """
     members, kept, items = _finite(scores, antithetic)
-    curvature = None
+    own = curvature = None
     if centre is not None and members.size and np.isfinite(centre[items]).all():
-        curvature = float(centre[items].mean() - members.mean()) / sigma**2
+        own = float(centre[items].mean())
+        curvature = (own - float(members.mean())) / sigma**2
     d = (members[:, 0] - members[:, 1]) / 2 if antithetic else members[:, 0] - members[:, 0].mean(axis=0)
     pairs, count = d.shape
     of_pairs = d.mean(axis=1) if count else np.zeros(pairs)
     if pairs < 2 or count < 2 or not of_pairs.any():
-        return Estimate(curvature=curvature)
+        return Estimate(curvature=curvature, centre=own)
     seen, scatter = float(np.mean(of_pairs**2)), float(np.mean(d**2))
     return Estimate(
         slope=float(np.sum(coefficients[kept] * of_pairs)) / sigma,
@@ -60,6 +66,7 @@ def estimate(
         scatter=scatter,
         squares=float(np.sum(coefficients**2)),
         curvature=curvature,
+        centre=own,
     )
 
 
@@ -82,16 +89,20 @@ class Averages:
     """Estimates, smoothed over steps: over all so far, then over the last 10 or, if that is more, the last quarter.
 
     The longer a run, the more slowly it changes, and the smaller is the share of signal, which takes more steps to see. The
-    curvature, which is measured less often and more exactly, is smoothed over its last `CURVATURES` measurements or so.
+    curvature, which is measured less often and more exactly, is smoothed over its last `CURVATURES` measurements or so, and so is
+    how much more than its random part a step costs, over more of them.
     """
 
-    LEAST, SHARE, CURVATURES = 10, 0.25, 2
+    LEAST, SHARE, CURVATURES, COSTS = 10, 0.25, 2, 8
 
     def __init__(self) -> None:
         self.curvature: float | None = None
         """κ; None if it was never measured."""
         self._steps = self._measured = 0
         self._means = np.zeros(6)
+        self._costs = np.zeros(2)
+        """Of the steps whose whole cost is known: that, and the cost of their random part."""
+        self._last = Estimate()
 
     def add(self, of_step: Estimate) -> None:
         weight = 1 / min(self._steps + 1, max(self.LEAST, self.SHARE * self._steps))
@@ -110,6 +121,16 @@ class Averages:
             before = self.curvature or 0.0
             self._measured += 1
             self.curvature = before + (of_step.curvature - before) / min(self._measured, self.CURVATURES)
+        self._last = of_step
+
+    def compare(self, repeated: Estimate, alpha: float) -> None:
+        """To be called before `add` for a step with the items of the step before it, which had this α."""
+        last = self._last
+        if repeated.centre is None or last.centre is None or self.curvature is None:
+            return
+        whole = last.slope * alpha - (repeated.centre - last.centre)
+        random = self.curvature * last.squares * alpha**2
+        self._costs += np.array([whole, random]) - self._costs / self.COSTS
 
     @property
     def signal(self) -> float | None:
@@ -128,6 +149,12 @@ class Averages:
         return slope / root * agreed / seen**0.5 if seen else 0.0
 
     @property
+    def excess(self) -> float:
+        """How many times the cost of its random part a step costs: 1 if that is unknown."""
+        whole, random = self._costs.tolist()
+        return max(1.0, whole / random) if random > 0 else 1.0
+
+    @property
     def cost(self) -> float | None:
         """What a step costs for each unit of α²; None if the curvature is unknown."""
-        return None if self.curvature is None else float(self._means[1]) * self.curvature
+        return None if self.curvature is None else float(self._means[1]) * self.curvature * self.excess

@@ -18,8 +18,8 @@ FIRST_SIGMA = 1e-3
 FIRST_PROBES = 4
 """θ itself is scored in so many steps at first."""
 
-PROBED_MEMBERS = 125
-"""Later it is scored once for so many members, which takes less than 1 % of the time."""
+PROBED_MEMBERS = 250
+"""Later it is scored in two steps in a row for so many members, which takes less than 1 % of the time."""
 
 
 def alpha_of(es: ESTable, step: int, estimate: dict[str, Any] | None) -> float:
@@ -42,7 +42,8 @@ class Tuning:
         self._averages = Averages()
         self._step_size = StepSize(es.alpha_start, recipe.run.iterations) if es.alpha == "auto" else None
         self._search = SigmaSearch(FIRST_SIGMA, least_sigma()) if es.sigma == "auto" else None
-        self._probe_every = math.ceil(PROBED_MEMBERS / es.population)
+        self._probe_every = max(2, math.ceil(PROBED_MEMBERS / es.population))
+        self._alpha = 0.0
         for step, (sigma, document) in enumerate(history):
             if document:
                 found = Estimate(**{name: value for name, value in document.items() if name != "alpha"})
@@ -67,17 +68,25 @@ class Tuning:
     def probes(self, step: int) -> bool:
         """Whether step `step` scores θ itself, which tells the curvature."""
         asked = self._step_size is not None and self._step_size.asks
-        return asked or self.searching or step < FIRST_PROBES or step % self._probe_every == 0
+        return asked or self.searching or step < FIRST_PROBES or step % self._probe_every < 2
+
+    def repeats(self, step: int) -> bool:
+        """Whether step `step` has the items of the step before it, so that what that one gained is seen."""
+        return self._step_size is not None and (step % self._probe_every == 1 or (step < FIRST_PROBES and step % 2 == 1))
 
     def alpha(self, step: int, sigma: float, found: Estimate) -> float:
         """α of a step. found: the estimate from its scores. To be called for every step, in order."""
+        if self.repeats(step):
+            self._averages.compare(found, self._alpha)
         self._averages.add(found)
         if self._search and not self._search.found:
             cost = 0.0 if found.curvature is None else found.curvature * sigma**2
             self._search.add(cost, math.sqrt(found.seen))
         if self._step_size:
-            return self._step_size.next(step, found, self._averages, sigma)
-        return alpha_of(self._es, step, None)
+            self._alpha = self._step_size.next(step, found, self._averages, sigma)
+        else:
+            self._alpha = alpha_of(self._es, step, None)
+        return self._alpha
 
     def document(self, found: Estimate, alpha: float) -> dict[str, Any] | None:
         """What the journal keeps of a step; None if nothing depends on it."""

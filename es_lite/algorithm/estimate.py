@@ -6,10 +6,11 @@ item b, to second order. So
     d_pb = (r_2p,b - r_2p+1,b)/2 = σ g_b·ε_p
     κ    = (r(θ) - mean of the members' scores)/σ² = -½ tr H
 
-and a step θ + Σ_p c_p ε_p gains Σ_p c_p g·ε_p, to first order, and its random part costs κ Σ_p c_p². The gain must not be measured
-on the items that the coefficients came from, which they also fit by chance: only products of different items are unbiased. What
-a step costs is more than its random part does, since the gradient tends to lie where the curvature is greatest: if the step after
-it has the same items, what θ really gained on them is short of Σ_p c_p d_p/σ, its gain there to first order, by its whole cost.
+and a step θ + Σ_p c_p ε_p gains Σ_p c_p g·ε_p, to first order, and its random part costs κ Σ_p c_p². The gain must not be
+measured on the items that the coefficients came from, which they also fit by chance: only products of different items are
+unbiased. A step costs more than its random part does, since the gradient tends to lie where the curvature is greatest: if the
+step after it has the same items, what θ really gained on them is short of Σ_p c_p d_p/σ, its gain there to first order, by its
+whole cost.
 
 Without antithetic sampling, d is each member's score less the population's mean. Where es.groups makes α and σ unlike, all this is
 of a step that follows the perturbations.
@@ -94,6 +95,8 @@ class Averages:
     """
 
     LEAST, SHARE, CURVATURES, COSTS = 10, 0.25, 2, 8
+    DOUBT = 0.1
+    """Costs are told apart from rounding if they add up to more than this share of the spread of the scores."""
 
     def __init__(self) -> None:
         self.curvature: float | None = None
@@ -150,8 +153,8 @@ class Averages:
 
     @property
     def excess(self) -> float:
-        """How many times the cost of its random part a step costs: 1 if that is unknown."""
-        whole, random = self._costs.tolist()
+        """How many times the cost of its random part a step costs; 1 if that is unknown."""
+        whole, random = (self._costs + self.DOUBT * self._means[2]).tolist()
         return max(1.0, whole / random) if random > 0 else 1.0
 
     @property

@@ -12,8 +12,8 @@ unbiased. A step costs more than its random part does, since the gradient tends 
 step after it has the same items, what θ really gained on them is short of Σ_p c_p d_p/σ, its gain there to first order, by its
 whole cost.
 
-Without antithetic sampling, d is each member's score less the population's mean. Where es.groups makes α and σ unlike, all this is
-of a step that follows the perturbations.
+Without antithetic sampling, d is each member's score less the population's mean. Where es.groups makes α and σ unlike, all this
+is of a step that follows the perturbations.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,7 @@
 """What scores say of a step, on a quadratic model whose gradient and curvature are known."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ class Quadratic:
 
     def step(self, antithetic: bool) -> tuple[np.ndarray, np.ndarray]:
         """Scores [N, items] of a population on new items, and ε, [pairs, dimensions]."""
-        items = self.gradient + self.random.standard_normal((ITEMS, self.gradient.size))
+        self.items = items = self.gradient + self.random.standard_normal((ITEMS, self.gradient.size))
         noise = self.random.standard_normal((PAIRS, self.gradient.size))
         members = SIGMA * (np.repeat(noise, 2, axis=0) * np.tile([[1], [-1]], (PAIRS, 1)) if antithetic else noise)
         return members @ items.T - (0.5 * members**2 @ self.curvatures)[:, None], noise
@@ -62,6 +63,42 @@ def test_the_cost_is_that_of_the_random_part():
     pairs."""
     averages, _, costs, _ = many(Quadratic(2, 2000), True, 300)
     assert averages.cost == pytest.approx(np.mean(costs), rel=0.05)
+
+
+def test_the_whole_cost_is_found_where_the_next_step_has_the_same_items():
+    """The gradient lies along the greatest curvature here, so that a step costs more than its random part."""
+    model = Quadratic(10, 200)
+    model.gradient[:3], model.curvatures[:3] = 3.0, 200.0
+    averages, costs = Averages(), []
+    averages.SHARE = 1.0  # type: ignore[misc]
+    averages.COSTS = averages.CURVATURES = 10**9  # type: ignore[misc]
+    for _ in range(400):
+        scores, noise = model.step(True)
+        coefficients = unit(scores, True)
+        averages.add(estimate(scores, coefficients, SIGMA, True, np.zeros(ITEMS)))
+        moved = 0.03 * coefficients @ noise
+        costs.append(float(0.5 * model.curvatures @ moved**2))
+        then = model.items @ moved - costs[-1]
+        averages.compare(estimate(scores + then, coefficients, SIGMA, True, then), 0.03)
+    assert averages.excess > 1.5
+    assert averages.cost * 0.03**2 == pytest.approx(np.mean(costs), rel=0.1)
+
+
+def test_what_may_be_rounding_is_not_taken_for_a_cost():
+    """A step that is far too small to see its gain."""
+    averages = Averages()
+    first = Estimate(slope=1.0, seen=1e-4, agreed=5e-5, scatter=4e-4, squares=0.1, curvature=100.0, centre=-5.0)
+    averages.add(first)
+    averages.compare(replace(first, centre=-5.0 - 1e-4), 1e-5)
+    assert 1 < averages.excess < 1.2
+
+
+def test_without_a_comparison_the_cost_is_that_of_the_random_part():
+    averages = Averages()
+    first = Estimate(slope=1.0, seen=1e-4, agreed=5e-5, scatter=4e-4, squares=0.1, curvature=100.0)
+    averages.add(first)
+    averages.compare(first, 0.1)
+    assert averages.excess == 1 and averages.cost == pytest.approx(10.0)
 
 
 def test_the_curvature_is_half_the_trace():

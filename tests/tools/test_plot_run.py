@@ -132,12 +132,12 @@ def test_a_run_with_rewards_has_examples_below_its_panels(tmp_path: Path) -> Non
     assert (result.returncode, result.stderr) == (0, "")
     (run / "samples.jsonl").unlink()
     assert plot(run, "--out", tmp_path / "without.png").returncode == 0
-    assert size(tmp_path / "without.png") == (1400, 1200)
+    assert size(tmp_path / "without.png") == (1400, 1500)
     width, height = size(tmp_path / "with.png")
     assert width == 1400 and height == pytest.approx(
-        1200 + 100 * _examples.read(write_reward_run(tmp_path / "same"), "").height, abs=1
+        1500 + 100 * _examples.read(write_reward_run(tmp_path / "same"), "").height, abs=1
     )
-    below = matplotlib.image.imread(tmp_path / "with.png")[1210:, :, :3]
+    below = matplotlib.image.imread(tmp_path / "with.png")[1510:, :, :3]
     assert all((column.min(axis=-1) < 0.5).sum() > 1000 for column in (below[:, :460], below[:, 470:930], below[:, 940:])), "text"
 
 

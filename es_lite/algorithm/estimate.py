@@ -35,6 +35,8 @@ class Estimate:
     """The mean of d_pb² over pairs and items: the scale of the other two."""
     squares: float = 0.0
     """Σ_p c_p² at α = 1."""
+    pairs: int = 0
+    """How many pairs said so."""
     curvature: float | None = None
     """κ; None if θ itself was not scored in this step."""
     centre: float | None = None
@@ -66,6 +68,7 @@ def estimate(
         agreed=(count * seen - scatter) / (count - 1),
         scatter=scatter,
         squares=float(np.sum(coefficients**2)),
+        pairs=pairs,
         curvature=curvature,
         centre=own,
     )
@@ -95,6 +98,8 @@ class Averages:
     """
 
     LEAST, SHARE, CURVATURES, COSTS = 10, 0.25, 2, 8
+    EXPECTED_SIGNAL, EXPECTED_WITHIN = 0.2, 0.2
+    """The mean and the deviation of what a signal is before anything is known of it."""
     DOUBT = 0.1
     """Costs are told apart from rounding if they add up to more than this share of the spread of the scores."""
 
@@ -102,7 +107,8 @@ class Averages:
         self.curvature: float | None = None
         """κ; None if it was never measured."""
         self._steps = self._measured = 0
-        self._means = np.zeros(6)
+        self._window = 0.0
+        self._means = np.zeros(7)
         self._costs = np.zeros(2)
         """Of the steps whose whole cost is known: that, and the cost of their random part."""
         self._last = Estimate()
@@ -118,7 +124,9 @@ class Averages:
             of_step.seen / scale,
             of_step.agreed / scale,
             of_step.agreed / scale**0.5,
+            of_step.pairs,
         )
+        self._window = 1 / weight
         self._means += weight * (np.array(values) - self._means)
         if of_step.curvature is not None:
             before = self.curvature or 0.0
@@ -138,7 +146,7 @@ class Averages:
     @property
     def signal(self) -> float | None:
         """Share of the variance of members' scores that items agree on. Unbiased, so it may be below 0; None if it is unknown."""
-        _, _, _, seen, agreed, _ = self._means.tolist()
+        _, _, _, seen, agreed, _, _ = self._means.tolist()
         return agreed / seen if seen else None
 
     @property
@@ -146,10 +154,15 @@ class Averages:
         """What a step gains for each unit of α on items that it has not seen, to first order.
 
         It is the mean of slope·agreed/seen, but of a single step, that has a bias: where `seen` is large by chance, so is
-        `agreed`. So slope/√seen, which hardly varies, and 1/√seen = 1/√scatter · √(scatter/seen) are averaged apart.
+        `agreed`. So slope/√seen, which hardly varies, and 1/√seen = 1/√scatter · √(scatter/seen) are averaged apart. What few
+        pairs say of the signal is uncertain by √(2/pairs) in a step, so it is drawn towards what is to be expected.
         """
-        slope, _, root, seen, _, agreed = self._means.tolist()
-        return slope / root * agreed / seen**0.5 if seen else 0.0
+        slope, _, root, seen, _, agreed, pairs = self._means.tolist()
+        if not seen or not pairs:
+            return 0.0
+        found = agreed / root / seen**0.5
+        prior = 2 / pairs / self.EXPECTED_WITHIN**2  # steps that would say as much
+        return slope * (self._window * found + prior * self.EXPECTED_SIGNAL) / (self._window + prior)
 
     @property
     def excess(self) -> float:

@@ -10,10 +10,10 @@ else was tried.
 
 from es_lite.algorithm.estimate import Averages, Estimate
 
-MULTIPLES = 1.0, 1.0
+MULTIPLES = 1.0, 1.2
 """α is this multiple of the step that gains most now: at first, when nothing steep has been learned yet, and after FIRST_PART."""
 
-FIRST_PART, LAST_PART = 0.3, 0.25
+FIRST_PART, LAST_PART = 0.5, 0.25
 """Shares of a run's steps: over the first, the multiple rises; over the last, α falls to 0."""
 
 RISE, FALL = 2.0, 4.0

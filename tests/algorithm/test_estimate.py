@@ -38,7 +38,7 @@ def unit(scores: np.ndarray, antithetic: bool) -> np.ndarray:
 def many(model: Quadratic, antithetic: bool, steps: int = 3000) -> tuple[Averages, list[float], list[float], list[float]]:
     """The estimates of many steps, and what their steps really gain for each unit of α, on all items, cost, and seem to gain."""
     averages, gains, costs, seeming = Averages(), [], [], []
-    averages.SHARE = 1.0  # type: ignore[misc]  # the mean of all
+    averages.SHARE, averages.EXPECTED_WITHIN = 1.0, 1e9  # type: ignore[misc]  # the mean of all
     for _ in range(steps):
         scores, noise = model.step(antithetic)
         coefficients = unit(scores, antithetic)
@@ -70,7 +70,7 @@ def test_the_whole_cost_is_found_where_the_next_step_has_the_same_items():
     model = Quadratic(10, 200)
     model.gradient[:3], model.curvatures[:3] = 3.0, 200.0
     averages, costs = Averages(), []
-    averages.SHARE = 1.0  # type: ignore[misc]
+    averages.SHARE, averages.EXPECTED_WITHIN = 1.0, 1e9  # type: ignore[misc]
     averages.COSTS = averages.CURVATURES = 10**9  # type: ignore[misc]
     for _ in range(400):
         scores, noise = model.step(True)
@@ -91,6 +91,18 @@ def test_what_may_be_rounding_is_not_taken_for_a_cost():
     averages.add(first)
     averages.compare(replace(first, centre=-5.0 - 1e-4), 1e-5)
     assert 1 < averages.excess < 1.2
+
+
+def test_a_signal_of_few_pairs_is_drawn_towards_what_is_to_be_expected():
+    """After one step of eight pairs, which would say 0 or 1 by chance, and after many."""
+    for agreed, first in ((0.0, 0.17), (1.0, 0.31)):
+        averages = Averages()
+        for step in range(400):
+            averages.add(Estimate(slope=1.0, seen=1.0, agreed=agreed, scatter=4.0, squares=1.0, pairs=8))
+            if step == 0:
+                assert averages.gain == pytest.approx(first, abs=0.01)
+        assert averages.gain == pytest.approx(agreed, abs=0.06)
+        assert averages.signal == pytest.approx(agreed)
 
 
 def test_without_a_comparison_the_cost_is_that_of_the_random_part():
@@ -121,7 +133,7 @@ def test_the_signal_is_the_share_of_the_variance_that_all_items_would_show():
 
 def test_items_that_say_nothing_in_common_have_no_signal_on_average():
     random, averages = np.random.default_rng(5), Averages()
-    averages.SHARE = 1.0  # type: ignore[misc]
+    averages.SHARE, averages.EXPECTED_WITHIN = 1.0, 1e9  # type: ignore[misc]
     for _ in range(4000):
         scores = random.standard_normal((2 * PAIRS, ITEMS))
         averages.add(estimate(scores, unit(scores, True), SIGMA, True))
@@ -193,7 +205,7 @@ def test_a_theta_that_cannot_be_scored_tells_no_curvature():
 def test_averages_are_over_all_steps_then_over_the_last_quarter():
     averages = Averages()
     for step in range(400):
-        averages.add(Estimate(float(step), seen=1.0, agreed=0.5, scatter=4.0, squares=1.0, curvature=float(step)))
+        averages.add(Estimate(float(step), seen=1.0, agreed=0.5, scatter=4.0, squares=1.0, pairs=10**9, curvature=float(step)))
         if step == 5:
             assert averages.gain == pytest.approx(0.5 * np.mean(range(6)))
     assert 250 < 2 * averages.gain < 330  # a weight of 1/100 for the newest

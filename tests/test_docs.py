@@ -19,6 +19,7 @@ from es_lite.fitness import kinds as fitness_kinds
 from es_lite.model.origin import Origin
 from es_lite.recipe import Recipe
 from es_lite.runs.directory import CHANGEABLE
+from es_lite.runs.journal import OTHER_KEYS
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
 
@@ -53,9 +54,10 @@ def keys() -> dict[str, tuple[Any, Any]]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of the real command, with evaluations and low-rank noise, whose records have a rank."""
+    """A run of the real command, with evaluations, whose records have a rank, an anchor and estimates."""
     folder = tmp_path_factory.mktemp("docs")
-    return finished_run(write_recipe(folder, run={"iterations": 2}, eval={"every": 1}, noise={"kind": "lowrank"}), folder / "run")
+    keys = {"eval": {"every": 1}, "noise": {"kind": "lowrank"}, "es": {"alpha": "auto", "anchor": 1.0}}
+    return finished_run(write_recipe(folder, run={"iterations": 2}, **keys), folder / "run")
 
 
 # docs/recipe.md
@@ -119,7 +121,7 @@ def test_every_key_of_the_journal_is_documented(run: Path) -> None:
     lines = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
     assert sorted([*names(header), "check"]) == sorted(lines[0])
     assert sorted(names(origin)) == sorted(lines[0]["origin"]) == sorted(Origin.__dataclass_fields__)
-    assert sorted([*names(record), "check"]) == sorted(lines[1]) == sorted([*Record.__dataclass_fields__, "scores", "check"])
+    assert sorted([*names(record), "check"]) == sorted(lines[1]) == sorted([*Record.__dataclass_fields__, *OTHER_KEYS, "check"])
 
 
 # docs/design.md

@@ -16,7 +16,7 @@ Without antithetic sampling, d is each member's score less the population's mean
 is of a step that follows the perturbations.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -39,6 +39,8 @@ class Estimate:
     """How many pairs said so."""
     curvature: float | None = None
     """κ; None if θ itself was not scored in this step."""
+    curvature_error: float = 0.0
+    """The standard error of κ, from how it varies between pairs."""
     centre: float | None = None
     """θ's own score, if it was."""
 
@@ -52,25 +54,25 @@ def estimate(
     Pairs of members without a finite score are left out, and so are items that do not count for all others.
     """
     members, kept, items = _finite(scores, antithetic)
-    own = curvature = None
+    found = Estimate()
     if centre is not None and members.size and np.isfinite(centre[items]).all():
-        own = float(centre[items].mean())
-        curvature = (own - float(members.mean())) / sigma**2
+        own, among = float(centre[items].mean()), members.mean(axis=(1, 2))
+        error = float(among.std()) / max(1, among.size - 1) ** 0.5
+        found = Estimate(curvature=(own - float(among.mean())) / sigma**2, curvature_error=error / sigma**2, centre=own)
     d = (members[:, 0] - members[:, 1]) / 2 if antithetic else members[:, 0] - members[:, 0].mean(axis=0)
     pairs, count = d.shape
     of_pairs = d.mean(axis=1) if count else np.zeros(pairs)
     if pairs < 2 or count < 2 or not of_pairs.any():
-        return Estimate(curvature=curvature, centre=own)
+        return found
     seen, scatter = float(np.mean(of_pairs**2)), float(np.mean(d**2))
-    return Estimate(
+    return replace(
+        found,
         slope=float(np.sum(coefficients[kept] * of_pairs)) / sigma,
         seen=seen,
         agreed=(count * seen - scatter) / (count - 1),
         scatter=scatter,
         squares=float(np.sum(coefficients**2)),
         pairs=pairs,
-        curvature=curvature,
-        centre=own,
     )
 
 
@@ -93,11 +95,13 @@ class Averages:
     """Estimates, smoothed over steps: over all so far, then over the last 10 or, if that is more, the last quarter.
 
     The longer a run, the more slowly it changes, and the smaller is the share of signal, which takes more steps to see. The
-    curvature, which is measured less often and more exactly, is smoothed over its last `CURVATURES` measurements or so, and so is
-    how much more than its random part a step costs, over more of them.
+    curvature, which is measured less often, is filtered (Kalman): a measurement counts by its error, and by how much the
+    curvature may have changed since the one before. How many times its random part a step costs is smoothed over `COSTS` of them.
     """
 
-    LEAST, SHARE, CURVATURES, COSTS = 10, 0.25, 2, 8
+    LEAST, SHARE, COSTS = 10, 0.25, 8
+    DRIFT = 0.4
+    """The share by which the curvature changes between two measurements."""
     EXPECTED_SIGNAL, EXPECTED_WITHIN = 0.2, 0.2
     """The mean and the deviation of what a signal is before anything is known of it."""
     DOUBT = 0.1
@@ -106,7 +110,9 @@ class Averages:
     def __init__(self) -> None:
         self.curvature: float | None = None
         """κ; None if it was never measured."""
-        self._steps = self._measured = 0
+        self._variance = 0.0
+        """Of the curvature."""
+        self._steps = 0
         self._window = 0.0
         self._means = np.zeros(7)
         self._costs = np.zeros(2)
@@ -129,10 +135,17 @@ class Averages:
         self._window = 1 / weight
         self._means += weight * (np.array(values) - self._means)
         if of_step.curvature is not None:
-            before = self.curvature or 0.0
-            self._measured += 1
-            self.curvature = before + (of_step.curvature - before) / min(self._measured, self.CURVATURES)
+            self._measure(of_step.curvature, of_step.curvature_error**2)
         self._last = of_step
+
+    def _measure(self, curvature: float, variance: float) -> None:
+        if self.curvature is None:
+            self.curvature, self._variance = curvature, variance
+            return
+        self._variance += (self.DRIFT * self.curvature) ** 2
+        share = self._variance / (self._variance + variance) if variance else 1.0
+        self.curvature += share * (curvature - self.curvature)
+        self._variance *= 1 - share
 
     def compare(self, repeated: Estimate, alpha: float) -> None:
         """To be called before `add` for a step with the items of the step before it, which had this α."""

@@ -71,7 +71,7 @@ def test_the_whole_cost_is_found_where_the_next_step_has_the_same_items():
     model.gradient[:3], model.curvatures[:3] = 3.0, 200.0
     averages, costs = Averages(), []
     averages.SHARE, averages.EXPECTED_WITHIN = 1.0, 1e9  # type: ignore[misc]
-    averages.COSTS = averages.CURVATURES = 10**9  # type: ignore[misc]
+    averages.COSTS, averages.DRIFT = 10**9, 0.0  # type: ignore[misc]
     for _ in range(400):
         scores, noise = model.step(True)
         coefficients = unit(scores, True)
@@ -116,11 +116,28 @@ def test_without_a_comparison_the_cost_is_that_of_the_random_part():
 def test_the_curvature_is_half_the_trace():
     model = Quadratic(3)
     averages = Averages()
-    averages.CURVATURES = 10**9  # type: ignore[misc]
+    averages.DRIFT = 0.0  # type: ignore[misc]
     for _ in range(500):
         scores, _ = model.step(True)
         averages.add(estimate(scores, unit(scores, True), SIGMA, True, np.zeros(ITEMS)))
-    assert averages.curvature == pytest.approx(0.5 * model.curvatures.sum(), rel=0.01)
+    assert averages.curvature == pytest.approx(0.5 * model.curvatures.sum(), rel=0.03)
+
+
+def test_the_error_of_the_curvature_is_its_deviation_over_steps():
+    for antithetic in (True, False):
+        model, found = Quadratic(11), []
+        for _ in range(400):
+            scores, _ = model.step(antithetic)
+            found.append(estimate(scores, unit(scores, antithetic), SIGMA, antithetic, np.zeros(ITEMS)))
+        deviation = np.std([one.curvature for one in found])
+        assert np.mean([one.curvature_error for one in found]) == pytest.approx(deviation, rel=0.1)
+
+
+def test_a_measurement_of_the_curvature_counts_by_its_error():
+    averages = Averages()
+    for curvature, error, expected in ((100.0, 10.0, 100.0), (200.0, 1.0, 199.9), (100.0, 1e4, 199.9), (50.0, 0.0, 50.0)):
+        averages.add(Estimate(curvature=curvature, curvature_error=error))
+        assert averages.curvature == pytest.approx(expected, rel=2e-3)
 
 
 def test_the_signal_is_the_share_of_the_variance_that_all_items_would_show():
@@ -205,13 +222,12 @@ def test_a_theta_that_cannot_be_scored_tells_no_curvature():
 def test_averages_are_over_all_steps_then_over_the_last_quarter():
     averages = Averages()
     for step in range(400):
-        averages.add(Estimate(float(step), seen=1.0, agreed=0.5, scatter=4.0, squares=1.0, pairs=10**9, curvature=float(step)))
+        averages.add(Estimate(float(step), seen=1.0, agreed=0.5, scatter=4.0, squares=1.0, pairs=10**9, curvature=5.0))
         if step == 5:
             assert averages.gain == pytest.approx(0.5 * np.mean(range(6)))
     assert 250 < 2 * averages.gain < 330  # a weight of 1/100 for the newest
-    assert 394 < averages.curvature < 399
     averages.add(Estimate())  # nothing known of the curvature: it stays
-    assert 394 < averages.curvature < 399
+    assert averages.curvature == 5
 
 
 def test_the_share_of_tied_members():

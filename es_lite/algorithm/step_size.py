@@ -1,20 +1,16 @@
-"""α found from the scores: a multiple of the step that gains most, and smaller and smaller in the last part of a run.
+"""α found from the scores: the step that gains most, and smaller and smaller in the last part of a run.
 
-The step that gains most now is α = gain/(2·cost) (`estimate`). A run that follows it exactly learns too little: the random part
-of a step raises the slope in steep directions, which the next steps then take back, so its cost does not add up, and it is α that
-carries a run along all other directions (the short-horizon bias of stochastic meta-descent, arXiv 1803.02021). Expected to gain
-nothing at all is α = gain/cost, twice as much. Between these two is what gains most in the long run. In the last part of a run, α
-falls in a straight line to 0, which takes back what the random part of the steps still costs. benchmarks/step-size.md has what
-else was tried.
+The step that gains most now is α = gain/(2·cost) (`estimate`); twice as much would gain nothing. In the long run, a little more may
+gain more, since a part of what steps cost is taken back by later ones, while α carries a run along all other directions (the
+short-horizon bias of stochastic meta-descent, arXiv 1803.02021). A larger multiple was tried, and was better in some runs and much
+worse in others (benchmarks/step-size.md). In the last part of a run, α falls in a straight line to 0, which takes back what the
+random part of the steps still costs.
 """
 
 from es_lite.algorithm.estimate import Averages, Estimate
 
-MULTIPLES = 1.0, 1.2
-"""α is this multiple of the step that gains most now: at first, when nothing steep has been learned yet, and after FIRST_PART."""
-
-FIRST_PART, LAST_PART = 0.5, 0.25
-"""Shares of a run's steps: over the first, the multiple rises; over the last, α falls to 0."""
+LAST_PART = 0.25
+"""Share of a run's steps over which α falls to 0."""
 
 RISE, FALL = 2.0, 4.0
 """The most by which α rises above the one that it was when the curvature was last measured, and falls from one step to the next.
@@ -46,16 +42,14 @@ class StepSize:
         if found.curvature is not None:
             self._measured = self._alpha
         if left > LAST_PART or step == 0:
-            first, later = MULTIPLES
-            multiple = first + (later - first) * min(1.0, (1 - left) / FIRST_PART)
-            self._alpha = self._bounded(multiple, averages, sigma, found.squares)
+            self._alpha = self._bounded(averages, sigma, found.squares)
         return self._alpha * min(1.0, left / LAST_PART)
 
-    def _bounded(self, multiple: float, averages: Averages, sigma: float, squares: float) -> float:
+    def _bounded(self, averages: Averages, sigma: float, squares: float) -> float:
         cost, gain = averages.cost, max(0.0, averages.gain)
         highest = RISE * self._measured
         if squares:
             highest = min(highest, TRUST * sigma / squares**0.5)
         if cost is None or cost <= 0:  # nothing is known that speaks against a larger step
             return highest if gain else min(self._alpha, highest)
-        return max(min(multiple * gain / (2 * cost), highest), self._alpha / FALL)
+        return max(min(gain / (2 * cost), highest), self._alpha / FALL)

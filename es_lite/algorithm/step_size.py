@@ -1,10 +1,10 @@
 """α found from the scores: the step that gains most, and smaller and smaller in the last part of a run.
 
-The step that gains most now is α = gain/(2·cost) (`estimate`); twice as much would gain nothing. In the long run, a little more may
-gain more, since a part of what steps cost is taken back by later ones, while α carries a run along all other directions (the
-short-horizon bias of stochastic meta-descent, arXiv 1803.02021). A larger multiple was tried, and was better in some runs and much
-worse in others (benchmarks/step-size.md). In the last part of a run, α falls in a straight line to 0, which takes back what the
-random part of the steps still costs.
+The step that gains most now is α = gain/(2·cost) (`estimate`); twice as much would gain nothing. In the long run, a little more
+may gain more, since a part of what steps cost is taken back by later ones, while α carries a run along all other directions (the
+short-horizon bias of stochastic meta-descent, arXiv 1803.02021). A larger multiple was tried, and was better in some runs and
+much worse in others (benchmarks/step-size.md). In the last part of a run, α falls in a straight line to 0, which takes back what
+the random part of the steps still costs.
 """
 
 from es_lite.algorithm.estimate import Averages, Estimate

@@ -280,6 +280,45 @@ def test_a_wrong_type_is_refused(problems, text, expected):
         ("[es]\nalpha_decay_every = -1", "es.alpha_decay_every = -1: expected at least 0"),
         ("[es]\nweight_decay = -0.1", "es.weight_decay = -0.1: expected at least 0"),
         ("[es]\npopulation = 5\nantithetic = true", "es.population = 5: must be even with es.antithetic = true"),
+        ("[es]\nalpha = 'automatic'", "es.alpha = 'automatic': expected \"auto\" or a number greater than 0"),
+        ("[es]\nanchor = -1", "es.anchor = -1.0: expected at least 0"),
+        (
+            "[es]\nanchor = 0.1\nweight_decay = 0.1",
+            "es.anchor and es.weight_decay: parameters can decay towards θ₀ or towards 0, not both; set one of them to 0",
+        ),
+        (
+            "[es]\nbaseline = 'item'\nshaping = 'rank'",
+            'es.baseline = "item": ranks do not depend on it; remove it, or set es.shaping = "zscore"',
+        ),
+        (
+            "[es]\nbaseline = 'items'",
+            "es.baseline = 'items': expected 'member' or 'item'; did you mean \"item\"?",
+        ),
+        (
+            "[es]\nalpha_start = 0.1",
+            'es.alpha_start = 0.1: only es.alpha = "auto" begins there; remove it, or set that',
+        ),
+        ("[es]\nalpha = 'auto'\nalpha_start = 0", "es.alpha_start = 0.0: expected greater than 0"),
+        (
+            "[es]\nalpha = 'auto'\nalpha_decay_every = 5",
+            'es.alpha_decay_every = 5: es.alpha = "auto" has no decay of its own; remove it, or give a number',
+        ),
+        (
+            "[es]\nsigma = 'auto'\nsigma_decay_every = 5",
+            'es.sigma_decay_every = 5: es.sigma = "auto" has no decay of its own; remove it, or give a number',
+        ),
+        (
+            "[es]\nalpha = 'auto'\n[fitness]\nsamples = 1",
+            'fitness.samples = 1: es.alpha = "auto" compares samples with each other; take at least 2, or give a number',
+        ),
+        (
+            "[es]\nalpha = 'auto'\nantithetic = true\npopulation = 2",
+            'es.population = 2: es.alpha = "auto" needs at least 4 members; or give a number',
+        ),
+        (
+            "[es]\nalpha = 'auto'\npopulation = 2",
+            'es.population = 2: es.alpha = "auto" needs at least 3 members; or give a number',
+        ),
         ("[run]\nseed = -1", "run.seed = -1: expected from 0 to 2**64 - 1"),
         (f"[run]\nseed = {2**64}", f"run.seed = {2**64}: expected from 0 to 2**64 - 1"),
         ("[run]\niterations = -1", "run.iterations = -1: expected at least 0"),

@@ -133,7 +133,7 @@ def notes(recipe: Recipe, found: dict[str, Any]) -> str:
         f"es_lite: the model after the last step, greedy, {found['prompts']:,} held-out problems, mean ± standard error",
         f"{problems}N = {es.population}, {recipe.fitness.samples} prompts a step, drawn anew",
         f"at most {recipe.generation.max_new_tokens} new tokens",
-        f"sigma {es.sigma:g}, alpha {es.alpha:g}, {recipe.noise.kind} noise",
+        f"sigma {es.sigma}, alpha {es.alpha}, {recipe.noise.kind} noise",
         f"{box['cpu']}, {box['cores']} cores ({box['cpu_features']})",
     ]
     theirs = [

@@ -22,13 +22,11 @@ PROBED_MEMBERS = 250
 """Later it is scored in two steps in a row for so many members, which takes less than 1 % of the time."""
 
 
-def alpha_of(es: ESTable, step: int, estimate: dict[str, Any] | None) -> float:
-    """α that a step was made with. estimate: what the journal has of it."""
-    return estimate["alpha"] if estimate else _number(es.alpha, es.alpha_decay, es.alpha_decay_every, step)
-
-
-def _number(value: float | str, factor: float, every: int, step: int) -> float:
-    return decayed(float(value), factor, every, step)
+def alpha_of(es: ESTable, step: int, estimate: dict[str, Any] | None) -> float | None:
+    """α that a step was made with; None if nothing says so. estimate: what the journal has of it."""
+    if estimate:
+        return estimate["alpha"]
+    return None if es.alpha == "auto" else decayed(float(es.alpha), es.alpha_decay, es.alpha_decay_every, step)
 
 
 class Tuning:
@@ -43,7 +41,7 @@ class Tuning:
         self._step_size = StepSize(es.alpha_start, recipe.run.iterations) if es.alpha == "auto" else None
         self._search = SigmaSearch(FIRST_SIGMA, least_sigma()) if es.sigma == "auto" else None
         self._probe_every = max(2, math.ceil(PROBED_MEMBERS / es.population))
-        self._alpha = 0.0
+        self._alpha = self._averaged_sigma = 0.0
         for step, (sigma, document) in enumerate(history):
             if document:
                 found = Estimate(**{name: value for name, value in document.items() if name != "alpha"})
@@ -63,7 +61,7 @@ class Tuning:
     def sigma(self, step: int) -> float:
         """σ of the next step."""
         es = self._es
-        return self._search.sigma if self._search else _number(es.sigma, es.sigma_decay, es.sigma_decay_every, step)
+        return self._search.sigma if self._search else decayed(float(es.sigma), es.sigma_decay, es.sigma_decay_every, step)
 
     def probes(self, step: int) -> bool:
         """Whether step `step` scores θ itself, which tells the curvature."""
@@ -76,6 +74,8 @@ class Tuning:
 
     def alpha(self, step: int, sigma: float, found: Estimate) -> float:
         """α of a step. found: the estimate from its scores. To be called for every step, in order."""
+        if self._search and sigma != self._averaged_sigma:  # estimates of a σ that was too small say nothing of this one
+            self._averages, self._averaged_sigma = Averages(), sigma
         if self.repeats(step):
             self._averages.compare(found, self._alpha)
         self._averages.add(found)
@@ -85,7 +85,8 @@ class Tuning:
         if self._step_size:
             self._alpha = self._step_size.next(step, found, self._averages, sigma)
         else:
-            self._alpha = alpha_of(self._es, step, None)
+            es = self._es
+            self._alpha = decayed(float(es.alpha), es.alpha_decay, es.alpha_decay_every, step)
         return self._alpha
 
     def document(self, found: Estimate, alpha: float) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from es_lite.algorithm.shaping import utilities
+from es_lite.algorithm.shaping import item_baseline, means, utilities
 
 SCORES = np.array([-3.25, -3.5, -2.0, -9.75, -3.0])
 
@@ -82,3 +82,47 @@ def test_the_scores_are_not_changed():
 def test_an_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="median"):
         utilities(SCORES, "median")
+
+
+# Items' baseline
+
+
+def test_with_items_as_baseline_the_spread_is_that_of_all_items():
+    """Each item's mean is taken off, and what is left is divided by the std of all of it (EGGROLL)."""
+    scores = np.random.default_rng(1).normal(-3, 2, (6, 4)) + np.array([0.0, 10, -5, 2])
+    centred = scores - scores.mean(axis=0)
+    expected = centred.mean(axis=1) / (centred.std() + 1e-8)
+    assert np.allclose(utilities(*_with(scores)), expected, rtol=1e-12)
+    assert np.abs(expected).max() < np.abs(utilities(scores.mean(axis=1), "zscore")).max(), "items disagree, so a step is smaller"
+
+
+def test_with_items_as_baseline_an_item_that_does_not_count_for_a_member_is_no_disadvantage():
+    """The second item is hard: whoever it does not count for would seem to be better."""
+    scores = np.array([[1.0, -9.0], [1.0, np.nan], [1.0, -9.0]])
+    assert np.argmax(means(scores)) == 1
+    assert utilities(*_with(scores)).tolist() == [0, 0, 0]
+    better = np.array([[1.0, -9.0], [2.0, np.nan], [1.5, -8.0]])
+    shaped = utilities(*_with(better))
+    centred = better - np.nanmean(better, axis=0)
+    compared = np.nanmean(centred, axis=1)
+    assert np.allclose(shaped, (compared - compared.mean()) / (np.nanstd(centred) + 1e-8))
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_with_items_as_baseline_a_member_without_a_finite_score_is_left_out(broken):
+    scores = np.random.default_rng(2).standard_normal((5, 3))
+    spoiled = np.insert(scores, 2, broken, axis=0)
+    shaped = utilities(*_with(spoiled))
+    assert shaped[2] == 0 and np.allclose(np.delete(shaped, 2), utilities(*_with(scores)))
+
+
+def test_with_items_as_baseline_members_that_score_the_same_move_nothing():
+    """Even if they differ on each item."""
+    assert utilities(*_with(np.array([[0.1, 0.3], [0.3, 0.1]]))).tolist() == [0, 0]
+    assert utilities(*_with(np.full((7, 3), -12.087))).tolist() == [0] * 7
+
+
+def _with(scores: np.ndarray) -> tuple[np.ndarray, str, float]:
+    """The arguments of `utilities`."""
+    compared, spread = item_baseline(scores)
+    return compared, "zscore", spread

@@ -54,6 +54,8 @@ class ModelTable:
     """A Hugging Face folder, or a hub name such as "Qwen/Qwen3-0.6B"."""
     config: str | dict = ""
     """Instead of a path: a size of the paper ("qwen3-0.5b"), a config.json, or a table of its keys."""
+    code: str = ""
+    """A Python file of your own that is run first: it registers an architecture, or a part of one, with transformers."""
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,18 @@ A perturbation of σ costs κσ² on average, and its scores spread by about σ|
 spread drowns in rounding.
 """
 
+import math
+
 SHARE = 0.5
 """Of the scores' spread that a perturbation costs, on average."""
 
 CLOSE = 1.5
 """A σ is kept if its share is within this factor of the aim."""
 
-STEPS = 6
-"""The most steps that the search takes."""
+STEPS = 8
+"""The most steps that the search takes; it then keeps what came closest."""
 
-FURTHEST = 8.0
+FURTHEST = 4.0
 """The most by which σ changes from one step to the next."""
 
 
@@ -25,30 +27,46 @@ class SigmaSearch:
         """start: the first σ. least: a σ below which rounding removes perturbations."""
         self.sigma = max(start, least)
         self.found = False
-        self.share: float | None = None
-        """That of the last σ that was tried; None if its scores were all equal."""
+        self.share = 0.0
+        """That of the σ that was found."""
         self._least = least
-        self._tried = 0
+        self._tried: list[tuple[float, float]] = []
+        """σ and its share."""
 
     def add(self, cost: float, spread: float) -> None:
         """What the scores of a step with `sigma` said; to be called after each step until σ is found.
 
         cost: the unperturbed model's score less the members' mean; spread: the std of the members' means over items.
         """
-        self._tried += 1
-        self.share = cost / spread if spread else None
-        factor = SHARE / max(self.share, SHARE / FURTHEST) if self.share is not None else FURTHEST
-        factor = max(factor, 1 / FURTHEST)
-        if 1 / CLOSE <= factor <= CLOSE or self._tried == STEPS or (factor < 1 and self.sigma == self._least):
+        share = cost / spread if spread else 0.0
+        self._tried.append((self.sigma, share))
+        off = _off(share)
+        if off <= CLOSE or (self.sigma == self._least and share > SHARE):
+            self.found, self.share = True, share
+        elif len(self._tried) == STEPS:
             self.found = True
+            self.sigma, self.share = min(self._tried, key=lambda tried: _off(tried[1]))
         else:
-            self.sigma = max(self._least, self.sigma * factor)
+            self.sigma = max(self._least, self._next(share, off))
+
+    def _next(self, share: float, off: float) -> float:
+        small = max((sigma for sigma, other in self._tried if other < SHARE), default=0.0)
+        large = min((sigma for sigma, other in self._tried if other > SHARE and sigma > small), default=math.inf)
+        if small and large < math.inf:
+            return math.sqrt(small * large)
+        factor = min(off, FURTHEST)
+        return self.sigma * factor if share < SHARE else self.sigma / factor
 
     def words(self) -> str:
         """One line on the σ that was found, and why it is that."""
-        if self.share is None:
+        if not any(share for _, share in self._tried):
             return f'es.sigma = "auto": {self.sigma:.3g}; with every σ that was tried, all members scored the same'
         why = f"a perturbation costs {self.share:.0%} of the spread of the scores (aimed at: {SHARE:.0%})"
         if self.sigma == self._least:
             why += "; a smaller one would be lost in bf16"
         return f'es.sigma = "auto": {self.sigma:.3g}, at which {why}; held from now on'
+
+
+def _off(share: float) -> float:
+    """The factor by which a share misses the aim."""
+    return max(share / SHARE, SHARE / share) if share > 0 else math.inf

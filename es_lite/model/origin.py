@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from es_lite.algorithm.formats import Storage
 from es_lite.algorithm.jit import Threads
 from es_lite.errors import UserError
-from es_lite.model import random_weights
+from es_lite.model import code, random_weights
 from es_lite.model.configuration import configuration, locate
 from es_lite.model.layout import Factors, Layout, skeleton
 from es_lite.model.source import Source, open_source, read_buffers
@@ -33,12 +33,27 @@ class Origin:
     """What the updates are applied to: the fp32 master, or the bf16 or int8 weights themselves."""
     initialisation: int = random_weights.NEWEST
     """The version in which random weights are drawn; headers of the first version do not name it."""
+    code: str = ""
+    """model.code of the recipe; headers of runs without it do not name it, nor the next."""
+    code_sha256: str = ""
+    """Of its contents."""
 
     @classmethod
     def of_recipe(cls, recipe: Recipe) -> Self:
         groups = tuple(Factors(group.pattern, group.sigma, group.alpha) for group in recipe.es.groups)
         nes, shared = recipe.es.scale == "nes", recipe.noise.shared
-        return cls(recipe.model.path, recipe.model.config, recipe.run.seed, groups, nes, shared, recipe.memory.storage)
+        own = recipe.model.code
+        return cls(
+            recipe.model.path,
+            recipe.model.config,
+            recipe.run.seed,
+            groups,
+            nes,
+            shared,
+            recipe.memory.storage,
+            code=own,
+            code_sha256=code.digest_of(own) if own else "",
+        )
 
     @classmethod
     def of_header(cls, header: dict[str, Any], where: Path) -> Self:
@@ -69,6 +84,8 @@ class Origin:
 
     def skeleton(self) -> tuple[PreTrainedModel, Layout]:
         """The model without weights but with its buffers, and its layout. Raises UserError if there is no such model."""
+        if self.code:
+            code.run(self.code, self.code_sha256)
         model = skeleton(configuration(self.path, self.config))
         if self.path:
             read_buffers(locate(self.path), model)
@@ -86,7 +103,10 @@ class Origin:
 
     def header(self, layout: Layout, theta_0: Source) -> dict[str, Any]:
         """The part of the journal's header that `check` compares."""
-        return {"origin": dataclasses.asdict(self), "fingerprint": _fingerprint(layout, theta_0)}
+        origin = dataclasses.asdict(self)
+        if not self.code:
+            del origin["code"], origin["code_sha256"]
+        return {"origin": origin, "fingerprint": _fingerprint(layout, theta_0)}
 
     def check(self, header: dict[str, Any], where: Path, layout: Layout, theta_0: Source) -> None:
         """Raises UserError if the journal `where` is of another model, or its records apply differently."""
@@ -104,6 +124,10 @@ class Origin:
             raise UserError(
                 f"{where}: was written by a version of es_lite that also moved the parameters that a text does not pass, such as "
                 f"{min(layout.unused)}; use that version to go on with it"
+            )
+        if then.code_sha256 != self.code_sha256:
+            raise UserError(
+                f"{where}: model.code = {self.code!r} is not the file that the run began with, or has other contents: restore it"
             )
         meanings = [(o.groups, o.nes, o.shared_noise, o.storage) for o in (then, self)]
         if meanings[0] != meanings[1]:

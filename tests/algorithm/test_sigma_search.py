@@ -2,7 +2,7 @@
 
 import pytest
 
-from es_lite.algorithm.sigma_search import CLOSE, SHARE, STEPS, SigmaSearch
+from es_lite.algorithm.sigma_search import CLOSE, FURTHEST, SHARE, STEPS, SigmaSearch
 
 
 def searched(right: float, start: float = 1e-3, least: float = 0.0) -> tuple[SigmaSearch, list[float]]:
@@ -18,7 +18,7 @@ def searched(right: float, start: float = 1e-3, least: float = 0.0) -> tuple[Sig
 def test_it_finds_the_share(right):
     search, tried = searched(right)
     assert right / CLOSE <= search.sigma <= right * CLOSE
-    assert len(tried) <= 4
+    assert len(tried) <= 6
 
 
 def test_a_sigma_that_is_right_is_kept():
@@ -37,7 +37,7 @@ def test_it_is_not_smaller_than_rounding_allows():
 def test_scores_that_are_all_equal_ask_for_a_larger_one():
     search = SigmaSearch(1e-3, 0.0)
     for step in range(STEPS):
-        assert search.sigma == pytest.approx(1e-3 * 8.0**step) and not search.found
+        assert search.sigma == pytest.approx(1e-3 * FURTHEST**step) and not search.found
         search.add(0.0, 0.0)
     assert search.found and "all members scored the same" in search.words()
 
@@ -45,7 +45,7 @@ def test_scores_that_are_all_equal_ask_for_a_larger_one():
 def test_perturbations_that_cost_nothing_ask_for_a_larger_one():
     search = SigmaSearch(1e-3, 0.0)
     search.add(-0.1, 0.3)
-    assert search.sigma == pytest.approx(8e-3)
+    assert search.sigma == pytest.approx(FURTHEST * 1e-3)
 
 
 def test_it_ends():
@@ -55,3 +55,20 @@ def test_it_ends():
         assert not search.found
         search.add([100.0, 1e-6][step % 2], 1.0)
     assert search.found
+
+
+def test_a_share_that_jumps_is_searched_for_between_what_was_too_small_and_too_large():
+    """Scores that do not change at all below σ = 0.01, and collapse above."""
+    search = SigmaSearch(1e-3, 0.0)
+    while not search.found:
+        search.add(*((0.0, 0.0) if search.sigma < 0.01 else (8.0, 1.0)))
+    assert 0.01 <= search.sigma <= 0.016 and search.share == 8
+
+
+def test_what_came_closest_is_kept_in_the_end():
+    search, shares = SigmaSearch(1e-3, 0.0), iter([0.01, 9.0, 0.02, 7.0, 0.1, 9.0, 0.01, 9.0])
+    tried = []
+    while not search.found:
+        tried.append(search.sigma)
+        search.add(next(shares), 1.0)
+    assert search.sigma == tried[4] and search.share == 0.1

@@ -54,9 +54,15 @@ def keys() -> dict[str, tuple[Any, Any]]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of the real command, with evaluations, whose records have a rank, an anchor and estimates."""
+    """A run of the real command, with evaluations and code of its own, whose records have a rank, an anchor and estimates."""
     folder = tmp_path_factory.mktemp("docs")
-    keys = {"eval": {"every": 1}, "noise": {"kind": "lowrank"}, "es": {"alpha": "auto", "anchor": 1.0}}
+    (folder / "own.py").write_text("")
+    keys = {
+        "model": {"code": str(folder / "own.py")},
+        "eval": {"every": 1},
+        "noise": {"kind": "lowrank"},
+        "es": {"alpha": "auto", "anchor": 1.0},
+    }
     return finished_run(write_recipe(folder, run={"iterations": 2}, **keys), folder / "run")
 
 

@@ -21,7 +21,7 @@ DEFAULTS = {
         "checkpoint_every": 0,
         "checkpoint_dtype": "bf16",
     },
-    "model": {"path": "some/model", "config": ""},
+    "model": {"path": "some/model", "config": "", "code": ""},
     "data": {
         "path": "builtin:python-reference",
         "lines": 0,

@@ -57,6 +57,7 @@ PROBES = {
     "run.checkpoint_dtype": Probe("fp32", "exports", {"run.checkpoint_every": 2}),
     "model.path": Probe("model", "journal"),
     "model.config": Probe(TINY | {"num_hidden_layers": 1}, "journal"),
+    "model.code": Probe("code.py", "journal"),
     "data.path": Probe("other.txt", "journal"),
     "data.lines": Probe(30, "journal"),
     "data.samples": Probe("lines", "journal"),
@@ -162,6 +163,7 @@ def materials(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text.txt").write_text(TEXT)
     (folder / "other.txt").write_text(OTHER_TEXT)
     (folder / "rewards.py").write_text(REWARD_FUNCTIONS)
+    (folder / "code.py").write_text("")
     prompts = [{**row, "text": row["prompt"] * 9} for row in PROMPTS]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
     (folder / "other.jsonl").write_text("".join(json.dumps(row | {"wanted": 77}) + "\n" for row in prompts))
@@ -190,7 +192,8 @@ def observe(folder: Path, materials: Path, keys: dict[str, Any]) -> Observed:
         document.setdefault(table, {})[name] = value
     if "path" in document["model"]:
         del document["model"]["config"]
-    for table, name in (("data", "path"), ("data", "tokenizer"), ("model", "path"), ("eval", "path")):
+    paths = ("data", "path"), ("data", "tokenizer"), ("model", "path"), ("model", "code"), ("eval", "path")
+    for table, name in paths:
         value = document.get(table, {}).get(name)
         if value and value != "bpe" and not value.startswith("builtin:"):
             document[table][name] = str(materials / value)

@@ -38,7 +38,7 @@ class StepSize:
 
     def next(self, step: int, found: Estimate, averages: Averages, sigma: float) -> float:
         """α of step `step`; to be called for every step in order. found: its estimate; averages: with that."""
-        left = 1 - step / self._iterations
+        left = max(0.0, 1 - step / self._iterations)
         if found.curvature is not None:
             self._measured = self._alpha
         if left > LAST_PART or step == 0:

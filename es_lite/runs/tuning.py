@@ -46,6 +46,7 @@ class Tuning:
             if document:
                 found = Estimate(**{name: value for name, value in document.items() if name != "alpha"})
                 self.alpha(step, sigma, found)
+                self._alpha = document["alpha"]  # which differs if run.iterations does
         self._told = self._search is None or self._search.found
 
     @property

@@ -70,6 +70,18 @@ def test_what_is_found_follows_from_what_the_journal_keeps(keys):
     assert alpha_of(recipe(**keys).es, 59, history[-1][1]) == alpha
 
 
+def test_a_run_that_is_to_be_longer_goes_on_from_the_steps_that_were_made():
+    """α rises again to what it was before the last part."""
+    tuning, history = Tuning(recipe(alpha="auto"), never, []), []
+    for step in range(100):
+        history.append((0.01, tuning.document(found(0.01), tuning.alpha(step, 0.01, found(0.01)))))
+    before = max(document["alpha"] for _, document in history)
+    longer = Tuning(recipe(1000, alpha="auto"), never, history)
+    assert longer.alpha(100, 0.01, found(0.01)) == pytest.approx(before, rel=0.2) > 10 * history[-1][1]["alpha"]
+    shorter = Tuning(recipe(50, alpha="auto"), never, history)
+    assert shorter.alpha(100, 0.01, found(0.01)) == 0
+
+
 def test_sigma_is_found_said_once_and_held():
     tuning = Tuning(recipe(sigma="auto"), lambda: 1e-4, [])
     news = []

@@ -75,10 +75,8 @@ def test_a_run_that_is_to_be_longer_goes_on_from_the_steps_that_were_made():
     tuning, history = Tuning(recipe(alpha="auto"), never, []), []
     for step in range(100):
         history.append((0.01, tuning.document(found(0.01), tuning.alpha(step, 0.01, found(0.01)))))
-    before = max(document["alpha"] for _, document in history)
     longer = Tuning(recipe(1000, alpha="auto"), never, history)
-    assert longer.alpha(100, 0.01, found(0.01)) == pytest.approx(before, rel=0.2)
-    assert history[-1][1]["alpha"] < before / 10
+    assert longer.alpha(100, 0.01, found(0.01)) > 5 * history[-1][1]["alpha"]
     shorter = Tuning(recipe(50, alpha="auto"), never, history)
     assert shorter.alpha(100, 0.01, found(0.01)) == 0
 

@@ -43,4 +43,4 @@ def test_a_gpu_that_does_not_exist_is_refused(recipe: Path, tmp_path: Path) -> N
 
 def test_the_plan_of_a_bad_recipe_is_refused(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan([str(recipe), "--set", "es.sigma=0"]) == 2
-    assert "es.sigma = 0.0: expected greater than 0" in message_of(capsys.readouterr().err)
+    assert 'es.sigma = 0.0: expected "auto" or a number greater than 0' in message_of(capsys.readouterr().err)

@@ -17,11 +17,11 @@ def test_all_mistakes_of_a_recipe_are_listed_at_once(tmp_path: Path) -> None:
     assert finished.code == 2
     assert f"{recipe}: 6 problems" in message
     assert 'es.sigmma: unknown key; did you mean "sigma"?' in message
-    assert "es.alpha = 'fast': expected a number" in message
+    assert "es.alpha = 'fast': expected \"auto\" or a number greater than 0" in message
     assert 'fittness: unknown table; did you mean "fitness"?' in message
     assert "noise.kind = 'gausian': expected 'gaussian' or 'rademacher' or 'lowrank'; did you mean \"gaussian\"?" in message
     assert 'workers.cont: unknown key; did you mean "count"?' in message
-    assert "es.sigma = 0.0: expected greater than 0" in message
+    assert 'es.sigma = 0.0: expected "auto" or a number greater than 0' in message
     assert not (tmp_path / "run").exists()
 
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 METRICS = (
     "step score_mean score_std score_best eval_score sigma alpha tokens tokens_per_second step_seconds score_seconds "
-    "update_seconds pss_gib peak_pss_gib read_gib written_gib workers"
+    "update_seconds pss_gib peak_pss_gib read_gib written_gib workers signal tied gain_expected drift_rms"
 )
 
 

@@ -17,6 +17,7 @@ is of a step that follows the perturbations.
 """
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -91,6 +92,21 @@ def tied(scores: np.ndarray) -> float:
     return float(counts[counts > 1].sum()) / scores.size
 
 
+class _Means(NamedTuple):
+    """What is averaged of each step's estimate."""
+
+    slope: float = 0.0
+    squares: float = 0.0
+    pairs: float = 0.0
+    root_of_seen: float = 0.0
+    """√seen."""
+    seen: float = 0.0
+    """seen/scatter, and likewise agreed/scatter."""
+    agreed: float = 0.0
+    agreed_by_root: float = 0.0
+    """agreed/√scatter."""
+
+
 class Averages:
     """Estimates, smoothed over steps: over all so far, then over the last 10 or, if that is more, the last quarter.
 
@@ -100,7 +116,7 @@ class Averages:
     """
 
     LEAST, SHARE, COSTS = 10, 0.25, 8
-    DRIFT = 0.4
+    CHANGE = 0.4
     """The share by which the curvature changes between two measurements."""
     EXPECTED_SIGNAL, EXPECTED_WITHIN = 0.2, 0.2
     """The mean and the deviation of what a signal is before anything is known of it."""
@@ -114,7 +130,7 @@ class Averages:
         """Of the curvature."""
         self._steps = 0
         self._window = 0.0
-        self._means = np.zeros(7)
+        self._means = _Means()
         self._costs = np.zeros(2)
         """Of the steps whose whole cost is known: that, and the cost of their random part."""
         self._last = Estimate()
@@ -123,17 +139,17 @@ class Averages:
         weight = 1 / min(self._steps + 1, max(self.LEAST, self.SHARE * self._steps))
         self._steps += 1
         scale = of_step.scatter or 1.0
-        values = (
+        values = _Means(
             of_step.slope,
             of_step.squares,
+            of_step.pairs,
             of_step.seen**0.5,
             of_step.seen / scale,
             of_step.agreed / scale,
             of_step.agreed / scale**0.5,
-            of_step.pairs,
         )
         self._window = 1 / weight
-        self._means += weight * (np.array(values) - self._means)
+        self._means = _Means(*(mean + weight * (value - mean) for mean, value in zip(self._means, values, strict=True)))
         if of_step.curvature is not None:
             self._measure(of_step.curvature, of_step.curvature_error**2)
         self._last = of_step
@@ -142,7 +158,7 @@ class Averages:
         if self.curvature is None:
             self.curvature, self._variance = curvature, variance
             return
-        self._variance += (self.DRIFT * self.curvature) ** 2
+        self._variance += (self.CHANGE * self.curvature) ** 2
         share = self._variance / (self._variance + variance) if variance else 1.0
         self.curvature += share * (curvature - self.curvature)
         self._variance *= 1 - share
@@ -159,8 +175,7 @@ class Averages:
     @property
     def signal(self) -> float | None:
         """Share of the variance of members' scores that items agree on. Unbiased, so it may be below 0; None if it is unknown."""
-        _, _, _, seen, agreed, _, _ = self._means.tolist()
-        return agreed / seen if seen else None
+        return self._means.agreed / self._means.seen if self._means.seen else None
 
     @property
     def gain(self) -> float:
@@ -170,20 +185,20 @@ class Averages:
         `agreed`. So slope/√seen, which hardly varies, and 1/√seen = 1/√scatter · √(scatter/seen) are averaged apart. What few
         pairs say of the signal is uncertain by √(2/pairs) in a step, so it is drawn towards what is to be expected.
         """
-        slope, _, root, seen, _, agreed, pairs = self._means.tolist()
-        if not seen or not pairs:
+        means = self._means
+        if not means.seen:
             return 0.0
-        found = agreed / root / seen**0.5
-        prior = 2 / pairs / self.EXPECTED_WITHIN**2  # steps that would say as much
-        return slope * (self._window * found + prior * self.EXPECTED_SIGNAL) / (self._window + prior)
+        found = means.agreed_by_root / means.root_of_seen / means.seen**0.5
+        prior = 2 / means.pairs / self.EXPECTED_WITHIN**2  # steps that would say as much
+        return means.slope * (self._window * found + prior * self.EXPECTED_SIGNAL) / (self._window + prior)
 
     @property
     def excess(self) -> float:
         """How many times the cost of its random part a step costs; 1 if that is unknown."""
-        whole, random = (self._costs + self.DOUBT * self._means[2]).tolist()
+        whole, random = (self._costs + self.DOUBT * self._means.root_of_seen).tolist()
         return max(1.0, whole / random) if random > 0 else 1.0
 
     @property
     def cost(self) -> float | None:
         """What a step costs for each unit of α²; None if the curvature is unknown."""
-        return None if self.curvature is None else float(self._means[1]) * self.curvature * self.excess
+        return None if self.curvature is None else self._means.squares * self.curvature * self.excess

@@ -71,7 +71,7 @@ def test_the_whole_cost_is_found_where_the_next_step_has_the_same_items():
     model.gradient[:3], model.curvatures[:3] = 3.0, 200.0
     averages, costs = Averages(), []
     averages.SHARE, averages.EXPECTED_WITHIN = 1.0, 1e9  # type: ignore[misc]
-    averages.COSTS, averages.DRIFT = 10**9, 0.0  # type: ignore[misc]
+    averages.COSTS, averages.CHANGE = 10**9, 0.0  # type: ignore[misc]
     for _ in range(400):
         scores, noise = model.step(True)
         coefficients = unit(scores, True)
@@ -116,7 +116,7 @@ def test_without_a_comparison_the_cost_is_that_of_the_random_part():
 def test_the_curvature_is_half_the_trace():
     model = Quadratic(3)
     averages = Averages()
-    averages.DRIFT = 0.0  # type: ignore[misc]
+    averages.CHANGE = 0.0  # type: ignore[misc]
     for _ in range(500):
         scores, _ = model.step(True)
         averages.add(estimate(scores, unit(scores, True), SIGMA, True, np.zeros(ITEMS)))
@@ -155,7 +155,7 @@ def test_items_that_say_nothing_in_common_have_no_signal_on_average():
         scores = random.standard_normal((2 * PAIRS, ITEMS))
         averages.add(estimate(scores, unit(scores, True), SIGMA, True))
     assert abs(averages.signal) < 0.02
-    assert abs(averages.gain) < 0.02 * float(averages._means[0])
+    assert abs(averages.gain) < 0.02 * averages._means.slope
 
 
 def test_items_that_all_say_the_same_are_nothing_but_signal():

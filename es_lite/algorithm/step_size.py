@@ -1,13 +1,15 @@
-"""α found from the scores: the step that gains most, and smaller and smaller in the last part of a run.
+"""α found from the scores: a little more than the step that gains most, and less and less in the last part of a run.
 
 The step that gains most now is α = gain/(2·cost) (`estimate`); twice as much would gain nothing. In the long run, a little more
-may gain more, since a part of what steps cost is taken back by later ones, while α carries a run along all other directions (the
-short-horizon bias of stochastic meta-descent, arXiv 1803.02021). A larger multiple was tried, and was better in some runs and
-much worse in others (benchmarks/step-size.md). In the last part of a run, α falls in a straight line to 0, which takes back what
-the random part of the steps still costs.
+than that gains more, since a part of what steps cost is taken back by later ones, while α carries a run along all other
+directions (the short-horizon bias of stochastic meta-descent, arXiv 1803.02021). In the last part of a run, α falls in a straight
+line to 0, which takes back what the random part of the steps still costs. benchmarks/step-size.md has what else was tried.
 """
 
 from es_lite.algorithm.estimate import Averages, Estimate
+
+MULTIPLE = 1.3
+"""α is this multiple of the step that gains most now."""
 
 LAST_PART = 0.25
 """Share of a run's steps over which α falls to 0."""
@@ -52,4 +54,4 @@ class StepSize:
             highest = min(highest, TRUST * sigma / squares**0.5)
         if cost is None or cost <= 0:  # nothing is known that speaks against a larger step
             return highest if gain else min(self._alpha, highest)
-        return max(min(gain / (2 * cost), highest), self._alpha / FALL)
+        return max(min(MULTIPLE * gain / (2 * cost), highest), self._alpha / FALL)

@@ -21,7 +21,7 @@ At first, larger steps soon lead to where the curvature is many times as large."
 NEWS = 1.2
 """The curvature is measured again once α has risen by this."""
 
-TRUST = 2.0
+TRUST = 1.0
 """The root mean square of a step's elements is at most this multiple of σ: scores say nothing of what is further away."""
 
 

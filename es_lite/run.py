@@ -87,7 +87,8 @@ class Run:
         signs = (1, -1) if es.antithetic else (1,)
         pairs = range(es.population // len(signs))
         perturbations = [Perturbation(seed, t, pair, sigma, signs, self.noise.NAME, self.noise.RANK) for pair in pairs]
-        probed = sigma != self.examined_sigma or self.tuning.probes(t)
+        scheduled = self.tuning.probes(t)
+        probed = scheduled or sigma != self.examined_sigma
         answers = self._score([*perturbations, self.theta] if probed else perturbations, items)
         answered = time.perf_counter()
         graded = self._grade(answers[: es.population], items)
@@ -107,7 +108,7 @@ class Run:
         except ValueError as error:
             raise RunError(f"step {t + 1}: {error}; nothing has changed. es.sigma or es.alpha may be too large") from None
         # What is found may depend on the steps alone, not on where a run was resumed and σ was new to it.
-        found = self._estimate(graded, utilities, sigma, centre if self.tuning.probes(t) else None)
+        found = self._estimate(graded, utilities, sigma, centre if scheduled else None)
         alpha = self.tuning.alpha(t, sigma, found)
         if news := self.tuning.news():
             self.console.say(news)

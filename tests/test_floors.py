@@ -8,7 +8,7 @@ import pytest
 from support import ROOT
 
 FLOORS = (
-    ("compiled", "errors", "files", "quantities", "system", "terminal", "typed_toml"),
+    ("compiled", "errors", "files", "python_file", "quantities", "system", "terminal", "typed_toml"),
     ("algorithm",),
     ("data", "model", "recipe", "tables"),
     ("weights",),

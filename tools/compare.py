@@ -33,6 +33,7 @@ import numpy as np
 from _measuring import commit, table
 
 from es_lite import system
+from es_lite.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -188,8 +189,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.seeds < 1 or arguments.jobs < 1:
         parser.error("expected at least one seed, and one job")
     if arguments.what == "steps":
-        from es_lite.recipe import Recipe
-
         comparison = steps(arguments.alphas, Recipe.load(arguments.recipe, arguments.settings).run.iterations)
     else:
         comparison = COMPARISONS[arguments.what]

@@ -41,14 +41,9 @@ def trained(recipe: Recipe, steps: int, straight_through: bool) -> tuple[float, 
     origin = Origin.of_recipe(recipe)
     skeleton, layout = origin.skeleton()
     theta_0 = origin.source(skeleton, layout, Threads(1))
-    model = skeleton.to_empty(device="cpu")
-    fresh = type(skeleton)(skeleton.config)  # for its buffers
-    model.load_state_dict(fresh.state_dict())
+    model = type(skeleton)(skeleton.config)
     for tensor in layout.tensors:
         model.get_parameter(tensor.name).data = torch.from_numpy(theta_0.read(tensor, 0, tensor.size)).view(tensor.shape)
-    for name, buffer in fresh.named_buffers():
-        model.get_buffer(name).copy_(buffer)
-    model.requires_grad_(True)
     if straight_through:
         norm = type(model.model.norm).__mro__[1].forward
 

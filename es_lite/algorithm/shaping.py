@@ -42,12 +42,13 @@ def item_baseline(scores: np.ndarray) -> tuple[np.ndarray, float]:
     that tell members apart by chance make a step smaller. Where every item counts, what is taken off is the same for all members,
     and their scores are as they were. Members without a finite score are left out, and have NaN.
     """
-    finite = np.isfinite(means(scores))
+    of_members = means(scores)
+    finite = np.isfinite(of_members)
     kept = scores[finite]
     centred = kept - means(kept.T)
     spread = float(np.nanstd(centred)) if kept.size else 0.0
     if not np.isnan(kept).any():
-        return np.where(finite, means(scores), np.nan), spread
+        return np.where(finite, of_members, np.nan), spread
     compared = np.full(len(scores), np.nan)
     compared[finite] = means(centred)
     return compared, spread

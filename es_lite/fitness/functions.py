@@ -17,6 +17,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any, Literal
 
 from es_lite.errors import UserError
+from es_lite.python_file import run_once
 
 TASKS = "es_lite.fitness.tasks"
 
@@ -138,21 +139,12 @@ def _module_of_file(name: str, file: Path) -> ModuleType:
     path = file.expanduser().resolve()
     if not path.is_file():
         raise UserError(f'reward function "{name}": there is no file {path}')
-    key = str(path)  # not the stem, which may be another module's name
-    if key in sys.modules:
-        return sys.modules[key]
-    spec = importlib.util.spec_from_file_location(key, path)
-    assert spec and spec.loader  # its name ends in .py
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[key] = module
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))
     try:
-        spec.loader.exec_module(module)
+        return run_once(path, str(path))  # not the stem, which may be another module's name
     except (Exception, SystemExit) as error:
-        del sys.modules[key]
         raise UserError(f'reward function "{name}": {path} cannot be imported ({_reason(error)})') from None
-    return module
 
 
 def _reason(error: BaseException) -> str:

@@ -5,11 +5,11 @@ file, and a file that is not the run's own must not run.
 """
 
 import hashlib
-import importlib.util
 import sys
 from pathlib import Path
 
 from es_lite.errors import UserError
+from es_lite.python_file import run_once
 
 
 def digest_of(path: str) -> str:
@@ -28,13 +28,9 @@ def run(path: str, digest: str) -> None:
     if digest_of(path) != digest:
         raise UserError(f"model.code = {path!r}: has changed since the run began; restore the file that it began with")
     file = Path(path).expanduser().resolve()
-    spec = importlib.util.spec_from_file_location(name, file)
-    if spec is None or spec.loader is None:
+    if file.suffix != ".py":
         raise UserError(f"model.code = {path!r}: expected a Python file, whose name ends in .py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        run_once(file, name)
     except (Exception, SystemExit) as error:
-        del sys.modules[name]
         raise UserError(f"model.code = {path!r}: fails ({type(error).__name__}: {error})") from None

@@ -37,7 +37,8 @@ class Tuning:
         journal's estimate of each step so far.
         """
         self._es = es = recipe.es
-        self._averages = Averages()
+        self.averages = Averages()
+        """The estimates so far, smoothed."""
         self._step_size = StepSize(es.alpha_start, recipe.run.iterations) if es.alpha == "auto" else None
         self._search = SigmaSearch(FIRST_SIGMA, least_sigma()) if es.sigma == "auto" else None
         self._probe_every = max(2, math.ceil(PROBED_MEMBERS / es.population))
@@ -48,11 +49,6 @@ class Tuning:
                 self.alpha(step, sigma, found)
                 self._alpha = document["alpha"]  # which differs if run.iterations does
         self._told = self._search is None or self._search.found
-
-    @property
-    def averages(self) -> Averages:
-        """The estimates so far, smoothed."""
-        return self._averages
 
     @property
     def searching(self) -> bool:
@@ -76,15 +72,15 @@ class Tuning:
     def alpha(self, step: int, sigma: float, found: Estimate) -> float:
         """α of a step. found: the estimate from its scores. To be called for every step, in order."""
         if self._search and sigma != self._averaged_sigma:  # estimates of a σ that was too small say nothing of this one
-            self._averages, self._averaged_sigma = Averages(), sigma
+            self.averages, self._averaged_sigma = Averages(), sigma
         if self.repeats(step):
-            self._averages.compare(found, self._alpha)
-        self._averages.add(found)
+            self.averages.compare(found, self._alpha)
+        self.averages.add(found)
         if self._search and not self._search.found:
             cost = 0.0 if found.curvature is None else found.curvature * sigma**2
             self._search.add(cost, math.sqrt(found.seen))
         if self._step_size:
-            self._alpha = self._step_size.next(step, found, self._averages, sigma)
+            self._alpha = self._step_size.next(step, found, self.averages, sigma)
         else:
             es = self._es
             self._alpha = decayed(float(es.alpha), es.alpha_decay, es.alpha_decay_every, step)
@@ -96,8 +92,8 @@ class Tuning:
 
     def gain_expected(self, alpha: float) -> float | None:
         """What a step of this α gains on items that it has not seen; None if the curvature is unknown."""
-        cost = self._averages.cost
-        return None if cost is None else self._averages.gain * alpha - cost * alpha**2
+        cost = self.averages.cost
+        return None if cost is None else self.averages.gain * alpha - cost * alpha**2
 
     def news(self) -> str | None:
         """One line on the σ that was found, once; else None."""

@@ -15,7 +15,7 @@ from es_lite.errors import UserError
 from es_lite.fitness.kinds import fitness_of
 from es_lite.model.origin import Origin
 from es_lite.planning.plan import Plan
-from es_lite.planning.rates import estimate
+from es_lite.planning.rates import step_time
 from es_lite.recipe import Recipe
 from es_lite.terminal import accept_any_text
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         fitness = fitness_of(recipe.fitness.kind)
         plan = Plan.of(recipe, fitness, model.config, layout)
         plan.rehearse(model, fitness)
-        expected = estimate(plan.work, plan.execution, plan.noise, Path(recipe.run.dir).expanduser())
+        expected = step_time(plan.work, plan.execution, plan.noise, Path(recipe.run.dir).expanduser())
         print(f"{plan.summary(expected, recipe.run.iterations)}\n\n{plan.details(expected)}")
         if problem := plan.shortfall():
             raise UserError(f"{arguments.recipe}: {problem}")

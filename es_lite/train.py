@@ -23,7 +23,7 @@ from es_lite.fitness.diagnosis import least_sigma
 from es_lite.fitness.kinds import fitness_of
 from es_lite.model.origin import Origin
 from es_lite.planning.plan import Plan
-from es_lite.planning.rates import estimate
+from es_lite.planning.rates import step_time
 from es_lite.recipe import Recipe
 from es_lite.run import Run
 from es_lite.runs.console import Console
@@ -80,7 +80,7 @@ def train(recipe: Recipe, resume: bool = False, rebuild: bool = False) -> None:
         store.check_steps(len(journal.records), journal.path)
         run.keep(recipe)
 
-        expected = estimate(plan.work, plan.execution, plan.noise, run.path)
+        expected = step_time(plan.work, plan.execution, plan.noise, run.path)
         remaining = max(0, recipe.run.iterations - len(journal.records))
         print(f"{plan.summary(expected, remaining)}\n\n{plan.details(expected)}\n", flush=True)
         pace = Pace(expected.score_seconds, expected.update_seconds, recipe.run.minutes, began)

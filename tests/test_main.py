@@ -9,7 +9,7 @@ import pytest
 from support import ROOT, write_recipe
 
 from es_lite import __main__, evaluate, plan, replay, system, train
-from es_lite.planning.rates import Estimate
+from es_lite.planning.rates import StepTime
 from es_lite.system import MemoryLimit
 
 
@@ -44,7 +44,7 @@ def test_a_command_gets_the_words_after_it_and_gives_its_exit_code(monkeypatch, 
 
 def test_plan_is_the_same_as_the_module(capsys, monkeypatch, tmp_path):
     """What the machine has left changes from one moment to the next, so it is fixed."""
-    monkeypatch.setattr(plan, "estimate", lambda *_: Estimate(1.0, 2.0, "the rates of the test"))
+    monkeypatch.setattr(plan, "step_time", lambda *_: StepTime(1.0, 2.0, "the rates of the test"))
     monkeypatch.setattr(system, "memory_limit", lambda *_, **__: MemoryLimit(2**34, "the test"))
     monkeypatch.setattr(system, "free_disk_bytes", lambda path: 2**36)
     words = [str(write_recipe(tmp_path)), "--set", "run.iterations=7"]

@@ -15,7 +15,7 @@ from es_lite.model.configuration import intermediate_size
 from es_lite.model.layout import Layout
 from es_lite.planning.largest import largest_new_tokens
 from es_lite.planning.needs import Needs
-from es_lite.planning.rates import Estimate, Work
+from es_lite.planning.rates import StepTime, Work
 from es_lite.quantities import GIB, count, duration
 from es_lite.recipe import Recipe
 from es_lite.scoring.lengths import longest_unchanged
@@ -201,7 +201,7 @@ class Plan:
             return "; no generation.max_new_tokens fits with the rest as it is"
         return f"; with the rest as it is, generation.max_new_tokens = {self.fitting_new_tokens} is the most that fits"
 
-    def summary(self, estimate: Estimate, remaining: int) -> str:
+    def summary(self, expected: StepTime, remaining: int) -> str:
         """Does it fit, how long does it take, what is there at the end? remaining: steps."""
         memory = f"{sum(self.memory.values()) / GIB:.2f} of {self.limit.bytes / GIB:.2f} GiB of memory"
         gpu = f", {sum(self.gpu.values()) / GIB:.2f} of {self.gpu_limit.bytes / GIB:.2f} GiB of GPU memory" if self.gpu else ""
@@ -212,13 +212,13 @@ class Plan:
             [
                 f"{self.layout.size:,} parameters in {len(self.layout.layers)} layers",
                 f"{verdict}: needs {memory}{gpu} and {disk}",
-                f"a step takes about {duration(estimate.step_seconds)} on this machine, {count(remaining, 'step')} about "
-                f"{duration(remaining * estimate.step_seconds)}{budget}",
+                f"a step takes about {duration(expected.step_seconds)} on this machine, {count(remaining, 'step')} about "
+                f"{duration(remaining * expected.step_seconds)}{budget}",
                 *self._outcome(),
             ]
         )
 
-    def details(self, estimate: Estimate) -> str:
+    def details(self, expected: StepTime) -> str:
         """How the machine is used, memory and disk by part, what a step does and at which rates."""
         work = self.work
         return "\n".join(
@@ -227,7 +227,7 @@ class Plan:
                 f"a step reads {work.read_bytes / GIB:.2f} GiB and writes {work.written_bytes / GIB:.2f} GiB, "
                 f"{self._tokens()} ({work.flops / 1e12:.1f} TFLOP), "
                 f"draws {(work.scoring_noise + work.update_noise + work.rounded + work.redrawn) / 1e9:.1f} G elements of noise",
-                f"estimated from {estimate.rates}",
+                f"estimated from {expected.rates}",
             ]
         )
 

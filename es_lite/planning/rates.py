@@ -65,7 +65,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class StepTime:
     score_seconds: float
     update_seconds: float
     rates: str
@@ -76,7 +76,7 @@ class Estimate:
         return self.score_seconds + self.update_seconds
 
 
-def estimate(work: Work, execution: Execution, noise: NoiseKind, run_dir: Path) -> Estimate:
+def step_time(work: Work, execution: Execution, noise: NoiseKind, run_dir: Path) -> StepTime:
     """A step's duration on this machine; measuring takes about a second."""
     scoring, drawing = scoring_rate(work, execution, noise.RANK), noise_rate(noise)
     summing, converting, rounding = sum_seconds(noise, work.pairs), conversion_rate(), noise_rate(gaussian)
@@ -93,14 +93,14 @@ def estimate(work: Work, execution: Execution, noise: NoiseKind, run_dir: Path) 
         try:
             read, write = disk_rates(run_dir)
         except OSError as error:
-            return Estimate(score, update, f"{words}; the disk could not be measured ({error.strerror})")
+            return StepTime(score, update, f"{words}; the disk could not be measured ({error.strerror})")
         disk = work.read_bytes / read + work.written_bytes / write
         words += (
             f"; disk {read / 1e9:.1f} GB/s read, {write / 1e9:.1f} written: {disk:.0f} s for transfers, "
             f"{score + update:.0f} s for computation, at the same time"
         )
         score = max(score, disk - update)
-    return Estimate(score, update, words)
+    return StepTime(score, update, words)
 
 
 def scoring_rate(work: Work, execution: Execution, rank: int) -> float:

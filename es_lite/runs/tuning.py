@@ -16,7 +16,7 @@ FIRST_SIGMA = 1e-3
 """Where the search for a σ that is "auto" begins: the papers'."""
 
 FIRST_PROBES = 4
-"""θ itself is scored in so many steps at first."""
+"""θ itself is scored in so many steps at first, and again when σ has been found."""
 
 PROBED_MEMBERS = 250
 """Later it is scored in two steps in a row for so many members, which takes less than 1 % of the time."""
@@ -43,6 +43,8 @@ class Tuning:
         self._search = SigmaSearch(FIRST_SIGMA, least_sigma()) if es.sigma == "auto" else None
         self._probe_every = max(2, math.ceil(PROBED_MEMBERS / es.population))
         self._alpha = self._averaged_sigma = 0.0
+        self._since = 0
+        """The first step of `averages`."""
         for step, (sigma, document) in enumerate(history):
             if document:
                 found = Estimate(**{name: value for name, value in document.items() if name != "alpha"})
@@ -63,18 +65,27 @@ class Tuning:
     def probes(self, step: int) -> bool:
         """Whether step `step` scores θ itself, which tells the curvature."""
         asked = self._step_size is not None and self._step_size.asks
-        return asked or self.searching or step < FIRST_PROBES or step % self._probe_every < 2
+        return asked or self.searching or self._age(step) < FIRST_PROBES or step % self._probe_every < 2
 
     def repeats(self, step: int) -> bool:
         """Whether step `step` has the items of the step before it, so that what that one gained is seen."""
-        return self._step_size is not None and (step % self._probe_every == 1 or (step < FIRST_PROBES and step % 2 == 1))
+        age = self._age(step)
+        return self._step_size is not None and (step % self._probe_every == 1 or (age < FIRST_PROBES and age % 2 == 1))
+
+    def _age(self, step: int) -> int:
+        """For how many steps there have been estimates with the σ of step `step`."""
+        return 0 if self._renewed(self.sigma(step)) else step - self._since
+
+    def _renewed(self, sigma: float) -> bool:
+        """Whether the estimates so far are of another σ, which may have been too small to say anything of this one."""
+        return self._search is not None and sigma != self._averaged_sigma
 
     def alpha(self, step: int, sigma: float, found: Estimate) -> float:
         """α of a step. found: the estimate from its scores. To be called for every step, in order."""
-        if self._search and sigma != self._averaged_sigma:  # estimates of a σ that was too small say nothing of this one
-            self.averages, self._averaged_sigma = Averages(), sigma
         if self.repeats(step):
             self.averages.compare(found, self._alpha)
+        if self._renewed(sigma):
+            self.averages, self._averaged_sigma, self._since = Averages(), sigma, step
         self.averages.add(found)
         if self._search and not self._search.found:
             cost = 0.0 if found.curvature is None else found.curvature * sigma**2

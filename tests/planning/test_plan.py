@@ -8,12 +8,12 @@ from support import ROOT
 from es_lite import plan
 from es_lite.algorithm.noise.lowrank import BLOCK_ROWS, LowRank
 from es_lite.errors import UserError
-from es_lite.planning.rates import Estimate
+from es_lite.planning.rates import StepTime
 from es_lite.system import MemoryLimit
 
 GIB = 2**30
 RECIPE = str(ROOT / "recipes" / "qwen3_0p5b_cpu.toml")
-EXPECTED = Estimate(score_seconds=25.0, update_seconds=5.0, rates="the rates of the test")
+EXPECTED = StepTime(score_seconds=25.0, update_seconds=5.0, rates="the rates of the test")
 
 
 def test_workers_on_auto_are_as_many_as_fit(planned, machine):
@@ -272,7 +272,7 @@ def test_the_details_add_up(planned):
 
 
 def test_the_command_prints_the_summary_before_the_details(capsys, monkeypatch):
-    monkeypatch.setattr(plan, "estimate", lambda *_: EXPECTED)
+    monkeypatch.setattr(plan, "step_time", lambda *_: EXPECTED)
     assert plan.main([RECIPE]) == 0
     summary, details = capsys.readouterr().out.split("\n\n")
     assert summary.splitlines()[0] == "533,126,144 parameters in 26 layers"
@@ -281,7 +281,7 @@ def test_the_command_prints_the_summary_before_the_details(capsys, monkeypatch):
 
 
 def test_the_command_refuses_what_does_not_fit(capsys, monkeypatch):
-    monkeypatch.setattr(plan, "estimate", lambda *_: EXPECTED)
+    monkeypatch.setattr(plan, "step_time", lambda *_: EXPECTED)
     assert plan.main([RECIPE, "--set", "memory.limit=1 GiB"]) == 2
     output = capsys.readouterr()
     assert "does not fit: needs " in output.out

@@ -11,7 +11,7 @@ from es_lite.algorithm.noise import gaussian, rademacher
 from es_lite.algorithm.noise.lowrank import LowRank
 from es_lite.engine.base import Execution
 from es_lite.planning import rates
-from es_lite.planning.rates import Work, estimate
+from es_lite.planning.rates import Work, step_time
 
 WORK = Work(
     flops=6e12,
@@ -70,7 +70,7 @@ def machine(monkeypatch):
     [(1, 1, 6 + 4 + 1, 2), (2, 1, 3 + 2 + 0.5, 1), (2, 4, 3 + 0.5 + 0.125, 0.25)],  # threads are in a worker's FLOP/s already
 )
 def test_computation_noise_and_conversion_are_divided_among_workers(machine, tmp_path, workers, threads, score, update):
-    found = estimate(WORK, execution(workers, threads), gaussian, tmp_path)
+    found = step_time(WORK, execution(workers, threads), gaussian, tmp_path)
     assert (found.score_seconds, found.update_seconds) == pytest.approx((score, update))
     assert found.step_seconds == pytest.approx(score + update)
     assert found.rates == "scoring 1000 GFLOP/s per worker, noise 1000 M elements/s per thread"
@@ -78,7 +78,7 @@ def test_computation_noise_and_conversion_are_divided_among_workers(machine, tmp
 
 def test_a_kind_is_drawn_at_its_own_rate_and_weights_are_rounded_with_bits_drawn_for_gaussian_noise(machine, tmp_path):
     """The bits that round come from Philox, whatever the kind."""
-    found = estimate(replace(WORK, rounded=3 * 10**9), execution(), rademacher, tmp_path)
+    found = step_time(replace(WORK, rounded=3 * 10**9), execution(), rademacher, tmp_path)
     assert (found.score_seconds, found.update_seconds) == pytest.approx((6 + 8 + 1, 2 + 3))
 
 
@@ -86,22 +86,22 @@ def test_the_rank_and_the_pairs_are_measured(monkeypatch, machine, tmp_path):
     """Corrections take their share of a product's time; the sum's does not grow with the pairs alone."""
     monkeypatch.setattr(rates, "scoring_rate", lambda work, execution, rank: 1e12 / rank)
     monkeypatch.setattr(rates, "sum_seconds", lambda noise, pairs: 1e-9 * pairs * noise.RANK)
-    found = estimate(WORK, execution(), LowRank(3), tmp_path)
+    found = step_time(WORK, execution(), LowRank(3), tmp_path)
     assert (found.score_seconds, found.update_seconds) == pytest.approx((18 + 4 + 1, 12))
 
 
 def test_a_device_draws_the_noise_of_scoring_at_a_rate_of_its_own(machine, tmp_path):
-    found = estimate(WORK, execution(threads=2, device="torch"), gaussian, tmp_path)
+    found = step_time(WORK, execution(threads=2, device="torch"), gaussian, tmp_path)
     assert (found.score_seconds, found.update_seconds) == pytest.approx((6 + 0.25 + 0.5, 1))
     assert found.rates.endswith("noise 1000 M elements/s per thread and 16000 on the device")
 
 
 def test_transfers_past_the_page_cache_happen_during_the_computation(machine, tmp_path):
     machine(30e9, 20e9)
-    fast = estimate(WORK, execution(direct=True), gaussian, tmp_path)
+    fast = step_time(WORK, execution(direct=True), gaussian, tmp_path)
     assert (fast.score_seconds, fast.update_seconds) == pytest.approx((11, 2))
     machine(1e9, 2e9)
-    slow = estimate(WORK, execution(direct=True), gaussian, tmp_path)
+    slow = step_time(WORK, execution(direct=True), gaussian, tmp_path)
     assert slow.step_seconds == pytest.approx(30 + 10)  # the disk alone
     assert slow.update_seconds == pytest.approx(2)
     assert "disk 1.0 GB/s read, 2.0 written: 40 s for transfers, 13 s for computation, at the same time" in slow.rates

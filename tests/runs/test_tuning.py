@@ -100,6 +100,23 @@ def test_theta_is_scored_often_at_first_and_then_for_less_than_a_hundredth_of_th
     assert sum(probes) < 0.01 * 1000 * 16
 
 
+def test_theta_is_scored_again_with_a_sigma_that_is_new_when_the_search_ends():
+    """Scores so noisy that no σ comes close: the search ends after its last step with one that it tried before."""
+    tuning = Tuning(recipe(1000, sigma="auto", alpha="auto"), lambda: 1e-4, [])
+    step = 0
+    while tuning.searching:
+        sigma = tuning.sigma(step)
+        tuning.alpha(step, sigma, dataclasses.replace(found(sigma), curvature=1e6 if step % 2 else 1.0))
+        step += 1
+    assert tuning.sigma(step) != sigma and step == 8
+    repeats = []
+    for young in range(step, step + 8):
+        assert young >= step + 4 or tuning.probes(young)
+        repeats.append(tuning.repeats(young))
+        tuning.alpha(young, tuning.sigma(young), found(tuning.sigma(young)))
+    assert repeats == [False, True, False, True] + [False] * 4
+
+
 def test_a_step_that_repeats_the_items_of_another_follows_one_that_scored_theta():
     tuning = Tuning(recipe(1000, alpha="auto"), never, [])
     for step in range(1000):

@@ -118,7 +118,7 @@ class Averages:
     LEAST, SHARE, COSTS = 10, 0.25, 8
     CHANGE = 0.4
     """The share by which the curvature changes between two measurements."""
-    EXPECTED_SIGNAL, EXPECTED_WITHIN = 0.2, 0.2
+    EXPECTED_SIGNAL, EXPECTED_WITHIN = 0.2, 0.15
     """The mean and the deviation of what a signal is before anything is known of it."""
     DOUBT = 0.1
     """Costs are told apart from rounding if they add up to more than this share of the spread of the scores."""
@@ -162,6 +162,11 @@ class Averages:
         share = self._variance / (self._variance + variance) if variance else 1.0
         self.curvature += share * (curvature - self.curvature)
         self._variance *= 1 - share
+
+    def forget_costs(self) -> None:
+        """σ changed: what one that was too small said of the curvature may have been rounding."""
+        self.curvature, self._variance = None, 0.0
+        self._costs = np.zeros(2)
 
     def compare(self, repeated: Estimate, alpha: float) -> None:
         """To be called before `add` for a step with the items of the step before it, which had this α."""

@@ -42,9 +42,9 @@ class Tuning:
         self._step_size = StepSize(es.alpha_start, recipe.run.iterations) if es.alpha == "auto" else None
         self._search = SigmaSearch(FIRST_SIGMA, least_sigma()) if es.sigma == "auto" else None
         self._probe_every = max(2, math.ceil(PROBED_MEMBERS / es.population))
-        self._alpha = self._averaged_sigma = 0.0
+        self._alpha = self._sigma = 0.0
         self._since = 0
-        """The first step of `averages`."""
+        """The first step with that σ."""
         for step, (sigma, document) in enumerate(history):
             if document:
                 found = Estimate(**{name: value for name, value in document.items() if name != "alpha"})
@@ -73,19 +73,19 @@ class Tuning:
         return self._step_size is not None and (step % self._probe_every == 1 or (age < FIRST_PROBES and age % 2 == 1))
 
     def _age(self, step: int) -> int:
-        """For how many steps there have been estimates with the σ of step `step`."""
+        """How many steps before step `step` had its σ; with decays, all."""
         return 0 if self._renewed(self.sigma(step)) else step - self._since
 
     def _renewed(self, sigma: float) -> bool:
-        """Whether the estimates so far are of another σ, which may have been too small to say anything of this one."""
-        return self._search is not None and sigma != self._averaged_sigma
+        return self._search is not None and sigma != self._sigma
 
     def alpha(self, step: int, sigma: float, found: Estimate) -> float:
         """α of a step. found: the estimate from its scores. To be called for every step, in order."""
         if self.repeats(step):
             self.averages.compare(found, self._alpha)
         if self._renewed(sigma):
-            self.averages, self._averaged_sigma, self._since = Averages(), sigma, step
+            self.averages.forget_costs()
+            self._sigma, self._since = sigma, step
         self.averages.add(found)
         if self._search and not self._search.found:
             cost = 0.0 if found.curvature is None else found.curvature * sigma**2

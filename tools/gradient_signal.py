@@ -64,6 +64,7 @@ def part(name: str, blocks: int) -> str:
 
 def measure(recipe: Recipe, samples: int) -> str:
     """A table of parts of the model."""
+    recipe = replace(recipe, fitness=replace(recipe.fitness, samples=samples))
     origin = Origin.of_recipe(recipe)
     skeleton, layout = origin.skeleton()
     theta_0 = origin.source(skeleton, layout, Threads(torch.get_num_threads()))
@@ -97,9 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=32, help="M")
     parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE", dest="settings")
     arguments = parser.parse_args(argv)
-    recipe = Recipe.load(arguments.recipe, arguments.settings)
-    recipe = replace(recipe, fitness=replace(recipe.fitness, samples=arguments.samples))
-    print(measure(recipe, arguments.samples))
+    print(measure(Recipe.load(arguments.recipe, arguments.settings), arguments.samples))
     return 0
 
 

@@ -51,15 +51,17 @@ def draw_references(axes: Axes, runs: list[list[Record]]) -> None:
     """The scores of two models that know little: only the tokens' frequencies, or nothing."""
     records = [record for run in runs for record in run]
     _, scores = columns(records, "eval_score")
-    # If a model begins far above them, drawing them would flatten its own line: then they are only named.
-    lowest = min(scores) - max(0.5, max(scores) - min(scores)) if len(scores) else -math.inf
+    # Far from a model's scores, they would flatten its own line: then they are only named.
+    near = max(0.5, max(scores) - min(scores)) if len(scores) else math.inf
+    lowest, highest = min(scores, default=0) - near, max(scores, default=0) + near
     lines = [(score, "unigram model of the training text", "--") for score in set(columns(records, "unigram_score")[1])]
     lines += [(-math.log(size), f"uniform over {size:,.0f} tokens", ":") for size in set(columns(records, "vocab_size")[1])]
     for score, what, style in sorted(lines, reverse=True):
-        if score >= lowest:
+        if lowest <= score <= highest:
             axes.axhline(score, color=GREY, linestyle=style, linewidth=1.3, label=f"{what}: {score:.3f}")
         else:
-            axes.plot([], [], color=GREY, linestyle=style, label=f"{what}: {score:.3f}, far below")
+            where = "above" if score > highest else "below"
+            axes.plot([], [], color=GREY, linestyle=style, label=f"{what}: {score:.3f}, far {where}")
 
 
 def draw_tokens(axes: Axes, records: list[Record], colour: str) -> None:

@@ -145,6 +145,8 @@ def draw(runs: dict[str, list[Record]], examples: _examples.Examples | None, out
             panels[panel].xaxis.get_major_locator().set_params(integer=True)
         if any((drawn.get_ydata() > 0).any() for drawn in panels["sizes"].lines):
             panels["sizes"].set_yscale("log")
+        # A signal is unbiased, and so may be far below 0 in the first steps.
+        panels["signal"].set_ylim(bottom=max(-25, panels["signal"].get_ylim()[0]))
         draw_references(panels["evaluation"], list(runs.values()))
         add_legends(panels)
         if len(runs) == 1:

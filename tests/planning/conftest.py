@@ -19,6 +19,12 @@ from es_lite.system import MemoryLimit
 RECIPE = ROOT / "recipes" / "qwen3_0p5b_cpu.toml"
 GIB = 2**30
 
+SETTINGS = (
+    *("es.sigma=1e-3", "es.alpha=5e-4", "noise.kind=gaussian", "data.vocab_size=8192", "eval.samples=16"),
+    *("fitness.samples=8", "fitness.max_length=256", "fitness.micro_batch=4"),
+)
+"""What the tests' figures are of, whatever the recipe says."""
+
 
 @functools.cache
 def model_of(config: str, groups: tuple[Factors, ...] = ()) -> tuple[PretrainedConfig, Layout]:
@@ -43,8 +49,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.fixture
 def recipe_of() -> Callable[..., Recipe]:
-    """The recipe, with gaussian noise, and some keys overridden."""
-    return lambda *overrides: Recipe.load(RECIPE, ("noise.kind=gaussian", *overrides))
+    """The recipe with SETTINGS, and some keys overridden."""
+    return lambda *overrides: Recipe.load(RECIPE, (*SETTINGS, *overrides))
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from es_lite import system
 from es_lite.algorithm.formats import Storage
 from es_lite.engine.base import Execution
 from es_lite.engine.messages import Advance, AdvanceSections, Check, Done, Failed, Finish, Ready, Score, Task, Working
@@ -87,6 +88,7 @@ class Worker:
         if isinstance(task, Check):
             file.check(self._setup.execution.direct)
             return None
+        made = not file.exists()
         how = self._theta_0, task.records, task.step, self._working, self._lanes.all_threads
         if isinstance(task, Advance):
             store.advance_layer(file, *how, self._spare)
@@ -95,6 +97,8 @@ class Worker:
         else:
             assert isinstance(task, Finish)
             store.finish_layer(file, *how)
+        if made:
+            system.trim_memory()  # drawing θ₀ leaves hundreds of megabytes in it
         return None
 
     def _theta_0(self) -> Source:

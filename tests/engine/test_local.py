@@ -13,6 +13,7 @@ from layers import IN_EVERY_STORAGE, TYPES, flip, records
 from support import TINY
 from torch.nn import functional
 
+from es_lite import system
 from es_lite.algorithm.formats import Storage
 from es_lite.data.batch import Batch
 from es_lite.engine import local
@@ -327,3 +328,17 @@ def test_the_workers_are_as_planned(engine_of) -> None:
     with engine_of("streamed", 3, streamed=True) as (engine, pool):
         assert (engine.workers, len(pool.pids)) == (1, 1)
         assert pool.working_copy is None
+
+
+def test_what_drawing_weights_leaves_in_a_process_is_returned_to_the_system(
+    engine_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At half a billion parameters, it is half of a worker's memory; but not in every step, as it takes time."""
+    with engine_of("run", 2) as (engine, _):
+        trimmed = []
+        monkeypatch.setattr(system, "trim_memory", lambda: trimmed.append(True))
+        engine.advance([], ignore)
+        assert len(trimmed) >= 4, "for each layer"
+        trimmed.clear()
+        engine.advance(records(1), ignore)
+        assert not trimmed

@@ -42,9 +42,9 @@ class Tuning:
         self._step_size = StepSize(es.alpha_start, recipe.run.iterations) if es.alpha == "auto" else None
         self._search = SigmaSearch(FIRST_SIGMA, least_sigma()) if es.sigma == "auto" else None
         self._probe_every = max(2, math.ceil(PROBED_MEMBERS / es.population))
-        self._alpha = self._sigma = 0.0
-        self._since = 0
-        """The first step with that σ."""
+        self._alpha = 0.0
+        self._sigma, self._since = 0.0, 0
+        """If σ is searched for: that of the last step, and the first step that had it."""
         for step, (sigma, document) in enumerate(history):
             if document:
                 found = Estimate(**{name: value for name, value in document.items() if name != "alpha"})

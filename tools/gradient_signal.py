@@ -13,19 +13,16 @@ The memory is that of backpropagation: for the 0.5B, 6 GiB.
 import argparse
 import re
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from _backprop import model_and_samples
 from _measuring import table
 from torch.nn import functional
 
-from es_lite.algorithm.jit import Threads
 from es_lite.data.batch import Batch
-from es_lite.fitness.logprob import LogProb
-from es_lite.model.origin import Origin
 from es_lite.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,24 +62,16 @@ def part(name: str, blocks: int) -> str:
 def measure(recipe: Recipe, samples: int) -> str:
     """A table of parts of the model."""
     recipe = replace(recipe, fitness=replace(recipe.fitness, samples=samples))
-    origin = Origin.of_recipe(recipe)
-    skeleton, layout = origin.skeleton()
-    theta_0 = origin.source(skeleton, layout, Threads(torch.get_num_threads()))
-    model = type(skeleton)(skeleton.config).to(torch.bfloat16)
-    for tensor in layout.tensors:
-        read = torch.from_numpy(theta_0.read(tensor, 0, tensor.size)).view(tensor.shape)
-        model.get_parameter(tensor.name).data = read.to(torch.bfloat16)
+    model, data = model_and_samples(recipe, torch.bfloat16)
     model.gradient_checkpointing_enable()
     model.train()
-    with tempfile.TemporaryDirectory() as folder:
-        data = LogProb().open(recipe, model.config, None, Path(folder))
     (one, _), (other, _) = (gradient(model, data.draw(step), drawn=False) for step in (0, 1))
     made, count = gradient(model, data.draw(2), drawn=True)
     sums: dict[str, torch.Tensor] = {}
     for name in one:
         a, b, c = (some[name].flatten() for some in (one, other, made))
         found = torch.stack([a @ b, (a @ a + b @ b) / 2, count * (c @ c) / 2])
-        for whole in (part(name, skeleton.config.num_hidden_layers), "all"):
+        for whole in (part(name, model.config.num_hidden_layers), "all"):
             sums[whole] = sums.get(whole, 0) + found
     rows = [["part", "|g|²", "n²", "κ", "signal of 8 samples"]]
     for name, found in sums.items():

@@ -8,19 +8,16 @@ as the identity when gradients are computed (Bengio et al., arXiv 1308.3432). Pr
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from _backprop import model_and_samples
 from _measuring import table
 from torch.nn import functional
 
-from es_lite.algorithm.jit import Threads
 from es_lite.data.batch import Batch
-from es_lite.fitness.logprob import LogProb
-from es_lite.model.origin import Origin
 from es_lite.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,12 +35,7 @@ def loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 
 def trained(recipe: Recipe, steps: int, straight_through: bool) -> tuple[float, float]:
     """The held-out log-probability before and after."""
-    origin = Origin.of_recipe(recipe)
-    skeleton, layout = origin.skeleton()
-    theta_0 = origin.source(skeleton, layout, Threads(1))
-    model = type(skeleton)(skeleton.config)
-    for tensor in layout.tensors:
-        model.get_parameter(tensor.name).data = torch.from_numpy(theta_0.read(tensor, 0, tensor.size)).view(tensor.shape)
+    model, data = model_and_samples(recipe)
     if straight_through:
         norm = type(model.model.norm).__mro__[1].forward
 
@@ -52,8 +44,6 @@ def trained(recipe: Recipe, steps: int, straight_through: bool) -> tuple[float, 
             return values + (torch.sign(values) - values).detach()
 
         model.model.norm.forward = signs.__get__(model.model.norm)
-    with tempfile.TemporaryDirectory() as folder:
-        data = LogProb().open(recipe, model.config, None, Path(folder))
     optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
 
     def held_out() -> float:

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import struct
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from es_lite.engine.base import Progress
 from es_lite.engine.guard import Guard
 from es_lite.engine.messages import Answer, Done, Failed, Ready, Task, Working
 from es_lite.engine.worker import Setup
-from es_lite.errors import RunError
+from es_lite.errors import RunError, UserError
 
 ATTEMPTS = 3
 """Workers that one task may cost before the run is stopped."""
@@ -55,13 +56,20 @@ class _Handle:
 def prepare() -> None:
     """Starts the process that workers are forked from, which imports what they need while the caller continues.
 
-    SIGINT is blocked meanwhile, so Ctrl-C cannot end the new process before it ignores it.
+    SIGINT is blocked meanwhile, so Ctrl-C cannot end the new process before it ignores it. UserError: the folder for temporary
+    files has so long a name that no socket fits in it.
     """
     multiprocessing.get_context("forkserver").set_forkserver_preload(["es_lite.engine.preload"])
     resource_tracker.ensure_running()  # else the call below would start it, which unblocks the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         forkserver.ensure_running()
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        # The one failure without a number: "AF_UNIX path too long", about 70 characters of folder.
+        folder = tempfile.gettempdir()
+        raise UserError(f"{folder}: its name is too long for a folder of sockets; set TMPDIR to a shorter one, e.g. /tmp") from None
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

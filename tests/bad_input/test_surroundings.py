@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -45,10 +46,20 @@ def test_an_ascii_locale(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_user_without_a_folder_for_compiled_code(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, run={"iterations": 1})
-    (tmp_path / "tmp").mkdir()
-    finished = command(recipe, tmp_path / "run", NO_CACHE, TMPDIR=str(tmp_path / "tmp"))
-    assert finished.returncode == 0, finished.stderr
-    assert list((tmp_path / "tmp").glob("es_lite-numba-*")) == []
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:  # not below tmp_path, where a socket's name may be too long
+        finished = command(recipe, tmp_path / "run", NO_CACHE, TMPDIR=short)
+        assert finished.returncode == 0, finished.stderr
+        assert list(Path(short).glob("es_lite-numba-*")) == []
+
+
+def test_a_folder_for_temporary_files_whose_name_is_too_long_for_sockets(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, run={"iterations": 1})
+    long = tmp_path / ("t" * 108)
+    long.mkdir()
+    refused = command(recipe, tmp_path / "run", TMPDIR=str(long))
+    said = f"es_lite: {long}: its name is too long for a folder of sockets; set TMPDIR to a shorter one, e.g. /tmp\n"
+    assert (refused.returncode, refused.stderr.decode()) == (2, said)
+    assert not (tmp_path / "run").exists()
 
 
 NO_TMP = """

@@ -1,4 +1,4 @@
-"""Batches of samples: which samples a step draws, and how they are packed."""
+"""Batches of samples: which samples a step draws, how they are packed, and where other machines find them by number."""
 
 from collections.abc import Sized
 from dataclasses import dataclass
@@ -7,6 +7,9 @@ import numpy as np
 
 from es_lite.data.corpus import Corpus
 from es_lite.errors import UserError
+
+HELD_OUT = -1
+"""The number of held-out items; those of a step have the step's."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,6 +20,8 @@ class Batch:
     """int32 [B, T]."""
     lengths: np.ndarray
     """int32 [B]."""
+    number: int = HELD_OUT
+    """Of the items; see `SampleShelf`."""
 
     def __len__(self) -> int:
         """The number of samples, B."""
@@ -29,7 +34,7 @@ class Batch:
 
     def part(self, low: int, high: int) -> "Batch":
         """Samples low … high - 1."""
-        return Batch(self.tokens[low:high, : self.lengths[low]], self.lengths[low:high])
+        return Batch(self.tokens[low:high, : self.lengths[low]], self.lengths[low:high], self.number)
 
 
 def spread(items: Sized, count: int) -> np.ndarray:
@@ -50,11 +55,31 @@ def draw(samples: int, m: int, seed: int, step: int) -> np.ndarray:
     return np.argsort(words, kind="stable")[:m]
 
 
-def pack(corpus: Corpus, indices: np.ndarray) -> Batch:
+def pack(corpus: Corpus, indices: np.ndarray, number: int = HELD_OUT) -> Batch:
     """A batch of the samples `indices`, [B], B > 0; samples of equal length keep their order."""
     lengths = corpus.starts[indices + 1] - corpus.starts[indices]
     order = np.argsort(-lengths, kind="stable")
     indices, lengths = indices[order], lengths[order].astype(np.int32)
     tokens = np.zeros((len(lengths), lengths[0]), np.int32)
     tokens[np.arange(lengths[0]) < lengths[:, None]] = np.concatenate([corpus.sample(i) for i in indices])
-    return Batch(tokens, lengths)
+    return Batch(tokens, lengths, number)
+
+
+@dataclass(frozen=True)
+class SampleShelf:
+    """All samples of a run, and which of them a step or an evaluation takes. Picklable: another machine gets it once."""
+
+    train: Corpus
+    held_out: Corpus | None
+    """None if the recipe asks for no evaluations."""
+    samples: int
+    """fitness.samples."""
+    held_out_samples: int
+    seed: int
+
+    def items(self, number: int) -> Batch:
+        """The samples of a step, a pure function of the seed and the step; number HELD_OUT: those of an evaluation."""
+        if number != HELD_OUT:
+            return pack(self.train, draw(len(self.train), self.samples, self.seed, number), number)
+        assert self.held_out is not None
+        return pack(self.held_out, spread(self.held_out, self.held_out_samples))

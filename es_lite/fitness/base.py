@@ -17,6 +17,11 @@ from es_lite.scoring.perturbation import Perturbation
 class Items(Protocol):
     """The items of a step or of an evaluation, the same for all members, packed for scoring. Must be picklable."""
 
+    @property
+    def number(self) -> int:
+        """What they are called on the shelf that they are from."""
+        ...
+
     def __len__(self) -> int: ...
 
     @property
@@ -26,6 +31,14 @@ class Items(Protocol):
 
     def part(self, low: int, high: int) -> Self:
         """Items low … high - 1."""
+        ...
+
+
+class Shelf(Protocol):
+    """All items of a run, by number. Must be picklable: another machine gets it once, and then numbers."""
+
+    def items(self, number: int) -> Items:
+        """The items of the step `number`; of an evaluation if it is HELD_OUT (`data.batch`)."""
         ...
 
 
@@ -66,6 +79,9 @@ class Dataset(Protocol):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase: ...
+
+    @property
+    def shelf(self) -> Shelf: ...
 
     def description(self) -> str:
         """What there is, for people: how many items, and how they begin and end."""

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from es_lite.data import batch, corpus
-from es_lite.data.batch import Batch
+from es_lite.data import corpus
+from es_lite.data.batch import HELD_OUT, Batch, SampleShelf
 from es_lite.data.corpus import Corpus
 from es_lite.data.lines import PACKED
 from es_lite.data.texts import Texts
@@ -62,13 +62,16 @@ class Samples:
         where = {"lines": f"ends with {end}", "joined": f"has {end} where a document ends"}[self.recipe.data.samples]
         return f"{', '.join(parts)}; a sample begins with {begins} and {where if end else 'has no end token'}"
 
+    @property
+    def shelf(self) -> SampleShelf:
+        recipe = self.recipe
+        return SampleShelf(self.train, self.held_out_corpus, recipe.fitness.samples, recipe.eval.samples, recipe.run.seed)
+
     def draw(self, step: int) -> Batch:
-        drawn = batch.draw(len(self.train), self.recipe.fitness.samples, self.recipe.run.seed, step)
-        return batch.pack(self.train, drawn)
+        return self.shelf.items(step)
 
     def held_out(self) -> Batch:
-        assert self.held_out_corpus is not None
-        return batch.pack(self.held_out_corpus, batch.spread(self.held_out_corpus, self.recipe.eval.samples))
+        return self.shelf.items(HELD_OUT)
 
     def fingerprint(self) -> str:
         return corpus.fingerprint(self.train, self.held_out_corpus)

@@ -14,10 +14,10 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 
 from es_lite import system
 from es_lite.data import batch, prompts
-from es_lite.data.batch import Batch
+from es_lite.data.batch import HELD_OUT, Batch
 from es_lite.data.chat import decode, encode
 from es_lite.data.corpus import Document, check_largest
-from es_lite.data.prompt_batch import Prompts
+from es_lite.data.prompt_batch import Prompts, PromptShelf
 from es_lite.data.prompts import Row
 from es_lite.data.tokenizer import load_tokenizer
 from es_lite.errors import UserError
@@ -73,15 +73,17 @@ class RewardItems:
             f"completions end with {ends}"
         )
 
+    @property
+    def shelf(self) -> PromptShelf:
+        recipe, new_tokens = self.recipe, self.recipe.generation.max_new_tokens
+        asked, held_out, seed = recipe.fitness.samples, recipe.eval.samples, recipe.run.seed
+        return PromptShelf(self.tokens, self.train, self.ends, new_tokens, asked, held_out, seed)
+
     def draw(self, step: int) -> Prompts:
-        drawn = batch.draw(self.train, self.recipe.fitness.samples, self.recipe.run.seed, step)
-        return self._pack(drawn)
+        return self.shelf.items(step)
 
     def held_out(self) -> Prompts:
-        return self._pack(self.train + batch.spread(self.rows[self.train :], self.recipe.eval.samples))
-
-    def _pack(self, rows: np.ndarray) -> Prompts:
-        return Prompts.pack(rows, self.tokens, self.ends, self.recipe.generation.max_new_tokens)
+        return self.shelf.items(HELD_OUT)
 
     def fingerprint(self) -> str:
         return prompts.fingerprint(self.rows)

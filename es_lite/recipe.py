@@ -25,6 +25,8 @@ from es_lite.tables import (
     WorkersTable,
 )
 
+RAY_ONLY = ("workers.address", "workers.hosts", "workers.host_dir", "run.verify_every")
+
 ONLY = {
     "logprob": ("data.lines", "data.samples"),
     "reward": (
@@ -135,6 +137,10 @@ def _contradictions(recipe: Recipe) -> typing.Iterator[tuple[set[str], str]]:
         yield {"noise"}, f'noise.rank = {noise.rank}: "{noise.kind}" noise has no rank; remove it, or set noise.kind = "lowrank"'
     if recipe.eval.every and not recipe.eval.path and recipe.eval.fraction == 0:
         yield {"eval"}, "eval.fraction = 0: nothing is held out for eval.every; give eval.path or a fraction"
+    for name in RAY_ONLY if recipe.workers.engine != "ray" else ():
+        table, key = name.split(".")
+        if getattr(getattr(recipe, table), key) != getattr(getattr(Recipe(), table), key):
+            yield {table, "workers"}, f'{name}: only workers.engine = "ray" uses it; remove it, or set that'
     for kind, used in ONLY.items():
         for name in used if kind != recipe.fitness.kind else ():
             table, key = name.split(".")

@@ -151,6 +151,7 @@ class Run:
             "read_gib": max(0, after[0] - before[0]) / GIB,
             "written_gib": max(0, after[1] - before[1]) / GIB,
             "workers": self.engine.workers,
+            **({"network_kib": self.engine.network() / 1024} if self.recipe.workers.engine == "ray" else {}),
             "signal": self.tuning.averages.signal,
             "tied": share_tied,
             "gain_expected": self.tuning.gain_expected(alpha),

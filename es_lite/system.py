@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -36,6 +37,9 @@ BF16_FLAGS = {"avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX-BF16", "bf16": "Arm
 OTHER_FLAGS = {"avx512f": "AVX512", "avx512_vnni": "AVX512-VNNI", "amx_int8": "AMX-INT8", "avx2": "AVX2"}
 
 
+_most_cores = sys.maxsize
+
+
 @dataclass(frozen=True)
 class MemoryLimit:
     """Bytes that may be used, and the name of what limits them."""
@@ -44,9 +48,16 @@ class MemoryLimit:
     source: str
 
 
+def use_at_most(count: int) -> None:
+    """From now on, `cores` says at most this: the rest of the machine is somebody else's."""
+    global _most_cores
+    _most_cores = count
+
+
 def cores(proc: Path = PROC) -> int:
     """Cores this process can keep busy: its CPU affinity, limited by the CPU quotas of its cgroups (rounded up)."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    usable = min(usable, _most_cores)
     for folder in cgroup_folders("cpu", proc):
         quota_v1 = f"{_read(folder / 'cpu.cfs_quota_us')} {_read(folder / 'cpu.cfs_period_us')}"
         fields = (_read(folder / "cpu.max") or quota_v1).split()

@@ -46,6 +46,8 @@ class RunTable:
     """Steps between checkpoints; 0 writes one only if the run is stopped."""
     checkpoint_dtype: Literal["bf16", "fp32"] = "bf16"
     """Type of the tensors in checkpoint/ and best/."""
+    verify_every: Annotated[int, at_least(0)] = 10
+    """Steps after which the hosts' weights are compared, by a checksum a layer; 0: never."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,14 @@ class WorkersTable:
     device: Literal["cpu", "cuda", "torch"] = "cpu"
     """"cuda": one process scores the whole population on the GPU; the update stays on the CPU. "torch": the same code on the CPU,
     to test it."""
+    engine: Literal["local", "ray"] = "local"
+    """"local": this machine's processes; "ray": hosts, each of which has such processes."""
+    address: str = "local"
+    """Of the cluster to join; "auto": the one that this machine belongs to; "local" starts one, of this machine alone."""
+    hosts: Annotated[int, at_least(1)] = 1
+    """A run on Ray begins with at least so many hosts, or not at all."""
+    host_dir: str = "~/.cache/es_lite/hosts"
+    """Where hosts keep their layers' files; this machine's are in the run directory."""
 
 
 @dataclass(frozen=True)

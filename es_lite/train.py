@@ -7,18 +7,22 @@
 
 import argparse
 import contextlib
+import dataclasses
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal, cast
 
 from transformers.utils import logging as transformers_logging
 
 from es_lite import system
 from es_lite.algorithm.drift import Drift
 from es_lite.algorithm.jit import Threads
+from es_lite.engine.base import Engine
 from es_lite.engine.local import LocalEngine
 from es_lite.errors import DamagedFile, RunError, UserError
+from es_lite.fitness.base import Dataset
 from es_lite.fitness.diagnosis import least_sigma
 from es_lite.fitness.kinds import fitness_of
 from es_lite.model.origin import Origin
@@ -86,7 +90,9 @@ def train(recipe: Recipe, resume: bool = False, rebuild: bool = False) -> None:
         pace = Pace(expected.score_seconds, expected.update_seconds, recipe.run.minutes, began)
         with (
             Console(recipe.run.iterations, len(journal.records)) as console,
-            LocalEngine(recipe, origin, layout, store, plan.execution, run.lock, console.warn) as engine,
+            ray_engine(recipe, plan, journal, run, dataset, console)
+            if recipe.workers.engine == "ray"
+            else LocalEngine(recipe, origin, layout, store, plan.execution, run.lock, console.warn) as engine,
         ):
             rounded = plan.execution.compute == "bf16"
             tuning = Tuning(
@@ -129,6 +135,21 @@ def train(recipe: Recipe, resume: bool = False, rebuild: bool = False) -> None:
             more = under_way.done < recipe.run.iterations
             resumable = f"; add --resume to continue from step {under_way.done}" if more else ""
             console.say(f"{under_way.done} of {recipe.run.iterations} steps done{resumable}")
+
+
+def ray_engine(recipe: Recipe, plan: Plan, journal: Journal, run: RunDirectory, dataset: Dataset, console: Console) -> Engine:
+    """Raises UserError if Ray is not installed; see also `RayEngine`."""
+    try:
+        from es_lite.engine.host import HostSetup
+        from es_lite.engine.ray import RayEngine
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "ray":
+            raise
+        raise UserError("workers.engine = \"ray\": Ray is not installed; run: pip install 'es_lite[ray]'") from None
+    workers = dataclasses.replace(recipe.workers, compute=cast(Literal["bf16", "fp32"], plan.execution.compute))
+    of_hosts = dataclasses.replace(recipe, workers=workers)
+    setup = HostSetup(of_hosts, journal.header, journal.path, run.name(), dataset.shelf)
+    return RayEngine(setup, plan.execution.micro_batch, run.path.resolve(), console.warn, console.say)
 
 
 def check_data(journal: Journal, header: dict, recipe: Recipe) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 
@@ -56,9 +56,17 @@ class Engine(Protocol):
         """Bytes that all processes have read from disks, and written to them."""
         ...
 
+    def network(self) -> int:
+        """Bytes that have passed, since the last call, between the coordinator and the host with the most; 0 if there is none."""
+        ...
+
     def close(self) -> None:
         """Kills all processes; their tasks can be repeated."""
         ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
 
 
 @dataclass(frozen=True)

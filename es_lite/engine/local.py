@@ -111,6 +111,12 @@ class LocalEngine:
         if not self._execution.streamed:
             self._at = step
 
+    def settle(self, progress: Progress) -> None:
+        """Brings the files of streamed layers, too, to the step that the last record leads to."""
+        if self._at < (step := len(self._records)):
+            self._advance(self._layout.layers, self._records[self._at :], step, progress)
+            self._at = step
+
     def check(self, progress: Progress) -> None:
         self._each([Check(layer) for layer in sorted(self._unchecked)], [], progress)
         self._unchecked.clear()
@@ -120,6 +126,9 @@ class LocalEngine:
 
     def traffic(self) -> tuple[int, int]:
         return system.io_bytes([os.getpid(), *self._pool.pids])
+
+    def network(self) -> int:
+        return 0
 
     def close(self) -> None:
         try:

@@ -69,7 +69,9 @@ def prepare() -> None:
             raise
         # The one failure without a number: "AF_UNIX path too long", about 70 characters of folder.
         folder = tempfile.gettempdir()
-        raise UserError(f"{folder}: its name is too long for a folder of sockets; set TMPDIR to a shorter one, e.g. /tmp") from None
+        raise UserError(
+            f"{folder}: its name is too long for a folder of sockets; set TMPDIR to a shorter one, e.g. /tmp"
+        ) from None
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

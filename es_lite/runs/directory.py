@@ -2,6 +2,8 @@
 
 import errno
 import fcntl
+import hashlib
+import secrets
 import shutil
 import sys
 import time
@@ -15,6 +17,7 @@ from es_lite.recipe import Recipe
 CHANGEABLE = (
     *("run.dir", "run.iterations", "run.minutes", "run.checkpoint_every", "run.checkpoint_dtype"),
     *("workers.count", "workers.threads", "workers.deadline", "workers.device"),
+    *("workers.engine", "workers.address", "workers.hosts", "workers.host_dir", "run.verify_every"),
     *("memory.limit", "memory.residency", "eval.samples", "eval.best", "log.tensorboard", "reward.seconds"),
     "data.bos",  # whether it changes the samples is seen by their fingerprint
 )
@@ -91,6 +94,17 @@ class RunDirectory:
                         f"{self.path}: in use by another run; wait for it, stop it, or choose another run.dir"
                     ) from None
                 time.sleep(0.1)
+
+    def name(self) -> str:
+        """A name that no other run has, not even a copy of this directory; it stays the same. Raises UserError."""
+        path = self.path / "id"
+        try:
+            if not path.exists():
+                write_durably(path, secrets.token_hex(16))
+            mine = f"{path.read_text(encoding='utf-8')} {self.path.resolve()}"
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+        return f"{self.path.resolve().name}-{hashlib.sha256(mine.encode(errors='surrogateescape')).hexdigest()[:12]}"
 
     def keep(self, recipe: Recipe) -> None:
         """Writes recipe.toml; to be called only when everything in the directory agrees with it."""

@@ -1,0 +1,199 @@
+"""The hosts of a run: one on each node of the cluster, started, watched, replaced and left out."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from es_lite.algorithm.record import Record
+from es_lite.engine.cluster import Actor, Cluster, HostLost, Node
+from es_lite.engine.host import HostSetup, Report, Status
+from es_lite.engine.remote_host import RemoteHost
+from es_lite.errors import RunError, UserError
+from es_lite.quantities import count
+
+ATTEMPTS = 3
+"""Hosts that a node may cost before it is left out."""
+
+OPENING_SECONDS = 300.0
+"""How long a run waits, at first, for all nodes to say whether they can take part."""
+
+LOOK_SECONDS = 5.0
+"""Time between two looks for nodes that have joined."""
+
+TICK_SECONDS = 0.1
+
+HUNG, HUNG_SECONDS = 20.0, 600.0
+"""A host is hung if its task takes so many times as long as expected, and workers.deadline or at least so many seconds."""
+
+
+class Hosts:
+    """Those that take part, or may yet."""
+
+    def __init__(
+        self, cluster: Cluster, setup: HostSetup, run_dir: Path, warn: Callable[[str], None], say: Callable[[str], None]
+    ) -> None:
+        """See `RayEngine`."""
+        self._cluster, self._run_dir = cluster, run_dir
+        self._warn, self._say = warn, say
+        self._workers = setup.recipe.workers
+        self._setup = cluster.share(setup)
+        self._hosts: dict[str, RemoteHost] = {}
+        """By node."""
+        self._lost: Counter[str] = Counter()
+        self._left_out: set[str] = set()
+        """Nodes."""
+        self._reasons: list[str] = []
+        """Why nodes were left out."""
+        self._looked = 0.0
+        self._records: list[Record] = []
+
+    @property
+    def ready(self) -> list[RemoteHost]:
+        """Those that get work."""
+        return [host for host in self._hosts.values() if host.ready]
+
+    @property
+    def here(self) -> RemoteHost:
+        """This machine's."""
+        return next(host for host in self._hosts.values() if host.node.here)
+
+    def wait_for(self, least: int) -> None:
+        """Starts a host on each node, and waits until all have opened. Raises UserError if too few can take part."""
+        self._look_for_nodes()
+        until = time.monotonic() + OPENING_SECONDS
+        while any(host.report is None for host in self._hosts.values()):
+            self._take_in()
+            if time.monotonic() > until:
+                late = ", ".join(host.name for host in self._hosts.values() if host.report is None)
+                self._warn(f"not ready after {OPENING_SECONDS:.0f} s: {late}; it may join later, if its cores are free")
+                break
+            time.sleep(TICK_SECONDS)
+        opened = [host for host in self._hosts.values() if host.report]
+        if len(opened) < least:
+            reasons = "".join(f"\n  {reason}" for reason in self._reasons)
+            raise UserError(f"workers.hosts = {least}: only {count(len(opened), 'host')} can take part{reasons}")
+        if not any(host.node.here for host in opened):
+            raise UserError(f"this machine's own host cannot take part\n  {self._reasons[-1] if self._reasons else 'it is busy'}")
+
+    def send(self, records: Sequence[Record]) -> None:
+        """New records, which all hosts apply while the caller goes on."""
+        self._records += records
+        for host in self._hosts.values():
+            if host.report:
+                host.send(self._records)
+
+    def tend(self) -> None:
+        """Takes in those that have caught up, and parts with those that are lost. To be called often."""
+        if time.monotonic() - self._looked > LOOK_SECONDS:
+            self._look_for_nodes()
+        self._take_in()
+        for host in list(self._hosts.values()):
+            if not host.report:
+                continue
+            try:
+                level, status = host.settle(), host.look()
+            except (HostLost, UserError, RunError) as error:
+                self.failed(host, error)
+                continue
+            for warning in status.warnings if status else ():
+                self._warn(f"{host.name}: {warning}")
+            if status and status.shortage and not host.node.here:
+                self.lose(host, status.shortage)
+            elif level and not host.ready:
+                host.ready = True
+                self._say(f"{host.name} takes part: {host.report.plan}")
+            elif host.task and host.task.late_seconds > self._patience(host):
+                self.lose(host, f"it has not answered for {time.monotonic() - host.task.began:.0f} s")
+
+    def failed(self, host: RemoteHost, error: Exception) -> None:
+        """A call to it raised HostLost, UserError or RunError. The last two are this machine's own if it is its host's."""
+        if host.node.here and not isinstance(error, HostLost):
+            raise error
+        self.lose(host, str(error))
+
+    def lose(self, host: RemoteHost, why: str, fresh: bool = False) -> None:
+        """Ends a host, and starts another on its node, if it has not cost too many. fresh: its files are not to be trusted.
+
+        Raises RunError if it was this machine's and cannot be replaced.
+        """
+        host.actor.kill()
+        del self._hosts[host.node.id]
+        self._lost[host.node.id] += 1
+        alive = {node.id for node in self._cluster.nodes()}
+        if host.node.id not in alive:
+            self._warn(f"{host.name} is lost, with its node")
+        elif self._lost[host.node.id] < ATTEMPTS:
+            self._warn(f"{host.name} is lost and started again: {why}")
+            self._start(host.node, fresh)
+        else:
+            self._leave_out(host.node, f"{host.name} is lost and left out, the {ATTEMPTS}rd time: {why}")
+        if host.node.here and host.node.id not in self._hosts:
+            raise RunError(f"this machine's host is lost: {why}; nothing else is: add --resume")
+
+    def statuses(self) -> list[tuple[RemoteHost, Status]]:
+        """The last of each host."""
+        return [(host, host.status) for host in self.ready if host.status]
+
+    def close(self) -> None:
+        for host in self._hosts.values():
+            host.actor.kill()
+
+    def _look_for_nodes(self) -> None:
+        """Starts a host on each node that has none."""
+        self._looked = time.monotonic()
+        for node in self._cluster.nodes():
+            if node.id not in self._hosts and node.id not in self._left_out:
+                self._start(node)
+
+    def _start(self, node: Node, fresh: bool = False) -> None:
+        gpus = 1 if self._workers.device == "cuda" else 0
+        if node.gpus < gpus:
+            self._leave_out(node, f'host {node.name} is left out: workers.device = "cuda", and the cluster knows no GPU there')
+            return
+        actor = Actor(node, gpus, self._run_dir if node.here else None, fresh)
+        self._hosts[node.id] = RemoteHost(node, actor, actor.call("open", self._setup))
+
+    def _take_in(self) -> None:
+        """Hosts that have opened get the records so far."""
+        for host in [host for host in self._hosts.values() if not host.report]:
+            if not Cluster.wait([host.opening], 0.0):
+                continue
+            try:
+                report = host.opening.result()
+                self._compare(host, report)
+            except HostLost as error:
+                self.lose(host, str(error))
+                continue
+            except (UserError, RunError) as error:
+                host.actor.kill()
+                del self._hosts[host.node.id]
+                self._leave_out(host.node, f"{host.name} is left out: {error}")
+                continue
+            host.report = report
+            host.send(self._records)
+
+    def _compare(self, host: RemoteHost, report: Report) -> None:
+        """Raises UserError if a host runs other code; warns if its scores may differ in the last bits."""
+        own = Report.of_here()
+        if report.versions["es_lite"] != own.versions["es_lite"]:
+            theirs, ours = report.versions["es_lite"], own.versions["es_lite"]
+            raise UserError(f"it has es_lite {theirs}, this machine {ours}; install the same version on both")
+        other = [f"{name} {v} (here {own.versions[name]})" for name, v in report.versions.items() if v != own.versions[name]]
+        if report.capability != own.capability and self._workers.device == "cpu":
+            other.append(f"a CPU that computes with {report.capability} (here {own.capability})")
+        if other:
+            self._warn(
+                f"{host.name} has {', '.join(other)}: who scores a member may change the last bits of its score; weights stay "
+                "the same everywhere"
+            )
+
+    def _leave_out(self, node: Node, why: str) -> None:
+        self._left_out.add(node.id)
+        self._reasons.append(why)
+        self._warn(why)
+
+    def _patience(self, host: RemoteHost) -> float:
+        assert host.task is not None
+        least = self._workers.deadline or HUNG_SECONDS
+        return max(least, HUNG * host.task.expected_seconds) - host.task.expected_seconds

@@ -1,0 +1,118 @@
+"""A host as the coordinator sees it: what it was sent, what it is doing, how fast it has been."""
+
+import time
+from dataclasses import dataclass, field
+
+from es_lite.algorithm.record import Record
+from es_lite.engine.cluster import Actor, Call, Cluster, Node
+from es_lite.engine.host import Report, Status
+from es_lite.engine.sharing import Span, Work
+
+STATUS_SECONDS = 1.0
+
+NEW = 0.5
+"""The weight of a new measurement of a host's speed."""
+
+
+@dataclass(eq=False)
+class Task:
+    """Spans that a host was asked to score."""
+
+    work: Work
+    calls: list[tuple[Span, Call]]
+    """Those that were not answered yet."""
+    size: float
+    """What is scored: members times tokens."""
+    began: float
+    expected_seconds: float
+    """Infinite if nothing is known."""
+    taken_over: bool = False
+    """It was late, and others score it too."""
+
+    @property
+    def spans(self) -> list[Span]:
+        return [span for span, _ in self.calls]
+
+    @property
+    def late_seconds(self) -> float:
+        return time.monotonic() - self.began - self.expected_seconds
+
+
+@dataclass(eq=False)
+class RemoteHost:
+    """One node's host, from the moment it is started."""
+
+    node: Node
+    actor: Actor
+    opening: Call
+    report: Report | None = None
+    """When it has opened."""
+    sent: int = -1
+    """How many records it was sent; the first time, even none makes its layers' files."""
+    advancing: list[Call] = field(default_factory=list)
+    ready: bool = False
+    """It has caught up once: from then on it gets work."""
+    task: Task | None = None
+    speed: float = 0.0
+    """Members times tokens per second; 0: not known yet."""
+    traffic: int = 0
+    """Bytes that have passed between it and the coordinator since that was last asked."""
+    status: Status | None = None
+    asked: Call | None = None
+    """For its status."""
+    asked_at: float = -STATUS_SECONDS
+
+    @property
+    def name(self) -> str:
+        return f"host {self.node.name} ({self.node.id[:6]})"
+
+    def send(self, records: list[Record]) -> None:
+        """Sends those of all the run's records that it lacks; it applies them while the caller goes on."""
+        if self.sent < len(records):
+            self.advancing.append(self.actor.call("advance", records[max(0, self.sent) :]))
+            self.sent = len(records)
+
+    def settle(self, timeout_seconds: float | None = 0.0) -> bool:
+        """Whether all records that it was sent are applied; waits for at most so long. Raises as `Call.result`."""
+        while self.advancing:
+            if timeout_seconds is not None and not Cluster.wait(self.advancing[:1], timeout_seconds):
+                return False
+            call = self.advancing[0]
+            call.result()
+            self.traffic += call.traffic
+            self.advancing.pop(0)
+        return True
+
+    def start(self, work: Work, spans: list[Span]) -> None:
+        """Gives it spans to score."""
+        size = 0.0
+        calls = []
+        for span in spans:
+            perturbations, low, high = work.part(span)
+            calls.append((span, self.actor.call("score", perturbations, work.items.number, low, high)))
+            size += work.size(span)
+        expected = size / self.speed if self.speed else float("inf")
+        self.task = Task(work, calls, size, time.monotonic(), expected)
+
+    def answered(self, call: Call) -> None:
+        """One of its task's calls is done. Raises as `Call.result`."""
+        assert self.task is not None
+        span = next(span for span, other in self.task.calls if other is call)
+        self.task.work.answered(span, call.result())
+        self.traffic += call.traffic
+        self.task.calls.remove((span, call))
+        if not self.task.calls:
+            speed = self.task.size / max(1e-6, time.monotonic() - self.task.began)
+            self.speed = speed if not self.speed else self.speed + NEW * (speed - self.speed)
+            self.task = None
+
+    def look(self) -> Status | None:
+        """Its status, if there is a new one; asks for the next from time to time. Raises HostLost."""
+        if self.asked is None and time.monotonic() - self.asked_at > STATUS_SECONDS:
+            self.asked, self.asked_at = self.actor.watch("status"), time.monotonic()
+        if self.asked is None or not Cluster.wait([self.asked], 0.0):
+            return None
+        call, self.asked = self.asked, None
+        self.status = call.result()
+        self.traffic += call.traffic
+        return self.status

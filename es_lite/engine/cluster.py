@@ -68,7 +68,8 @@ class Actor:
     """A `Host` on another node, or on this one."""
 
     def __init__(self, node: Node, gpus: int, run_dir: Path | None, fresh: bool) -> None:
-        decorate: Any = ray.remote(concurrency_groups={"watch": 1})
+        remote: Any = ray.remote  # whose types do not know of groups
+        decorate = remote(concurrency_groups={"watch": 1})
         place = NodeAffinitySchedulingStrategy(node.id, soft=False)
         options = decorate(Host).options(num_cpus=node.cores, num_gpus=gpus, scheduling_strategy=place, max_restarts=0)
         self._handle = options.remote(node.cores, run_dir, fresh)

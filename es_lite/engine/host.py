@@ -79,7 +79,7 @@ class Status:
 
 
 class Host:
-    """One machine's part of a run. All methods but `status` are called one at a time, in order."""
+    """One machine's part of a run. All methods but `status` and `close` are called one at a time, in order."""
 
     def __init__(self, cores: int, run_dir: Path | None, fresh: bool = False) -> None:
         """cores: that it may use. run_dir: on the coordinator's machine, whose layers' files are the run's own. fresh: removes
@@ -112,8 +112,8 @@ class Host:
             if self._fresh:
                 shutil.rmtree(store.folder, ignore_errors=True)
             store.folder.mkdir(parents=True, exist_ok=True)
-            remove_unfinished(store.folder)
             self._warnings += [f"it is made again from θ₀ and the journal: {error}" for error in store.remove_damaged()]
+        remove_unfinished(store.folder)
         self._store, self._shelf = store, setup.shelf
         self._engine = LocalEngine(recipe, origin, layout, store, plan.execution, self._lock, self._warnings.append)
         return dataclasses.replace(Report.of_here(), plan=plan.parts().splitlines()[0])
@@ -147,6 +147,7 @@ class Host:
         return Status(self._share, *engine.memory(), *engine.traffic(), engine.workers, engine.shortage, new)
 
     def close(self) -> None:
+        """See `Engine.close`; whatever is under way fails."""
         if self._engine is not None:
             self._engine.close()
 

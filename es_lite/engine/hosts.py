@@ -1,5 +1,6 @@
 """The hosts of a run: one on each node of the cluster, started, watched, replaced and left out."""
 
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,18 +14,17 @@ from es_lite.errors import RunError, UserError
 from es_lite.quantities import count
 
 ATTEMPTS = 3
-"""Hosts that a node may cost before it is left out."""
+"""Hosts that a node may cost in a row before it is left out."""
 
 OPENING_SECONDS = 300.0
 """How long a run waits, at first, for all nodes to say whether they can take part."""
+
+CLOSING_SECONDS = 5.0
 
 LOOK_SECONDS = 5.0
 """Time between two looks for nodes that have joined."""
 
 TICK_SECONDS = 0.1
-
-HUNG, HUNG_SECONDS = 20.0, 600.0
-"""A host is hung if its task takes so many times as long as expected, and workers.deadline or at least so many seconds."""
 
 
 class Hosts:
@@ -41,6 +41,7 @@ class Hosts:
         self._hosts: dict[str, RemoteHost] = {}
         """By node."""
         self._lost: Counter[str] = Counter()
+        """How many hosts each node has cost since it last scored anything."""
         self._left_out: set[str] = set()
         """Nodes."""
         self._reasons: list[str] = []
@@ -52,6 +53,11 @@ class Hosts:
     def ready(self) -> list[RemoteHost]:
         """Those that get work."""
         return [host for host in self._hosts.values() if host.ready]
+
+    @property
+    def opened(self) -> list[RemoteHost]:
+        """Those that get records."""
+        return [host for host in self._hosts.values() if host.report]
 
     @property
     def here(self) -> RemoteHost:
@@ -69,7 +75,7 @@ class Hosts:
                 self._warn(f"not ready after {OPENING_SECONDS:.0f} s: {late}; it may join later, if its cores are free")
                 break
             time.sleep(TICK_SECONDS)
-        opened = [host for host in self._hosts.values() if host.report]
+        opened = self.opened
         if len(opened) < least:
             reasons = "".join(f"\n  {reason}" for reason in self._reasons)
             raise UserError(f"workers.hosts = {least}: only {count(len(opened), 'host')} can take part{reasons}")
@@ -79,18 +85,15 @@ class Hosts:
     def send(self, records: Sequence[Record]) -> None:
         """New records, which all hosts apply while the caller goes on."""
         self._records += records
-        for host in self._hosts.values():
-            if host.report:
-                host.send(self._records)
+        for host in self.opened:
+            host.send(self._records)
 
     def tend(self) -> None:
         """Takes in those that have caught up, and parts with those that are lost. To be called often."""
         if time.monotonic() - self._looked > LOOK_SECONDS:
             self._look_for_nodes()
         self._take_in()
-        for host in list(self._hosts.values()):
-            if not host.report:
-                continue
+        for host in self.opened:
             try:
                 level, status = host.settle(), host.look()
             except (HostLost, UserError, RunError) as error:
@@ -100,11 +103,9 @@ class Hosts:
                 self._warn(f"{host.name}: {warning}")
             if status and status.shortage and not host.node.here:
                 self.lose(host, status.shortage)
-            elif level and not host.ready:
+            elif level and host.report and not host.ready:
                 host.ready = True
                 self._say(f"{host.name} takes part: {host.report.plan}")
-            elif host.task and host.task.late_seconds > self._patience(host):
-                self.lose(host, f"it has not answered for {time.monotonic() - host.task.began:.0f} s")
 
     def failed(self, host: RemoteHost, error: Exception) -> None:
         """A call to it raised HostLost, UserError or RunError. The last two are this machine's own if it is its host's."""
@@ -119,7 +120,7 @@ class Hosts:
         """
         host.actor.kill()
         del self._hosts[host.node.id]
-        self._lost[host.node.id] += 1
+        self._lost[host.node.id] = 1 if host.scored else self._lost[host.node.id] + 1
         alive = {node.id for node in self._cluster.nodes()}
         if host.node.id not in alive:
             self._warn(f"{host.name} is lost, with its node")
@@ -127,7 +128,7 @@ class Hosts:
             self._warn(f"{host.name} is lost and started again: {why}")
             self._start(host.node, fresh)
         else:
-            self._leave_out(host.node, f"{host.name} is lost and left out, the {ATTEMPTS}rd time: {why}")
+            self._leave_out(host.node, f"{host.name} is lost and left out, after {ATTEMPTS} attempts: {why}")
         if host.node.here and host.node.id not in self._hosts:
             raise RunError(f"this machine's host is lost: {why}; nothing else is: add --resume")
 
@@ -136,6 +137,12 @@ class Hosts:
         return [(host, host.status) for host in self.ready if host.status]
 
     def close(self) -> None:
+        """Ends all hosts. They leave their folders tidy, if that does not take long."""
+        calls = [host.actor.watch("close") for host in self._hosts.values() if host.report]
+        until = time.monotonic() + CLOSING_SECONDS
+        for call in calls:
+            with contextlib.suppress(Exception):
+                call.result(max(0.0, until - time.monotonic()))
         for host in self._hosts.values():
             host.actor.kill()
 
@@ -192,8 +199,3 @@ class Hosts:
         self._left_out.add(node.id)
         self._reasons.append(why)
         self._warn(why)
-
-    def _patience(self, host: RemoteHost) -> float:
-        assert host.task is not None
-        least = self._workers.deadline or HUNG_SECONDS
-        return max(least, HUNG * host.task.expected_seconds) - host.task.expected_seconds

@@ -19,7 +19,7 @@ from es_lite.algorithm.record import Record
 from es_lite.engine.base import Progress
 from es_lite.engine.cluster import Cluster, HostLost
 from es_lite.engine.host import HostSetup
-from es_lite.engine.hosts import HUNG_SECONDS, TICK_SECONDS, Hosts
+from es_lite.engine.hosts import TICK_SECONDS, Hosts
 from es_lite.engine.remote_host import RemoteHost
 from es_lite.engine.sharing import Span, Work, divide, spans_of
 from es_lite.errors import RunError, UserError
@@ -28,6 +28,10 @@ from es_lite.scoring.perturbation import Perturbation
 
 LATE_SHARE, LATE_SECONDS = 0.5, 2.0
 """A host is late if it takes this share, and these seconds, longer than expected: idle hosts then score its part too."""
+
+
+CATCHING_UP, CATCHING_UP_SECONDS = 1.0, 30.0
+"""At first, other hosts may take so many times as long again as this machine's, and so many seconds, to catch up."""
 
 
 class RayEngine:
@@ -74,13 +78,19 @@ class RayEngine:
         return work.values()
 
     def advance(self, records: Sequence[Record], progress: Progress) -> None:
-        """Waits for this machine's host alone; the others apply records before they take their next work."""
+        """Waits for this machine's host alone; the others apply records before they take their next work. The first time, those
+        that begin with it are waited for, if they are not much slower."""
         self._hosts.send(records)
         self._step += len(records)
+        began, first = time.monotonic(), not self._hosts.ready
         while not (here := self._hosts.here).ready or here.advancing:
             self._hosts.tend()
             progress(here.status.share if here.status else 0.0)
             time.sleep(TICK_SECONDS / 10)
+        until = time.monotonic() + CATCHING_UP * (time.monotonic() - began) + CATCHING_UP_SECONDS
+        while first and len(self._hosts.ready) < len(self._hosts.opened) and time.monotonic() < until:
+            self._hosts.tend()
+            time.sleep(TICK_SECONDS)
         every = self._verify_every
         if every and len(records) == 1 and self._step % every == 0:
             self._verify()
@@ -166,15 +176,15 @@ class RayEngine:
 
         Raises RunError if it is this machine's weights that differ from those of most.
         """
-        asked = [(host, host.actor.call("checksums")) for host in self._hosts.ready]
+        asked = {host.actor.call("checksums"): host for host in self._hosts.ready}
         found: dict[RemoteHost, tuple[str, ...]] = {}
-        for host, call in asked:
-            try:
-                found[host] = tuple(call.result(HUNG_SECONDS))
-            except TimeoutError:
-                self._hosts.lose(host, f"it has not answered for {HUNG_SECONDS:.0f} s")
-            except (HostLost, UserError, RunError) as error:
-                self._hosts.failed(host, error)
+        while calls := [call for call, host in asked.items() if host in self._hosts.ready and host not in found]:
+            self._hosts.tend()
+            for call in Cluster.wait(calls, TICK_SECONDS):
+                try:
+                    found[asked[call]] = tuple(call.result())
+                except (HostLost, UserError, RunError) as error:
+                    self._hosts.failed(asked[call], error)
         here = found.get(self._hosts.here)
         if len(set(found.values())) < 2 or here is None:
             return

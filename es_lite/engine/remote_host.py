@@ -4,11 +4,14 @@ import time
 from dataclasses import dataclass, field
 
 from es_lite.algorithm.record import Record
-from es_lite.engine.cluster import Actor, Call, Cluster, Node
+from es_lite.engine.cluster import Actor, Call, Cluster, HostLost, Node
 from es_lite.engine.host import Report, Status
 from es_lite.engine.sharing import Span, Work
 
 STATUS_SECONDS = 1.0
+
+SILENT_SECONDS = 60.0
+"""A host that does not even say what it is doing is hung, or cut off. Its workers have a deadline of their own."""
 
 NEW = 0.5
 """The weight of a new measurement of a host's speed."""
@@ -53,6 +56,8 @@ class RemoteHost:
     ready: bool = False
     """It has caught up once: from then on it gets work."""
     task: Task | None = None
+    scored: bool = False
+    """It has answered something."""
     speed: float = 0.0
     """Members times tokens per second; 0: not known yet."""
     traffic: int = 0
@@ -101,6 +106,7 @@ class RemoteHost:
         self.task.work.answered(span, call.result())
         self.traffic += call.traffic
         self.task.calls.remove((span, call))
+        self.scored = True
         if not self.task.calls:
             speed = self.task.size / max(1e-6, time.monotonic() - self.task.began)
             self.speed = speed if not self.speed else self.speed + NEW * (speed - self.speed)
@@ -110,7 +116,11 @@ class RemoteHost:
         """Its status, if there is a new one; asks for the next from time to time. Raises HostLost."""
         if self.asked is None and time.monotonic() - self.asked_at > STATUS_SECONDS:
             self.asked, self.asked_at = self.actor.watch("status"), time.monotonic()
-        if self.asked is None or not Cluster.wait([self.asked], 0.0):
+        if self.asked is None:
+            return None
+        if not Cluster.wait([self.asked], 0.0):
+            if time.monotonic() - self.asked_at > SILENT_SECONDS:
+                raise HostLost(f"it has said nothing for {SILENT_SECONDS:.0f} s")
             return None
         call, self.asked = self.asked, None
         self.status = call.result()

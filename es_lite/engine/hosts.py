@@ -82,6 +82,17 @@ class Hosts:
         if not any(host.node.here for host in opened):
             raise UserError(f"this machine's own host cannot take part\n  {self._reasons[-1] if self._reasons else 'it is busy'}")
 
+    @property
+    def waiting(self) -> list[RemoteHost]:
+        """Those that have caught up, and do not get work yet."""
+        return [host for host in self.opened if host.level and not host.ready]
+
+    def admit(self, host: RemoteHost) -> None:
+        """From now on, it gets work."""
+        assert host.report is not None
+        host.ready = True
+        self._say(f"{host.name} takes part: {host.report.plan}")
+
     def send(self, records: Sequence[Record]) -> None:
         """New records, which all hosts apply while the caller goes on."""
         self._records += records
@@ -89,7 +100,7 @@ class Hosts:
             host.send(self._records)
 
     def tend(self) -> None:
-        """Takes in those that have caught up, and parts with those that are lost. To be called often."""
+        """Starts hosts on new nodes, and parts with those that are lost. To be called often."""
         if time.monotonic() - self._looked > LOOK_SECONDS:
             self._look_for_nodes()
         self._take_in()
@@ -103,9 +114,8 @@ class Hosts:
                 self._warn(f"{host.name}: {warning}")
             if status and status.shortage and not host.node.here:
                 self.lose(host, status.shortage)
-            elif level and host.report and not host.ready:
-                host.ready = True
-                self._say(f"{host.name} takes part: {host.report.plan}")
+                continue
+            host.level = host.level or level
 
     def failed(self, host: RemoteHost, error: Exception) -> None:
         """A call to it raised HostLost, UserError or RunError. The last two are this machine's own if it is its host's."""
@@ -120,7 +130,7 @@ class Hosts:
         """
         host.actor.kill()
         del self._hosts[host.node.id]
-        self._lost[host.node.id] = 1 if host.scored else self._lost[host.node.id] + 1
+        self._lost[host.node.id] = 1 if host.scored and not fresh else self._lost[host.node.id] + 1
         alive = {node.id for node in self._cluster.nodes()}
         if host.node.id not in alive:
             self._warn(f"{host.name} is lost, with its node")

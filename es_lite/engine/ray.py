@@ -70,8 +70,11 @@ class RayEngine:
     def score(self, perturbations: Sequence[Perturbation], items: Items, progress: Progress) -> np.ndarray:
         work = Work(perturbations, items, self._micro_batch)
         whole = Span(0, work.grains)
+        self._admit()
         while missing := work.missing([whole]):
             self._hosts.tend()
+            if self._hosts.here in self._hosts.waiting:  # it was started again; others wait for the next step
+                self._hosts.admit(self._hosts.here)
             self._hand_out(work, missing)
             self._collect(work)
             progress(self._done(work))
@@ -83,17 +86,16 @@ class RayEngine:
         self._hosts.send(records)
         self._step += len(records)
         began, first = time.monotonic(), not self._hosts.ready
-        while not (here := self._hosts.here).ready or here.advancing:
+        while not (here := self._hosts.here).level or here.advancing:
             self._hosts.tend()
             progress(here.status.share if here.status else 0.0)
             time.sleep(TICK_SECONDS / 10)
         until = time.monotonic() + CATCHING_UP * (time.monotonic() - began) + CATCHING_UP_SECONDS
-        while first and len(self._hosts.ready) < len(self._hosts.opened) and time.monotonic() < until:
+        while first and len(self._hosts.waiting) < len(self._hosts.opened) and time.monotonic() < until:
             self._hosts.tend()
             time.sleep(TICK_SECONDS)
-        every = self._verify_every
-        if every and len(records) == 1 and self._step % every == 0:
-            self._verify()
+        if self._verify_every and not first and self._step % self._verify_every == 0:
+            self._verify(self._hosts.ready)
 
     def check(self, progress: Progress) -> None:
         """This machine's; other hosts have done so when they opened."""
@@ -127,6 +129,14 @@ class RayEngine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _admit(self) -> None:
+        """Those that have caught up get work, if their weights are this machine's."""
+        if (waiting := self._hosts.waiting) and self._verify_every:
+            self._verify(waiting)
+        for host in waiting:
+            if host in self._hosts.waiting:
+                self._hosts.admit(host)
 
     def _hand_out(self, work: Work, missing: Sequence[Span]) -> None:
         """Gives idle hosts what nobody scores yet or, if there is nothing, what a late host scores."""
@@ -171,14 +181,14 @@ class RayEngine:
                 under_way += host.status.share * sum(len(span) for span, _ in host.task.calls)
         return min(1.0, (work.done + under_way) / work.grains)
 
-    def _verify(self) -> None:
-        """Compares the weights of all hosts that take part. One whose weights differ from this machine's starts anew.
+    def _verify(self, hosts: Sequence[RemoteHost]) -> None:
+        """Compares their weights with this machine's. A host whose weights differ starts anew.
 
         Raises RunError if it is this machine's weights that differ from those of most.
         """
-        asked = {host.actor.call("checksums"): host for host in self._hosts.ready}
+        asked = {host.actor.call("checksums"): host for host in {*hosts, self._hosts.here}}
         found: dict[RemoteHost, tuple[str, ...]] = {}
-        while calls := [call for call, host in asked.items() if host in self._hosts.ready and host not in found]:
+        while calls := [call for call, host in asked.items() if host in self._hosts.opened and host not in found]:
             self._hosts.tend()
             for call in Cluster.wait(calls, TICK_SECONDS):
                 try:

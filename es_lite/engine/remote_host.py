@@ -53,8 +53,10 @@ class RemoteHost:
     sent: int = -1
     """How many records it was sent; the first time, even none makes its layers' files."""
     advancing: list[Call] = field(default_factory=list)
+    level: bool = False
+    """It has caught up once."""
     ready: bool = False
-    """It has caught up once: from then on it gets work."""
+    """It gets work."""
     task: Task | None = None
     scored: bool = False
     """It has answered something."""

@@ -50,6 +50,8 @@ def train(recipe: Recipe, resume: bool = False, rebuild: bool = False) -> None:
     directory can be resumed.
     """
     began = time.monotonic()
+    if recipe.workers.engine == "ray":
+        require_ray()
     # What is to be trained, and whether it fits, before anything is loaded or written.
     origin, fitness = Origin.of_recipe(recipe), fitness_of(recipe.fitness.kind)
     model, layout = origin.skeleton()
@@ -137,15 +139,21 @@ def train(recipe: Recipe, resume: bool = False, rebuild: bool = False) -> None:
             console.say(f"{under_way.done} of {recipe.run.iterations} steps done{resumable}")
 
 
-def ray_engine(recipe: Recipe, plan: Plan, journal: Journal, run: RunDirectory, dataset: Dataset, console: Console) -> Engine:
-    """Raises UserError if Ray is not installed; see also `RayEngine`."""
+def require_ray() -> None:
+    """Raises UserError if Ray is not installed."""
     try:
-        from es_lite.engine.host import HostSetup
-        from es_lite.engine.ray import RayEngine
+        import es_lite.hosts.cluster  # noqa: F401
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "ray":
             raise
         raise UserError("workers.engine = \"ray\": Ray is not installed; run: pip install 'es_lite[ray]'") from None
+
+
+def ray_engine(recipe: Recipe, plan: Plan, journal: Journal, run: RunDirectory, dataset: Dataset, console: Console) -> Engine:
+    """The engine of several machines."""
+    from es_lite.hosts.engine import RayEngine
+    from es_lite.hosts.host import HostSetup
+
     workers = dataclasses.replace(recipe.workers, compute=cast(Literal["bf16", "fp32"], plan.execution.compute))
     of_hosts = dataclasses.replace(recipe, workers=workers)
     setup = HostSetup(of_hosts, journal.header, journal.path, run.name(), dataset.shelf)

@@ -20,6 +20,7 @@ DEFAULTS = {
         "minutes": 0.0,
         "checkpoint_every": 0,
         "checkpoint_dtype": "bf16",
+        "verify_every": 10,
     },
     "model": {"path": "some/model", "config": "", "code": ""},
     "data": {
@@ -55,7 +56,8 @@ DEFAULTS = {
         "groups": (),
     },
     "noise": {"kind": "gaussian", "rank": "auto", "shared": False},
-    "workers": {"count": "auto", "threads": "auto", "deadline": 0.0, "compute": "auto", "device": "cpu"},
+    "workers": {"count": "auto", "threads": "auto", "deadline": 0.0, "compute": "auto", "device": "cpu"}
+    | {"engine": "local", "address": "local", "hosts": 1, "host_dir": "~/.cache/es_lite/hosts"},
     "memory": {"limit": "", "weights": "bf16", "master": "fp32", "residency": "auto"},
     "eval": {"path": "", "fraction": 0.05, "every": 0, "samples": 64, "best": True},
     "log": {"tensorboard": True},

@@ -136,6 +136,11 @@ NOT_PROBED = {
     "fitness.kind": "its values need keys that the other refuses; each of them has probes",
     "reward.seconds": "shows only when a reward function hangs: bad_input/test_rewards.py has one that does",
     "workers.deadline": "shows only when a worker hangs: test_workers.py stops one",
+    "workers.engine": "no bit may change: test_ray.py",
+    "workers.address": "shows only where there is a cluster: test_ray.py starts one",
+    "workers.hosts": "bad_input/test_hosts.py has fewer",
+    "workers.host_dir": "shows only on other hosts: test_ray.py",
+    "run.verify_every": "shows only if a host's weights are wrong: test_ray.py has one",
     "log.tensorboard": "shows only if the package is installed: test_metrics.py replaces it",
 }
 

@@ -1,6 +1,6 @@
 """A host of a run on several machines: a whole `LocalEngine` on files of its own, which follows the journal.
 
-It lives in an actor (`engine.cluster`), and knows nothing of Ray.
+It lives in an actor (`hosts.cluster`), and knows nothing of Ray.
 """
 
 import dataclasses

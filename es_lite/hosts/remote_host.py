@@ -4,9 +4,9 @@ import time
 from dataclasses import dataclass, field
 
 from es_lite.algorithm.record import Record
-from es_lite.engine.cluster import Actor, Call, Cluster, HostLost, Node
-from es_lite.engine.host import Report, Status
-from es_lite.engine.sharing import Span, Work
+from es_lite.hosts.cluster import Actor, Call, Cluster, HostLost, Node
+from es_lite.hosts.host import Report, Status
+from es_lite.hosts.sharing import Span, Work
 
 STATUS_SECONDS = 1.0
 

@@ -17,13 +17,13 @@ import numpy as np
 from es_lite import system
 from es_lite.algorithm.record import Record
 from es_lite.engine.base import Progress
-from es_lite.engine.cluster import Cluster, HostLost
-from es_lite.engine.host import HostSetup
-from es_lite.engine.hosts import TICK_SECONDS, Hosts
-from es_lite.engine.remote_host import RemoteHost
-from es_lite.engine.sharing import Span, Work, divide, spans_of
 from es_lite.errors import RunError, UserError
 from es_lite.fitness.base import Items
+from es_lite.hosts.cluster import Cluster, HostLost
+from es_lite.hosts.host import HostSetup
+from es_lite.hosts.membership import TICK_SECONDS, Hosts
+from es_lite.hosts.remote_host import RemoteHost
+from es_lite.hosts.sharing import Span, Work, divide, spans_of
 from es_lite.scoring.perturbation import Perturbation
 
 LATE_SHARE, LATE_SECONDS = 0.5, 2.0

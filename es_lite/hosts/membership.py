@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from es_lite.algorithm.record import Record
-from es_lite.engine.cluster import Actor, Cluster, HostLost, Node
-from es_lite.engine.host import HostSetup, Report, Status
-from es_lite.engine.remote_host import RemoteHost
 from es_lite.errors import RunError, UserError
+from es_lite.hosts.cluster import Actor, Cluster, HostLost, Node
+from es_lite.hosts.host import HostSetup, Report, Status
+from es_lite.hosts.remote_host import RemoteHost
 from es_lite.quantities import count
 
 ATTEMPTS = 3

@@ -8,6 +8,7 @@ import logging
 import os
 import pickle
 import re
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,14 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from es_lite import system
-from es_lite.engine.host import Host
 from es_lite.errors import UserError
+from es_lite.hosts.host import Host
 
 STORE_BYTES = 256 * 2**20
 """Of the object store of a cluster that is started here: only items pass through it, and those once."""
+
+
+CONNECT_SECONDS = 10.0
 
 
 class HostLost(Exception):
@@ -97,6 +101,8 @@ class Cluster:
                 f"workers.address = {address!r}: the command runs on a machine of the cluster; run it there, with "
                 'workers.address = "auto"'
             )
+        if address not in ("local", "auto"):
+            _reach(address)
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         try:
             if address == "local":
@@ -138,6 +144,22 @@ class Cluster:
 
     def __exit__(self, *_: object) -> None:
         ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Raises UserError if nobody listens there; Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise UserError(
+            f'workers.address = {address!r}: expected "local", "auto" or the HOST:PORT that `ray start --head` has said'
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"workers.address = {address!r}: nobody can be reached there ({error}); start a cluster with `ray start --head`, "
+            "and let its port through the firewall"
+        ) from None
 
 
 def _refusal(error: Exception) -> str:

@@ -1,0 +1,78 @@
+"""Several machines, and what can be wrong with them: said in one message that names the machine; nothing is lost."""
+
+from pathlib import Path
+
+import pytest
+from ray_cluster import nodes
+from support import finished_run, records, start, train, write_recipe
+
+NO_RAY = "import sys; sys.modules['ray'] = None; from es_lite.train import main; sys.exit(main(sys.argv[1:]))"
+
+OTHER_VERSION = "import es_lite; es_lite.__version__ = '9.9'"
+
+
+def test_ray_is_not_installed(tmp_path: Path) -> None:
+    recipe, run = write_recipe(tmp_path), tmp_path / "run"
+    with start(recipe, run, "workers.engine=ray", code=NO_RAY) as live:
+        refused = live.finish()
+    assert refused.code == 2
+    assert refused.err == "es_lite: workers.engine = \"ray\": Ray is not installed; run: pip install 'es_lite[ray]'\n"
+    assert not run.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("auto", "there is no cluster of Ray that can be joined (Could not find any running Ray instance."),
+        ("127.0.0.1:1", "nobody can be reached there ([Errno 111] Connection refused); start a cluster with `ray start --head`"),
+        ("nonsense", 'expected "local", "auto" or the HOST:PORT that `ray start --head` has said'),
+    ],
+)
+def test_there_is_no_cluster(address: str, words: str, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed")
+    recipe, run = write_recipe(tmp_path), tmp_path / "run"
+    refused = train(recipe, run, "workers.engine=ray", f"workers.address={address}")
+    assert refused.code == 2
+    assert refused.err.startswith(f"es_lite: workers.address = '{address}': {words}")
+    assert refused.err.count("\n") == 1
+    assert records(run) == 0
+    assert train(recipe, run, resume=True).code == 0  # without it
+
+
+def test_an_address_of_ray_client(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed")
+    refused = train(write_recipe(tmp_path), tmp_path / "run", "workers.engine=ray", "workers.address=ray://127.0.0.1:10001")
+    assert refused.code == 2
+    assert 'the command runs on a machine of the cluster; run it there, with workers.address = "auto"' in refused.err
+
+
+@pytest.mark.slow
+def test_machines_that_cannot_take_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed")
+    home, elsewhere, patched = tmp_path / "home", tmp_path / "elsewhere", tmp_path / "patched"
+    for folder in (home, elsewhere, patched):
+        folder.mkdir()
+    (patched / "sitecustomize.py").write_text(OTHER_VERSION)
+    made = finished_run(write_recipe(tmp_path), tmp_path / "made", "run.checkpoint_every=3")
+    (made / "checkpoint").rename(home / "model")
+    monkeypatch.setenv("HOME", str(home))
+    recipe, run = write_recipe(tmp_path, model={"path": "~/model", "config": ""}), tmp_path / "run"
+    with nodes(1) as cluster:
+        cluster.add(HOME=str(elsewhere))
+        cluster.add(PYTHONPATH=str(patched))
+        settings = "workers.engine=ray", f"workers.address={cluster.address}", f"workers.host_dir={tmp_path / 'hosts'}"
+        refused = train(recipe, run, *settings, "workers.hosts=2")
+        assert refused.code == 2
+        assert "es_lite: workers.hosts = 2: only 1 host can take part\n" in refused.err
+        reasons = refused.err.partition("can take part\n")[2].splitlines()
+        assert len(reasons) == 2 and all(reason.startswith("  host ") and " is left out: " in reason for reason in reasons)
+        assert sum(f"{elsewhere}/model" in reason or "~/model" in reason for reason in reasons) == 1
+        assert (
+            sum("it has es_lite 9.9, this machine 0.1.0; install the same version on both" in reason for reason in reasons) == 1
+        )
+        assert records(run) == 0
+        finished = train(recipe, run, *settings, resume=True)  # without them
+    assert finished.code == 0, finished.err
+    assert finished.err.count(" is left out: ") == 2 and finished.out.count("takes part") == 1
+    assert records(run) == 3

@@ -9,7 +9,7 @@ import pytest
 from support import ROOT
 
 FLOORS = (
-    ("compiled", "errors", "files", "python_file", "quantities", "system", "terminal", "typed_toml"),
+    ("compiled", "errors", "files", "python_file", "quantities", "system", "terminal", "typed_toml", "watching"),
     ("algorithm",),
     ("data", "model", "recipe", "tables"),
     ("weights",),

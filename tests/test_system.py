@@ -15,6 +15,7 @@ from support import v1_cgroup
 
 from es_lite import system
 from es_lite.system import MemoryLimit
+from es_lite.watching import PeakPss
 
 MIB = 2**20
 UNLIMITED_V1 = "9223372036854771712"
@@ -305,7 +306,7 @@ def test_io_counts_what_was_written(child, tmp_path: Path) -> None:
 
 def test_peak_outlives_what_caused_it_and_errors_end_nothing(child) -> None:
     pids: list[int] = []
-    with system.PeakPss(lambda: [pids[0]], every_seconds=0.01) as peak:  # an IndexError until there is a child
+    with PeakPss(lambda: [pids[0]], every_seconds=0.01) as peak:  # an IndexError until there is a child
         time.sleep(0.05)
         holding = child(f"held = bytearray(b'x') * {64 * MIB}")
         pids.append(holding.pid)

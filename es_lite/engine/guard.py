@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from es_lite import system
+from es_lite.watching import Watcher
 
 SHORT, CRITICAL = 0.02, 0.008
 """Shares of a limit: with less left, a worker is stopped after its task (short), or immediately (critical)."""
@@ -13,7 +14,7 @@ LEAST_SHORT, LEAST_CRITICAL = 48 * 2**20, 16 * 2**20
 EVERY_SECONDS = 0.2
 
 
-class Guard(system.Watcher):
+class Guard(Watcher):
     """Watches the cgroups, the machine's memory and the recipe's own limit.
 
     Attributes:

@@ -26,6 +26,7 @@ from es_lite.model.layout import Layer, Layout
 from es_lite.model.origin import Origin
 from es_lite.recipe import Recipe
 from es_lite.scoring.perturbation import Perturbation
+from es_lite.watching import PeakPss
 from es_lite.weights import store, working_copy
 from es_lite.weights.layer_file import LayerFile
 from es_lite.weights.store import Store
@@ -61,7 +62,7 @@ class LocalEngine:
         setup = Setup(origin, layout, files.folder, recipe.memory.weights, recipe.fitness.kind, execution)
         copy = None if execution.streamed else working_copy.allocate(layout, recipe.memory.weights)
         with ExitStack() as opened:
-            self._pss = opened.enter_context(system.PeakPss(system.family))
+            self._pss = opened.enter_context(PeakPss(system.family))
             guard = opened.enter_context(Guard(recipe.memory.limit_bytes, lambda: self._pss.last_bytes))
             self._pool = opened.enter_context(
                 Pool(setup, copy, lock.fileno(), execution.processes, recipe.workers.deadline, warn, guard)

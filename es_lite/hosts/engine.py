@@ -25,6 +25,7 @@ from es_lite.hosts.membership import TICK_SECONDS, Hosts
 from es_lite.hosts.remote_host import RemoteHost
 from es_lite.hosts.sharing import Span, Work, divide, spans_of
 from es_lite.scoring.perturbation import Perturbation
+from es_lite.watching import PeakPss
 
 LATE_SHARE, LATE_SECONDS = 0.5, 2.0
 """A host is late if it takes this share, and these seconds, longer than expected: idle hosts then score its part too."""
@@ -52,7 +53,7 @@ class RayEngine:
             cluster = opened.enter_context(Cluster(workers.address))
             # A cluster that was started here is of this process's own family.
             pids = system.family if workers.address == "local" else lambda: [os.getpid()]
-            self._pss = opened.enter_context(system.PeakPss(pids))
+            self._pss = opened.enter_context(PeakPss(pids))
             self._hosts = Hosts(cluster, setup, run_dir, warn, say)
             opened.callback(self._hosts.close)
             self._hosts.wait_for(workers.hosts)

@@ -8,6 +8,7 @@ import logging
 import os
 import pickle
 import re
+import signal
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any, Self
 
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # an actor without a GPU keeps its CUDA_VISIBLE_DEVICES
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")  # hosts have guards of their own, which lose less
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -26,7 +28,6 @@ from es_lite.hosts.host import Host
 
 STORE_BYTES = 256 * 2**20
 """Of the object store of a cluster that is started here: only items pass through it, and those once."""
-
 
 CONNECT_SECONDS = 10.0
 
@@ -61,7 +62,7 @@ class Call:
         except ray.exceptions.GetTimeoutError:
             raise TimeoutError from None
         except ray.exceptions.RayTaskError as error:
-            raise error.cause from None
+            raise error.cause from error
         except ray.exceptions.RayError as error:
             raise HostLost(_telling_line(error)) from None
         self.traffic += len(pickle.dumps(value, pickle.HIGHEST_PROTOCOL))
@@ -103,6 +104,7 @@ class Cluster:
             )
         if address not in ("local", "auto"):
             _reach(address)
+        on_sigterm = signal.getsignal(signal.SIGTERM)  # Ray sets its own, which would end the run in mid-step
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         try:
             if address == "local":
@@ -112,6 +114,7 @@ class Cluster:
         except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
             ray.shutdown()
             raise UserError(f"workers.address = {address!r}: {_refusal(error)}") from None
+        signal.signal(signal.SIGTERM, on_sigterm)
         self._here = ray.get_runtime_context().get_node_id()
 
     def nodes(self) -> list[Node]:

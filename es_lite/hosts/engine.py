@@ -30,7 +30,6 @@ from es_lite.watching import PeakPss
 LATE_SHARE, LATE_SECONDS = 0.5, 2.0
 """A host is late if it takes this share, and these seconds, longer than expected: idle hosts then score its part too."""
 
-
 CATCHING_UP, CATCHING_UP_SECONDS = 1.0, 30.0
 """At first, other hosts may take so many times as long again as this machine's, and so many seconds, to catch up."""
 
@@ -46,7 +45,8 @@ class RayEngine:
         Raises UserError if there is no cluster, if fewer than workers.hosts hosts can take part, or if this machine cannot.
         """
         workers = setup.recipe.workers
-        self._micro_batch, self._warn = micro_batch, warn
+        self._micro_batch = micro_batch
+        self._store = run_dir / setup.recipe.memory.folder
         self._verify_every = setup.recipe.run.verify_every
         self._step = 0
         with ExitStack() as opened:
@@ -96,7 +96,7 @@ class RayEngine:
             self._hosts.tend()
             time.sleep(TICK_SECONDS)
         if self._verify_every and not first and self._step % self._verify_every == 0:
-            self._verify(self._hosts.ready)
+            self._verified(self._hosts.ready)
 
     def check(self, progress: Progress) -> None:
         """This machine's; other hosts have done so when they opened."""
@@ -133,10 +133,8 @@ class RayEngine:
 
     def _admit(self) -> None:
         """Those that have caught up get work, if their weights are this machine's."""
-        if (waiting := self._hosts.waiting) and self._verify_every:
-            self._verify(waiting)
-        for host in waiting:
-            if host in self._hosts.waiting:
+        if waiting := self._hosts.waiting:
+            for host in self._verified(waiting) if self._verify_every else waiting:
                 self._hosts.admit(host)
 
     def _hand_out(self, work: Work, missing: Sequence[Span]) -> None:
@@ -156,9 +154,9 @@ class RayEngine:
         known = [host.speed / host.node.cores for host in self._hosts.ready if host.speed]
         of_a_core = sum(known) / len(known) if known else 1.0
         speeds = [host.speed or of_a_core * host.node.cores for host in idle]
-        for host, part in zip(idle, divide(spans, speeds), strict=True):
+        for host, part, speed in zip(idle, divide(spans, speeds), speeds, strict=True):
             if part:
-                host.start(work, part)
+                host.start(work, part, speed if known else None)
 
     def _collect(self, work: Work) -> None:
         """Takes the answers that are there; waits a little for the first."""
@@ -182,8 +180,8 @@ class RayEngine:
                 under_way += host.status.share * sum(len(span) for span, _ in host.task.calls)
         return min(1.0, (work.done + under_way) / work.grains)
 
-    def _verify(self, hosts: Sequence[RemoteHost]) -> None:
-        """Compares their weights with this machine's. A host whose weights differ starts anew.
+    def _verified(self, hosts: Sequence[RemoteHost]) -> list[RemoteHost]:
+        """Those whose weights are this machine's; the others start anew.
 
         Raises RunError if it is this machine's weights that differ from those of most.
         """
@@ -197,21 +195,21 @@ class RayEngine:
                 except (HostLost, UserError, RunError) as error:
                     self._hosts.failed(asked[call], error)
         here = found.get(self._hosts.here)
-        if len(set(found.values())) < 2 or here is None:
-            return
+        if here is None:  # it was lost meanwhile
+            return []
         counts = Counter(found.values())
         most = max(counts.values())
         if most > counts[here]:
             raise RunError(
-                f"step {self._step}: the weights of this machine are not those of {most} other hosts; its memory or its disk may "
-                "be faulty. Nothing was written to the journal since; add --resume --rebuild to make its files again from it"
+                f"step {self._step}: the weights of this machine are not those of {most} other hosts, so its memory or its disk "
+                f"may be faulty; remove {self._store} and add --resume, which makes it again from θ₀ and the journal"
             )
         for host, checksums in found.items():
             if checksums != here:
                 layer = next(i for i, pair in enumerate(zip(checksums, here, strict=True)) if pair[0] != pair[1])
-                self._hosts.lose(
-                    host, f"at step {self._step}, layer {layer} of its weights differs from this machine's", fresh=True
-                )
+                why = f"at step {self._step}, layer {layer} of its weights differs from this machine's"
+                self._hosts.lose(host, why, fresh=True)
+        return [host for host in hosts if found.get(host) == here]
 
 
 def _allowance(expected_seconds: float) -> float:

@@ -140,7 +140,7 @@ class Host:
 
     def status(self) -> Status:
         """Returns at once, whatever else is under way."""
-        new, self._warnings[:] = tuple(self._warnings), []
+        new = tuple(self._warnings.pop(0) for _ in range(len(self._warnings)))
         engine = self._engine
         if engine is None:
             return Status(0.0, 0, 0, 0, 0, 0, "", new)

@@ -19,6 +19,9 @@ ATTEMPTS = 3
 OPENING_SECONDS = 300.0
 """How long a run waits, at first, for all nodes to say whether they can take part."""
 
+TELLING_SECONDS = 20.0
+"""After so long, it says for which."""
+
 CLOSING_SECONDS = 5.0
 
 LOOK_SECONDS = 5.0
@@ -67,20 +70,22 @@ class Hosts:
     def wait_for(self, least: int) -> None:
         """Starts a host on each node, and waits until all have opened. Raises UserError if too few can take part."""
         self._look_for_nodes()
-        until = time.monotonic() + OPENING_SECONDS
-        while any(host.report is None for host in self._hosts.values()):
+        began, told = time.monotonic(), False
+        while late := [host.name for host in self._hosts.values() if not host.report]:
             self._take_in()
-            if time.monotonic() > until:
-                late = ", ".join(host.name for host in self._hosts.values() if host.report is None)
-                self._warn(f"not ready after {OPENING_SECONDS:.0f} s: {late}; it may join later, if its cores are free")
+            if time.monotonic() > began + OPENING_SECONDS:
+                self._warn(f"not ready after {OPENING_SECONDS:.0f} s: {', '.join(late)}; they may join later")
                 break
+            if time.monotonic() > began + TELLING_SECONDS and not told:
+                self._say(f"waiting for {', '.join(late)}: the model is opened, or another program has the cores")
+                told = True
             time.sleep(TICK_SECONDS)
         opened = self.opened
         if len(opened) < least:
             reasons = "".join(f"\n  {reason}" for reason in self._reasons)
             raise UserError(f"workers.hosts = {least}: only {count(len(opened), 'host')} can take part{reasons}")
         if not any(host.node.here for host in opened):
-            raise UserError(f"this machine's own host cannot take part\n  {self._reasons[-1] if self._reasons else 'it is busy'}")
+            raise UserError("this machine's host is not ready: is another program using the cluster's cores?")
 
     @property
     def waiting(self) -> list[RemoteHost]:
@@ -106,7 +111,7 @@ class Hosts:
         self._take_in()
         for host in self.opened:
             try:
-                level, status = host.settle(), host.look()
+                level, status = host.settled(), host.look()
             except (HostLost, UserError, RunError) as error:
                 self.failed(host, error)
                 continue
@@ -183,6 +188,8 @@ class Hosts:
                 self.lose(host, str(error))
                 continue
             except (UserError, RunError) as error:
+                if host.node.here:
+                    raise
                 host.actor.kill()
                 del self._hosts[host.node.id]
                 self._leave_out(host.node, f"{host.name} is left out: {error}")

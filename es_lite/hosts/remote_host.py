@@ -79,10 +79,10 @@ class RemoteHost:
             self.advancing.append(self.actor.call("advance", records[max(0, self.sent) :]))
             self.sent = len(records)
 
-    def settle(self, timeout_seconds: float | None = 0.0) -> bool:
-        """Whether all records that it was sent are applied; waits for at most so long. Raises as `Call.result`."""
+    def settled(self) -> bool:
+        """Whether all records that it was sent are applied. Raises as `Call.result`."""
         while self.advancing:
-            if timeout_seconds is not None and not Cluster.wait(self.advancing[:1], timeout_seconds):
+            if not Cluster.wait(self.advancing[:1], 0.0):
                 return False
             call = self.advancing[0]
             call.result()
@@ -90,15 +90,15 @@ class RemoteHost:
             self.advancing.pop(0)
         return True
 
-    def start(self, work: Work, spans: list[Span]) -> None:
-        """Gives it spans to score."""
+    def start(self, work: Work, spans: list[Span], speed: float | None) -> None:
+        """Gives it spans to score. speed: what is expected, None if nothing is known."""
         size = 0.0
         calls = []
         for span in spans:
             perturbations, low, high = work.part(span)
             calls.append((span, self.actor.call("score", perturbations, work.items.number, low, high)))
             size += work.size(span)
-        expected = size / self.speed if self.speed else float("inf")
+        expected = size / speed if speed else float("inf")
         self.task = Task(work, calls, size, time.monotonic(), expected)
 
     def answered(self, call: Call) -> None:

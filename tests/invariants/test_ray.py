@@ -65,8 +65,12 @@ def test_three_hosts(fitness: str, tmp_path: Path) -> None:
 def test_hosts_come_and_go(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, run={"iterations": 400}, es={"population": 8}, eval={"every": 50, "samples": 4})
     reference, run = finished_run(recipe, tmp_path / "reference"), tmp_path / "run"
-    with nodes(2) as cluster, start(recipe, run, *on(cluster.address, tmp_path)) as live:
+    with nodes(2) as cluster, start(recipe, run, *on(cluster.address, tmp_path, "run.verify_every=0")) as live:
         live.wait_for_records(5)
+        (other,) = (host for host in cluster.hosts() if any("/hosts/run-" in file.path for file in host.open_files()))
+        other.suspend()  # as if its network were gone
+        live.wait_for_records(live.records() + 20)
+        other.resume()
         for host in cluster.hosts():  # this machine's, too
             host.kill()
         waits_for(live, "is lost and started again", 2)
@@ -138,13 +142,15 @@ def test_hosts_of_other_capability_score_in_their_own_way_and_have_the_same_weig
     assert_same_bits(replayed(run, tmp_path / "replayed"), tensors(run))
 
 
-def test_stopping_and_going_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_stopping_and_going_on(name: str, tmp_path: Path) -> None:
     """With a cluster that the command itself starts."""
     recipe = write_recipe(tmp_path, run={"iterations": 300}, es={"population": 8})
     reference, run = finished_run(recipe, tmp_path / "reference", "run.iterations=40"), tmp_path / "run"
     with start(recipe, run, "workers.engine=ray") as live:
         live.wait_for_records(3)
-        os.killpg(live.process.pid, signal.SIGINT)  # as a terminal does
+        number = signal.Signals[name]
+        os.killpg(live.process.pid, number) if name == "SIGINT" else live.process.send_signal(number)  # as a terminal, as Docker
         stopped = live.finish()
     assert stopped.code == 0, stopped.err
     assert "add --resume to continue" in stopped.out and 3 <= records(run) < 40

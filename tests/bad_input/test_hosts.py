@@ -10,6 +10,8 @@ NO_RAY = "import sys; sys.modules['ray'] = None; from es_lite.train import main;
 
 OTHER_VERSION = "import es_lite; es_lite.__version__ = '9.9'"
 
+NOT_INSTALLED = "import sys; sys.modules['es_lite'] = None"
+
 
 def test_ray_is_not_installed(tmp_path: Path) -> None:
     recipe, run = write_recipe(tmp_path), tmp_path / "run"
@@ -50,9 +52,10 @@ def test_an_address_of_ray_client(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_machines_that_cannot_take_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray", reason="Ray is not installed")
-    home, elsewhere, patched = tmp_path / "home", tmp_path / "elsewhere", tmp_path / "patched"
-    for folder in (home, elsewhere, patched):
+    home, elsewhere, patched, broken = (tmp_path / name for name in ("home", "elsewhere", "patched", "broken"))
+    for folder in (home, elsewhere, patched, broken):
         folder.mkdir()
+    (broken / "sitecustomize.py").write_text(NOT_INSTALLED)
     (patched / "sitecustomize.py").write_text(OTHER_VERSION)
     made = finished_run(write_recipe(tmp_path), tmp_path / "made", "run.checkpoint_every=3")
     (made / "checkpoint").rename(home / "model")
@@ -61,12 +64,15 @@ def test_machines_that_cannot_take_part(tmp_path: Path, monkeypatch: pytest.Monk
     with nodes(1) as cluster:
         cluster.add(HOME=str(elsewhere))
         cluster.add(PYTHONPATH=str(patched))
+        cluster.add(PYTHONPATH=str(broken))
         settings = "workers.engine=ray", f"workers.address={cluster.address}", f"workers.host_dir={tmp_path / 'hosts'}"
         refused = train(recipe, run, *settings, "workers.hosts=2")
         assert refused.code == 2
         assert "es_lite: workers.hosts = 2: only 1 host can take part\n" in refused.err
         reasons = refused.err.partition("can take part\n")[2].splitlines()
-        assert len(reasons) == 2 and all(reason.startswith("  host ") and " is left out: " in reason for reason in reasons)
+        assert len(reasons) == 3 and all(reason.startswith("  host ") for reason in reasons)
+        assert sum(" is left out: " in reason for reason in reasons) == 2
+        assert sum("is lost and left out, after 3 attempts: ModuleNotFoundError: " in reason for reason in reasons) == 1
         assert sum(f"{elsewhere}/model" in reason or "~/model" in reason for reason in reasons) == 1
         assert (
             sum("it has es_lite 9.9, this machine 0.1.0; install the same version on both" in reason for reason in reasons) == 1

@@ -10,6 +10,7 @@
     python tools/benchmark.py update                   the update on one worker and on two, and on paper on 8 and on 64
     python tools/benchmark.py step [--against COMMAND] a step of the real command and its peak PSS, compared with another loop
     python tools/benchmark.py int8                     a step and its peak PSS from int8 weights, compared with bf16
+    python tools/benchmark.py engines                  a step on a cluster of this machine alone, compared with one without Ray
     python tools/benchmark.py streaming                a streamed step, compared with a resident one and with its transfers alone
 
 COMMAND prints one JSON line with "step_seconds" last. Runs alternate, so that a machine that drifts drifts for both sides.
@@ -81,13 +82,14 @@ def run_on(
     weights: str = "bf16",
     residency: str = "resident",
     noise: str = "gaussian",
+    engine: str = "local",
 ) -> Finished:
     """A fresh run of the real command on that many workers of one thread; noise: of KINDS."""
     kind, rank = KINDS[noise]
     tables: dict[str, dict[str, Any]] = {
         "memory": {"weights": weights, "master": arguments.master, "residency": residency},
         "noise": {"kind": kind} | ({"rank": rank} if rank else {}),
-        "workers": {"count": workers, "threads": 1},
+        "workers": {"count": workers, "threads": 1, "engine": engine},
     }
     return run(StepLoad.of(arguments), steps, arguments.directory, **tables)
 
@@ -205,6 +207,23 @@ def streaming(arguments: argparse.Namespace) -> None:
     print(row("streamed over the longer of the two", ratios, "times"))
 
 
+def engines(arguments: argparse.Namespace) -> None:
+    """A step with and without Ray, on two workers; the first step of a run, which also warms up, is left out."""
+    print(HEADER)
+    found: dict[str, list[Finished]] = {"local": [], "ray": []}
+    for _ in range(arguments.repeats):
+        for engine, runs in found.items():
+            runs.append(run_on(2, 5, arguments, engine=engine))
+    seconds = {engine: [finished.median("step_seconds") for finished in runs] for engine, runs in found.items()}
+    for engine, runs in found.items():
+        print(row(f"{engine}, a step", seconds[engine], "s"))
+        print(row(f"{engine}, its update", [finished.median("update_seconds") for finished in runs], "s"))
+        print(row(f"{engine}, peak PSS of all processes", [finished.peak_gib for finished in runs], "GiB"))
+    print(row("ray over local", [b / a for a, b in zip(*seconds.values(), strict=True)], "times as long"))
+    print(row("ray less local", [1000 * (b - a) for a, b in zip(*seconds.values(), strict=True)], "ms"))
+    print(row("ray, over the network", [finished.median("network_kib") for finished in found["ray"]], "KiB a host and step"))
+
+
 COMMANDS = {
     "noise": noise,
     "scoring": _scoring.scoring,
@@ -215,6 +234,7 @@ COMMANDS = {
     "update": update,
     "step": step,
     "int8": int8,
+    "engines": engines,
     "streaming": streaming,
 }
 

@@ -105,9 +105,9 @@ def test_plain_inference_is_what_scoring_is_compared_with(config):
 
 
 def fake_run(load: StepLoad, steps: int, directory: str | None, **tables: dict) -> Finished:
-    """As many seconds as step and workers say."""
-    share = 12.0 / tables["workers"]["count"]
-    names = ("step_seconds", "score_seconds", "update_seconds", "read_gib", "written_gib", "peak_pss_gib")
+    """As many seconds as step and workers say, and 3 more with Ray."""
+    share = 12.0 / tables["workers"]["count"] + 3.0 * (tables["workers"]["engine"] == "ray")
+    names = ("step_seconds", "score_seconds", "update_seconds", "read_gib", "written_gib", "peak_pss_gib", "network_kib")
     lines = [dict.fromkeys(names, share + (100 if step == 0 else step)) for step in range(steps)]
     return Finished(lines, [[-1.0]] * steps, "fp32")
 
@@ -152,6 +152,10 @@ ROWS = {
         "int8, peak PSS of all processes",
         "int8 over bf16",
     ],
+    "engines": [
+        *(f"{engine}, {what}" for engine in ("local", "ray") for what in ("a step", "its update", "peak PSS of all processes")),
+        *("ray over local", "ray less local", "ray, over the network"),
+    ],
     "streaming": [
         "streamed, a step",
         "streamed, read",
@@ -187,6 +191,8 @@ def test_a_sub_command_prints_its_rows(printed, what):
     assert list(rows) == ROWS[what] and all(float(value) > 0 for value in rows.values())
     if what == "workers":  # the first step of a run, which takes 100 s more, is left out
         assert (rows["scores, 1 worker"], rows["scores, 2 workers"]) == ("13.5", "7.5")
+    if what == "engines":
+        assert (rows["local, a step"], rows["ray, a step"], rows["ray less local"]) == ("8.5", "11.5", "3e+03")
     if what == "step":
         assert (rows["es_lite, a step"], rows["times as fast"]) == ("7.5", "10")
 

@@ -154,10 +154,22 @@ def ray_engine(recipe: Recipe, plan: Plan, journal: Journal, run: RunDirectory, 
     from es_lite.hosts.engine import RayEngine
     from es_lite.hosts.host import HostSetup
 
+    # Hosts have other working directories, this machine's too.
+    model, directory = recipe.model, run.path.resolve()
+    files = {name: str(Path(path).resolve()) for name in ("path", "config", "code") if _is_there(path := getattr(model, name))}
     workers = dataclasses.replace(recipe.workers, compute=cast(Literal["bf16", "fp32"], plan.execution.compute))
-    of_hosts = dataclasses.replace(recipe, workers=workers)
+    of_hosts = dataclasses.replace(
+        recipe,
+        workers=workers,
+        model=dataclasses.replace(model, **files),
+        run=dataclasses.replace(recipe.run, dir=str(directory)),
+    )
     setup = HostSetup(of_hosts, journal.header, journal.path, run.name(), dataset.shelf)
-    return RayEngine(setup, plan.execution.micro_batch, run.path.resolve(), console.warn, console.say)
+    return RayEngine(setup, plan.execution.micro_batch, directory, console.warn, console.say)
+
+
+def _is_there(path: str | dict) -> bool:
+    return isinstance(path, str) and bool(path) and Path(path).exists()
 
 
 def check_data(journal: Journal, header: dict, recipe: Recipe) -> None:

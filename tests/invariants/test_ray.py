@@ -1,5 +1,6 @@
 """A run on several hosts ends with the journal and the weights of the same run on one machine, whatever happens to hosts."""
 
+import json
 import os
 import random
 import shutil
@@ -11,6 +12,8 @@ import pytest
 from ray_cluster import nodes
 from support import (
     FITNESSES,
+    ROOT,
+    TINY,
     Live,
     assert_same_bits,
     assert_same_run,
@@ -129,9 +132,14 @@ def test_a_coordinator_that_was_killed_and_a_host_whose_weights_are_others(tmp_p
     assert resumed.code == 0 and records(run) == 302
 
 
-def test_hosts_of_other_capability_score_in_their_own_way_and_have_the_same_weights(tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, run={"iterations": 8}, es={"population": 8}, workers={"compute": "fp32"})
-    run = tmp_path / "run"
+def test_hosts_of_other_capability_score_in_their_own_way_and_have_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, run = tmp_path / "config.json", tmp_path / "run"
+    config.write_text(json.dumps(TINY))
+    relative = {"config": os.path.relpath(config, ROOT)}
+    recipe = write_recipe(tmp_path, run={"iterations": 8}, es={"population": 8}, workers={"compute": "fp32"}, model=relative)
+    monkeypatch.chdir(tmp_path)  # the nodes' working directory, which is not the command's
     with nodes(1) as cluster:
         cluster.add(ATEN_CPU_CAPABILITY="default")
         streamed = "memory.residency=streamed"
@@ -139,6 +147,7 @@ def test_hosts_of_other_capability_score_in_their_own_way_and_have_the_same_weig
     assert finished.code == 0, finished.err
     assert "a CPU that computes with DEFAULT" in finished.err and "weights stay the same everywhere" in finished.err
     assert "differs from this machine's" not in finished.err
+    monkeypatch.chdir(ROOT)
     assert_same_bits(replayed(run, tmp_path / "replayed"), tensors(run))
 
 

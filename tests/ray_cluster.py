@@ -1,14 +1,12 @@
 """A cluster of Ray whose nodes are all on this machine, for tests."""
 
-import os
-import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import psutil
 import pytest
+from support import outlived
 
 
 class Nodes:
@@ -32,15 +30,20 @@ class Nodes:
     def kill(self, node: Any) -> None:
         """All processes of a node, as if its machine lost power."""
         self.others.remove(node)
-        processes = [psutil.Process(p.process.pid) for kind in node.all_processes.values() for p in kind]
-        for process in [child for parent in processes for child in parent.children(recursive=True)] + processes:
+        for process in _processes(node):
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         self._cluster.remove_node(node, allow_graceful=False)
 
     def hosts(self) -> list[psutil.Process]:
-        """The processes of the run's hosts, on all nodes."""
-        return [p for p in psutil.process_iter() if _is_host(p)]
+        """The processes of the run's hosts, on all nodes of this cluster."""
+        return [p for node in (self._cluster.head_node, *self.others) for p in _processes(node) if _is_host(p)]
+
+    def end(self) -> None:
+        left = [process for node in (self._cluster.head_node, *self.others) for process in _processes(node)]
+        self._cluster.shutdown()
+        for process in outlived(left):
+            process.kill()
 
 
 QUIET: dict[str, Any] = {"object_store_memory": 100 * 2**20, "include_dashboard": False, "dashboard_agent_listen_port": 0}
@@ -59,12 +62,13 @@ def nodes(count: int) -> Iterator[Nodes]:
             found.add()
         yield found
     finally:
-        cluster.shutdown()
-        end = time.monotonic() + 30
-        while found.hosts() and time.monotonic() < end:
-            time.sleep(0.1)
-        for process in found.hosts():
-            os.kill(process.pid, signal.SIGKILL)
+        found.end()
+
+
+def _processes(node: Any) -> list[psutil.Process]:
+    """Those of a node, its hosts and their workers among them."""
+    own = [psutil.Process(info.process.pid) for kind in node.all_processes.values() for info in kind]
+    return [*own, *(child for process in own for child in process.children(recursive=True))]
 
 
 def _is_host(process: psutil.Process) -> bool:

@@ -6,6 +6,8 @@ import pytest
 from ray_cluster import nodes
 from support import finished_run, records, start, train, write_recipe
 
+from es_lite.errors import UserError
+
 NO_RAY = "import sys; sys.modules['ray'] = None; from es_lite.train import main; sys.exit(main(sys.argv[1:]))"
 
 OTHER_VERSION = "import es_lite; es_lite.__version__ = '9.9'"
@@ -26,7 +28,6 @@ def test_ray_is_not_installed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("address", "words"),
     [
-        ("auto", "there is no cluster of Ray that can be joined (Could not find any running Ray instance."),
         ("127.0.0.1:1", "nobody can be reached there ([Errno 111] Connection refused); start a cluster with `ray start --head`"),
         ("nonsense", 'expected "local", "auto" or the HOST:PORT that `ray start --head` has said'),
     ],
@@ -47,6 +48,37 @@ def test_an_address_of_ray_client(tmp_path: Path) -> None:
     refused = train(write_recipe(tmp_path), tmp_path / "run", "workers.engine=ray", "workers.address=ray://127.0.0.1:10001")
     assert refused.code == 2
     assert 'the command runs on a machine of the cluster; run it there, with workers.address = "auto"' in refused.err
+
+
+def test_ray_cannot_be_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not with a real "auto", which would join the cluster of another test."""
+    ray = pytest.importorskip("ray", reason="Ray is not installed")
+    from es_lite.hosts.cluster import Cluster
+
+    for error, words in (
+        (
+            ConnectionError("Could not find any running Ray instance. Start"),
+            "there is no cluster of Ray that can be joined (Could",
+        ),
+        (
+            RuntimeError("Version mismatch: The cluster\nwas"),
+            "the cluster has other versions of Ray or Python than this machine: V",
+        ),
+    ):
+        monkeypatch.setattr(ray, "init", Refused(error))
+        with pytest.raises(UserError) as raised:
+            Cluster("auto")
+        assert str(raised.value).startswith(f"workers.address = 'auto': {words}")
+
+
+class Refused:
+    """ray.init that raises."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __call__(self, *_: object, **__: object) -> None:
+        raise self.error
 
 
 @pytest.mark.slow

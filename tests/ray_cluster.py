@@ -1,5 +1,6 @@
 """A cluster of Ray whose nodes are all on this machine, for tests."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -55,6 +56,7 @@ def nodes(count: int) -> Iterator[Nodes]:
     pytest.importorskip("ray", reason="Ray is not installed")
     from ray.cluster_utils import Cluster
 
+    os.environ.setdefault("RAY_worker_niceness", "0")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **QUIET})
     found = Nodes(cluster)
     try:

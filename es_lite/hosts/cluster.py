@@ -17,6 +17,7 @@ from typing import Any, Self
 
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # an actor without a GPU keeps its CUDA_VISIBLE_DEVICES
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_worker_niceness", "0")  # else hosts yield to every other program
 os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")  # hosts have guards of their own, which lose less
 
 import ray

@@ -78,8 +78,8 @@ CROWDED_CASES = [(noise, *storage, "crowded") for noise, storage in zip(NOISES, 
 REWARDS_CASES = [(noise, *storage, "rewards") for noise, storage in zip(itertools.cycle(KINDS), STORAGES, strict=False)]
 CROWDED_REWARDS_CASES = [(noise, *storage, "crowded rewards") for noise, storage in zip(NOISES, reversed(STORAGES), strict=True)]
 FROZEN_CASES = [case for case in (*CROWDED_CASES, *CROWDED_REWARDS_CASES) if case[2] == "fp32"]
-LONG_CASES = [case for case in PLAIN_CASES if case[:3] not in [rewards[:3] for rewards in REWARDS_CASES]]
-"""A quick test has each storage with a kind of noise in turn, a long one all others."""
+LONG_CASES = [case for case in PLAIN_CASES if case[:3] not in [rewards[:3] for rewards in REWARDS_CASES]] + REWARDS_CASES
+"""Quick tests have each storage with a kind of noise in turn, and rewards with all that a recipe can set; long ones all others."""
 EVERY_REFERENCE = pytest.mark.parametrize(
     ("noise", "weights", "master", "settings"),
     [

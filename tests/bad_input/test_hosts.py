@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from ray_cluster import nodes
-from support import finished_run, records, start, train, write_recipe
+from support import finished_run, records, start, train, train_here, write_recipe
 
 from es_lite.errors import UserError
 
@@ -24,7 +24,6 @@ def test_ray_is_not_installed(tmp_path: Path) -> None:
     assert not run.exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("address", "words"),
     [
@@ -35,17 +34,16 @@ def test_ray_is_not_installed(tmp_path: Path) -> None:
 def test_there_is_no_cluster(address: str, words: str, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="Ray is not installed")
     recipe, run = write_recipe(tmp_path), tmp_path / "run"
-    refused = train(recipe, run, "workers.engine=ray", f"workers.address={address}")
+    refused = train_here(recipe, run, "workers.engine=ray", f"workers.address={address}")
     assert refused.code == 2
     assert refused.err.startswith(f"es_lite: workers.address = '{address}': {words}")
     assert refused.err.count("\n") == 1
     assert records(run) == 0
-    assert train(recipe, run, resume=True).code == 0  # without it
 
 
 def test_an_address_of_ray_client(tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="Ray is not installed")
-    refused = train(write_recipe(tmp_path), tmp_path / "run", "workers.engine=ray", "workers.address=ray://127.0.0.1:10001")
+    refused = train_here(write_recipe(tmp_path), tmp_path / "run", "workers.engine=ray", "workers.address=ray://127.0.0.1:10001")
     assert refused.code == 2
     assert 'the command runs on a machine of the cluster; run it there, with workers.address = "auto"' in refused.err
 
@@ -81,6 +79,7 @@ class Refused:
         raise self.error
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_machines_that_cannot_take_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray", reason="Ray is not installed")

@@ -193,6 +193,7 @@ def test_under_a_real_limit_the_pool_shrinks_if_another_process_takes_memory(rec
     assert group.kills() == 0
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_under_a_real_limit_what_does_not_fit_resident_is_streamed(tmp_path, group: Group):
     """160 million parameters in a gigabyte for everything: the same journal as resident, with room enough."""

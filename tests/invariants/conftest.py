@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pytest
 from combinations import Reference, References
-from support import FITNESSES, finished_run, write_recipe, write_reward_recipe
+from support import finished_run, write_recipe, write_reward_recipe
 
 STEPS = 100
 REWARD_STEPS = 30
@@ -45,7 +45,7 @@ class Undisturbed(NamedTuple):
     run: Path
 
 
-@pytest.fixture(params=FITNESSES)
+@pytest.fixture(params=["logprob", pytest.param("reward", marks=pytest.mark.long)])
 def undisturbed(request: pytest.FixtureRequest) -> Undisturbed:
     """Those of each fitness, in turn."""
     of = "reward_" if request.param == "reward" else ""

@@ -50,7 +50,11 @@ CASES = [
 of every kind and every storage."""
 
 
-@pytest.fixture(scope="module", params=CASES, ids="-".join)
+IN_TURN = [case if i % 3 == 0 else pytest.param(case, marks=pytest.mark.long) for i, case in enumerate(CASES)]
+"""A quick test has a third of them, every kind of noise and both fitnesses among these."""
+
+
+@pytest.fixture(scope="module", params=IN_TURN, ids=["-".join(case) for case in CASES])
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("runs"), *request.param)
 

@@ -46,7 +46,7 @@ def layer_files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
 
 
-@pytest.mark.parametrize("fitness", FITNESSES)
+@pytest.mark.parametrize("fitness", ["logprob", pytest.param("reward", marks=pytest.mark.long)])
 def test_three_hosts(fitness: str, tmp_path: Path) -> None:
     tables = {"run": {"iterations": 6}, "es": {"population": 8}, "eval": {"every": 2, "samples": 4}}
     recipe = FITNESSES[fitness](tmp_path, **tables)
@@ -65,6 +65,7 @@ def test_three_hosts(fitness: str, tmp_path: Path) -> None:
     assert {line["workers"] for line in steps[2:]} == {3}
 
 
+@pytest.mark.long
 def test_hosts_come_and_go(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, run={"iterations": 400}, es={"population": 8}, eval={"every": 50, "samples": 4})
     reference, run = finished_run(recipe, tmp_path / "reference"), tmp_path / "run"
@@ -109,6 +110,7 @@ def test_a_node_is_killed_at_random_moments(tmp_path: Path) -> None:
     assert digest(run) == digest(reference)
 
 
+@pytest.mark.long
 def test_a_coordinator_that_was_killed_and_a_host_whose_weights_are_others(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, run={"iterations": 300}, es={"population": 8})
     reference, run = finished_run(recipe, tmp_path / "reference"), tmp_path / "run"
@@ -132,6 +134,7 @@ def test_a_coordinator_that_was_killed_and_a_host_whose_weights_are_others(tmp_p
     assert resumed.code == 0 and records(run) == 302
 
 
+@pytest.mark.long
 def test_hosts_of_other_capability_score_in_their_own_way_and_have_the_same_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,6 +154,7 @@ def test_hosts_of_other_capability_score_in_their_own_way_and_have_the_same_weig
     assert_same_bits(replayed(run, tmp_path / "replayed"), tensors(run))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_stopping_and_going_on(name: str, tmp_path: Path) -> None:
     """With a cluster that the command itself starts."""

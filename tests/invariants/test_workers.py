@@ -49,6 +49,7 @@ def test_a_worker_that_hangs_is_replaced_and_changes_no_bit(undisturbed, tmp_pat
     assert samples(tmp_path / "run") == samples(undisturbed.run)
 
 
+@pytest.mark.long
 def test_killing_graders_at_random_moments_changes_no_bit(reward_recipe: Path, reward_reference: Path, tmp_path: Path) -> None:
     """The functions take their time, so that graders are killed at work too; another repeats the work."""
     functions = tmp_path / "rewards.py"

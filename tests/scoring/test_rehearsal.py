@@ -126,6 +126,7 @@ def test_a_model_that_does_not_stand_bf16_is_refused_for_bf16_only():
     rehearse(qwen, Layout.of(qwen), KINDS["gaussian"], writes=False, bf16=True)
 
 
+@pytest.mark.long
 def test_the_largest_model_takes_seconds_and_no_memory():
     """52 billion parameters."""
     model = skeleton(configuration("", "qwen3-32b"))

@@ -13,6 +13,7 @@ from support import RECIPE, write_recipe
 from es_lite.recipe import Recipe
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_every_variant_is_run_with_every_seed_and_drawn(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch

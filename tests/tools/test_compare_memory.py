@@ -82,6 +82,7 @@ def test_gradients_of_several_micro_batches_are_summed():
     assert {**one, "gradients": 0} == {**two, "gradients": 0}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_measured_through_the_real_runs(tmp_path):
     (tmp_path / "tiny.json").write_text(json.dumps(TINY))

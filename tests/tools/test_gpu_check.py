@@ -101,6 +101,7 @@ def test_the_tests_that_use_a_gpu_are_found():
     assert found >= {"algorithm/noise/test_on_device.py", "scoring/test_device.py"}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_with_the_gpus_code_on_the_cpu(check, tmp_path):
     """Streamed for the measured runs, resident for those in fp32: all that `--device cuda` would do but for the other weights."""

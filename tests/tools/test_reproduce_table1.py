@@ -34,6 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_model_is_put_beside_the_paper(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     words = [str(model), "--dir", str(tmp_path / "out"), *SMALL, "--set", "fitness.max_length=800", "--set", "workers.count=1"]

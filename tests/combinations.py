@@ -79,7 +79,7 @@ REWARDS_CASES = [(noise, *storage, "rewards") for noise, storage in zip(itertool
 CROWDED_REWARDS_CASES = [(noise, *storage, "crowded rewards") for noise, storage in zip(NOISES, reversed(STORAGES), strict=True)]
 FROZEN_CASES = [case for case in (*CROWDED_CASES, *CROWDED_REWARDS_CASES) if case[2] == "fp32"]
 LONG_CASES = [case for case in PLAIN_CASES if case[:3] not in [rewards[:3] for rewards in REWARDS_CASES]] + REWARDS_CASES
-"""Quick tests have each storage with a kind of noise in turn, and rewards with all that a recipe can set; long ones all others."""
+"""Quick tests have each storage with a kind of noise in turn, and rewards with all that a recipe can set; long ones the rest."""
 EVERY_REFERENCE = pytest.mark.parametrize(
     ("noise", "weights", "master", "settings"),
     [

@@ -41,7 +41,7 @@ class Estimate:
     curvature: float | None = None
     """κ; None if θ itself was not scored in this step."""
     curvature_error: float = 0.0
-    """The standard error of κ, from how it varies between pairs and between items."""
+    """The standard error of κ, from how it varies between pairs."""
     centre: float | None = None
     """θ's own score, if it was."""
 
@@ -57,10 +57,9 @@ def estimate(
     members, kept, items = _finite(scores, antithetic)
     found = Estimate()
     if centre is not None and members.size and np.isfinite(centre[items]).all():
-        costs = (centre[items] - members.mean(axis=1)) / sigma**2  # [pairs, items]
-        found = Estimate(
-            curvature=float(costs.mean()), curvature_error=_standard_error(costs), centre=float(centre[items].mean())
-        )
+        own, among = float(centre[items].mean()), members.mean(axis=(1, 2))
+        error = float(among.std()) / max(1, among.size - 1) ** 0.5
+        found = Estimate(curvature=(own - float(among.mean())) / sigma**2, curvature_error=error / sigma**2, centre=own)
     d = (members[:, 0] - members[:, 1]) / 2 if antithetic else members[:, 0] - members[:, 0].mean(axis=0)
     pairs, count = d.shape
     of_pairs = d.mean(axis=1) if count else np.zeros(pairs)
@@ -76,14 +75,6 @@ def estimate(
         squares=float(np.sum(coefficients**2)),
         pairs=pairs,
     )
-
-
-def _standard_error(values: np.ndarray) -> float:
-    """Of the mean of values [pairs, items], if other pairs and other items had been drawn."""
-    pairs, items = values.shape
-    of_pairs, of_items = values.mean(axis=1, keepdims=True), values.mean(axis=0, keepdims=True)
-    left = (values - of_pairs - of_items + values.mean()).var() / max(1, (pairs - 1) * (items - 1))  # is in both of the next
-    return float(max(0.0, of_pairs.var() / max(1, pairs - 1) + of_items.var() / max(1, items - 1) - left)) ** 0.5
 
 
 def _finite(scores: np.ndarray, antithetic: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -129,7 +120,6 @@ class Averages:
     """The share by which the curvature changes between two measurements."""
     EXPECTED_SIGNAL, EXPECTED_WITHIN = 0.2, 0.15
     """The mean and the deviation of what a signal is before anything is known of it."""
-    NEWS = 0.25
     DOUBT = 0.1
     """Costs are told apart from rounding if they add up to more than this share of the spread of the scores."""
 
@@ -138,8 +128,6 @@ class Averages:
         """κ; None if it was never measured."""
         self._variance = 0.0
         """Of the curvature."""
-        self.unsettled = False
-        """The last measurement changed what is known of the curvature by more than `NEWS`."""
         self._steps = 0
         self._window = 0.0
         self._means = _Means()
@@ -172,14 +160,12 @@ class Averages:
             return
         self._variance += (self.CHANGE * self.curvature) ** 2
         share = self._variance / (self._variance + variance) if variance else 1.0
-        change = share * (curvature - self.curvature)
-        self.unsettled = abs(change) > self.NEWS * abs(self.curvature)
-        self.curvature += change
+        self.curvature += share * (curvature - self.curvature)
         self._variance *= 1 - share
 
     def forget_costs(self) -> None:
         """σ changed: what one that was too small said of the curvature may have been rounding."""
-        self.curvature, self._variance, self.unsettled = None, 0.0, False
+        self.curvature, self._variance = None, 0.0
         self._costs = np.zeros(2)
 
     def compare(self, repeated: Estimate, alpha: float) -> None:

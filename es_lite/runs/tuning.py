@@ -64,7 +64,7 @@ class Tuning:
 
     def probes(self, step: int) -> bool:
         """Whether step `step` scores θ itself, which tells the curvature."""
-        asked = self._step_size is not None and (self._step_size.asks or self.averages.unsettled)
+        asked = self._step_size is not None and self._step_size.asks
         return asked or self.searching or self._age(step) < FIRST_PROBES or step % self._probe_every < 2
 
     def repeats(self, step: int) -> bool:

@@ -133,29 +133,6 @@ def test_the_error_of_the_curvature_is_its_deviation_over_steps():
         assert np.mean([one.curvature_error for one in found]) == pytest.approx(deviation, rel=0.1)
 
 
-def test_the_error_of_the_curvature_counts_the_items_too():
-    """Here the pairs agree on every item, and items do not agree on what a perturbation costs."""
-    costs = np.array([1.0, 3.0, 5.0, 7.0])
-    scores = np.repeat(np.array([[0.1], [-0.1], [0.2], [-0.2]]), 4, axis=1) - 0.5**2 * costs
-    found = estimate(scores, unit(scores, True), 0.5, True, np.zeros(4))
-    assert found.curvature == pytest.approx(4.0)
-    assert found.curvature_error == pytest.approx(np.std(costs, ddof=1) / 2)
-
-
-def test_a_curvature_that_changes_is_not_settled():
-    averages, unsettled = Averages(), []
-    for curvature in (100.0, 110.0, 300.0, 900.0, 920.0, 900.0):
-        averages.add(Estimate(curvature=curvature, curvature_error=1.0))
-        averages.add(Estimate())  # which says nothing of it
-        unsettled.append(averages.unsettled)
-    assert unsettled == [False, False, True, True, False, False]
-    averages.add(Estimate(curvature=2000.0, curvature_error=1e6))
-    assert not averages.unsettled, "it says too little"
-    averages.add(Estimate(curvature=1.0))
-    averages.forget_costs()
-    assert not averages.unsettled
-
-
 def test_a_measurement_of_the_curvature_counts_by_its_error():
     averages = Averages()
     for curvature, error, expected in ((100.0, 10.0, 100.0), (200.0, 1.0, 199.9), (100.0, 1e4, 199.9), (50.0, 0.0, 50.0)):

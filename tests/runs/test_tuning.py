@@ -100,15 +100,6 @@ def test_theta_is_scored_often_at_first_and_then_for_less_than_a_hundredth_of_th
     assert sum(probes) < 0.01 * 1000 * 16
 
 
-def test_theta_is_scored_in_the_next_step_too_while_the_curvature_changes():
-    tuning = Tuning(recipe(1000, alpha="auto"), never, [])
-    for step in range(40):
-        rising = dataclasses.replace(found(0.01), curvature=100.0 if step < 17 else 1000.0)
-        tuning.alpha(step, 0.01, rising if tuning.probes(step) else dataclasses.replace(rising, curvature=None, centre=None))
-        if step in (17, 18):
-            assert tuning.probes(step + 1) == (step == 17)  # the second measurement says what the first has said
-
-
 def test_theta_is_scored_again_with_a_sigma_that_is_new_when_the_search_ends():
     """Scores so noisy that no σ comes close: the search ends after its last step with one that it tried before."""
     tuning = Tuning(recipe(1000, sigma="auto", alpha="auto"), lambda: 1e-4, [])

@@ -203,7 +203,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     transformers_logging.set_verbosity_error()
     try:
         recipe = Recipe.load(arguments.recipe, arguments.overrides)
-        LocalEngine.prepare()
+        if recipe.workers.engine == "local":
+            LocalEngine.prepare()
         train(recipe, arguments.resume, arguments.rebuild)
     except DamagedFile as error:
         print(f"es_lite: {error}; add --resume --rebuild to make it again from θ₀ and the journal", file=sys.stderr)

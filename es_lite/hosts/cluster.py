@@ -20,6 +20,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_worker_niceness", "0")  # else hosts yield to every other program
 os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")  # hosts have guards of their own, which lose less
 
+import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -127,6 +128,15 @@ class Cluster:
                 here = node["NodeID"] == self._here
                 gpus = int(resources.get("GPU", 0))
                 found.append(Node(node["NodeID"], node["NodeManagerHostname"], int(resources["CPU"]), gpus, here))
+        return found
+
+    @staticmethod
+    def pids() -> list[int]:
+        """This process, and those of a cluster that was started here, but not its hosts."""
+        found = [os.getpid()]
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found += [child.pid, *(p.pid for p in child.children() if not p.cmdline()[0].startswith(f"ray::{Host.__name__}"))]
         return found
 
     @staticmethod

@@ -5,7 +5,6 @@ has been, the more it scores; what a late or lost host was to score, others scor
 the journal. The coordinator's machine always has a host, on the run directory's own files.
 """
 
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -25,7 +24,6 @@ from es_lite.hosts.membership import TICK_SECONDS, Hosts
 from es_lite.hosts.remote_host import RemoteHost
 from es_lite.hosts.sharing import Span, Work, divide, spans_of
 from es_lite.scoring.perturbation import Perturbation
-from es_lite.watching import PeakPss
 
 LATE_SHARE, LATE_SECONDS = 0.5, 2.0
 """A host is late if it takes this share, and these seconds, longer than expected: idle hosts then score its part too."""
@@ -50,15 +48,11 @@ class RayEngine:
         self._verify_every = setup.recipe.run.verify_every
         self._step = 0
         with ExitStack() as opened:
-            cluster = opened.enter_context(Cluster(workers.address))
-            # A cluster that was started here is of this process's own family.
-            pids = system.family if workers.address == "local" else lambda: [os.getpid()]
-            self._pss = opened.enter_context(PeakPss(pids))
-            self._hosts = Hosts(cluster, setup, run_dir, warn, say)
+            self._cluster = opened.enter_context(Cluster(workers.address))
+            self._hosts = Hosts(self._cluster, setup, run_dir, warn, say)
             opened.callback(self._hosts.close)
             self._hosts.wait_for(workers.hosts)
             self._opened = opened.pop_all()
-        self._local = workers.address == "local"
 
     @property
     def workers(self) -> int:
@@ -90,7 +84,10 @@ class RayEngine:
         while not (here := self._hosts.here).level or here.advancing:
             self._hosts.tend()
             progress(here.status.share if here.status else 0.0)
-            time.sleep(TICK_SECONDS / 10)
+            if here.advancing:
+                Cluster.wait(here.advancing[-1:], TICK_SECONDS)
+            elif not here.level:  # it is being started again
+                time.sleep(TICK_SECONDS)
         until = time.monotonic() + CATCHING_UP * (time.monotonic() - began) + CATCHING_UP_SECONDS
         while first and len(self._hosts.waiting) < len(self._hosts.opened) and time.monotonic() < until:
             self._hosts.tend()
@@ -104,11 +101,9 @@ class RayEngine:
 
     def memory(self) -> tuple[int, int]:
         """Of the machine on which it is most."""
-        own, peak = self._pss.sample(), self._pss.peak_bytes
-        if self._local:
-            return own, peak
-        sizes = [(s.pss + own * h.node.here, s.peak_pss + peak * h.node.here) for h, s in self._hosts.statuses()]
-        return max(sizes, default=(own, peak))
+        own = system.pss_bytes(self._cluster.pids())
+        sizes = [(status.pss, status.peak_pss, host.node.here) for host, status in self._hosts.statuses()]
+        return max(((now + own * here, peak + own * here) for now, peak, here in sizes), default=(own, own))
 
     def traffic(self) -> tuple[int, int]:
         """Of all hosts, as they have last said."""

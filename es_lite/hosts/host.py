@@ -29,6 +29,9 @@ from es_lite.recipe import Recipe
 from es_lite.scoring.perturbation import Perturbation
 from es_lite.weights.store import Store
 
+MEMORY_SECONDS = 10.0
+"""Time between two measurements of the memory, which cost milliseconds per GiB."""
+
 LOCK_SECONDS = 30.0
 """How long a host waits for one that was just killed to let go of its files."""
 
@@ -90,6 +93,7 @@ class Host:
         self._engine: LocalEngine | None = None
         self._warnings: list[str] = []
         self._items: Items | None = None
+        self._memory, self._measured = (0, 0), float("-inf")
 
     def open(self, setup: HostSetup) -> Report:
         """Checks the model and the plan, and starts the workers. Raises UserError."""
@@ -144,7 +148,9 @@ class Host:
         engine = self._engine
         if engine is None:
             return Status(0.0, 0, 0, 0, 0, 0, "", new)
-        return Status(self._share, *engine.memory(), *engine.traffic(), engine.workers, engine.shortage, new)
+        if time.monotonic() - self._measured > MEMORY_SECONDS:
+            self._memory, self._measured = engine.memory(), time.monotonic()
+        return Status(self._share, *self._memory, *engine.traffic(), engine.workers, engine.shortage, new)
 
     def close(self) -> None:
         """See `Engine.close`; whatever is under way fails."""

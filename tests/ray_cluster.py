@@ -36,9 +36,9 @@ class Nodes:
                 process.kill()
         self._cluster.remove_node(node, allow_graceful=False)
 
-    def hosts(self) -> list[psutil.Process]:
-        """The processes of the run's hosts, on all nodes of this cluster."""
-        return [p for node in (self._cluster.head_node, *self.others) for p in _processes(node) if _is_host(p)]
+    def hosts(self, *nodes: Any) -> list[psutil.Process]:
+        """The processes of the run's hosts, on these nodes or on all of this cluster."""
+        return [p for node in nodes or (self._cluster.head_node, *self.others) for p in _processes(node) if _is_host(p)]
 
     def end(self) -> None:
         left = [process for node in (self._cluster.head_node, *self.others) for process in _processes(node)]

@@ -26,6 +26,7 @@ from es_lite.tables import (
 )
 
 RAY_ONLY = ("workers.address", "workers.hosts", "workers.host_dir", "run.verify_every")
+"""Keys that only workers.engine = "ray" uses."""
 
 ONLY = {
     "logprob": ("data.lines", "data.samples"),
@@ -138,14 +139,18 @@ def _contradictions(recipe: Recipe) -> typing.Iterator[tuple[set[str], str]]:
     if recipe.eval.every and not recipe.eval.path and recipe.eval.fraction == 0:
         yield {"eval"}, "eval.fraction = 0: nothing is held out for eval.every; give eval.path or a fraction"
     for name in RAY_ONLY if recipe.workers.engine != "ray" else ():
-        table, key = name.split(".")
-        if getattr(getattr(recipe, table), key) != getattr(getattr(Recipe(), table), key):
-            yield {table, "workers"}, f'{name}: only workers.engine = "ray" uses it; remove it, or set that'
+        if _is_set(recipe, name):
+            yield {name.partition(".")[0], "workers"}, f'{name}: only workers.engine = "ray" uses it; remove it, or set that'
     for kind, used in ONLY.items():
         for name in used if kind != recipe.fitness.kind else ():
-            table, key = name.split(".")
-            if getattr(getattr(recipe, table), key) != getattr(getattr(Recipe(), table), key):
-                yield {table, "fitness"}, f'{name}: only fitness.kind = "{kind}" uses it; remove it, or set that'
+            if _is_set(recipe, name):
+                yield {name.partition(".")[0], "fitness"}, f'{name}: only fitness.kind = "{kind}" uses it; remove it, or set that'
+
+
+def _is_set(recipe: Recipe, name: str) -> bool:
+    """Whether the key "table.key" differs from its default."""
+    table, key = name.split(".")
+    return getattr(getattr(recipe, table), key) != getattr(getattr(Recipe(), table), key)
 
 
 def _auto_contradictions(recipe: Recipe) -> typing.Iterator[tuple[set[str], str]]:

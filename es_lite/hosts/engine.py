@@ -172,7 +172,7 @@ class RayEngine:
         under_way = 0.0
         for host in self._hosts.ready:
             if host.task and host.task.work is work and host.status:
-                under_way += host.status.share * sum(len(span) for span, _ in host.task.calls)
+                under_way += host.status.share * sum(map(len, host.task.spans))
         return min(1.0, (work.done + under_way) / work.grains)
 
     def _verified(self, hosts: Sequence[RemoteHost]) -> list[RemoteHost]:

@@ -153,7 +153,7 @@ class Hosts:
 
     def close(self) -> None:
         """Ends all hosts. They leave their folders tidy, if that does not take long."""
-        calls = [host.actor.watch("close") for host in self._hosts.values() if host.report]
+        calls = [host.actor.watch("close") for host in self.opened]
         until = time.monotonic() + CLOSING_SECONDS
         for call in calls:
             with contextlib.suppress(Exception):

@@ -8,11 +8,9 @@ table goes to standard output, everything also to a JSON file. The model's files
 """
 
 import argparse
-import contextlib
 import json
-import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +31,7 @@ from es_lite.files import write_durably
 from es_lite.fitness.grading import Graders
 from es_lite.fitness.reward import Reward, RewardItems, check_vocabulary, end_tokens, functions_of
 from es_lite.recipe import Recipe
-from es_lite.terminal import accept_any_text
+from es_lite.terminal import accept_any_text, stoppable
 
 
 def evaluate(subject: Subject, base: Subject | None, recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
@@ -155,22 +153,12 @@ def _count(text: str) -> int:
     return int(text)
 
 
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that temporary files are removed."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     accept_any_text()
     options = _parser().parse_args(argv)
     transformers_logging.set_verbosity_error()
     try:
-        with _terminable():
+        with stoppable():
             run(options)
     except (UserError, RunError) as error:
         print(f"es_lite: {error}", file=sys.stderr)

@@ -6,11 +6,13 @@ so a crash leaves one of the two, complete.
 
 import contextlib
 import errno
+import fcntl
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 ALIGNMENT = 4096
 """Direct reads and writes need memory, offsets and sizes that are multiples of this."""
@@ -54,6 +56,24 @@ def read_fully(descriptor: int, view: memoryview, position: int, size: int) -> N
         if got == 0:
             raise TruncatedFile(None, "the file is truncated")
         done += got
+
+
+def take_lock(file: IO[str], patience_seconds: float) -> None:
+    """Makes this process, and those that it forks, the only ones that hold `file`, until all of them have closed it.
+
+    Raises BlockingIOError if others hold it for longer than that, another OSError if the file system has no locks.
+    """
+    until = time.monotonic() + patience_seconds
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
+            if time.monotonic() >= until:
+                raise BlockingIOError(error.errno, error.strerror) from None
+        time.sleep(0.1)
 
 
 def view_of(array: Any) -> memoryview:

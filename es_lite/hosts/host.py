@@ -4,7 +4,6 @@ It lives in an actor (`hosts.cluster`), and knows nothing of Ray.
 """
 
 import dataclasses
-import fcntl
 import shutil
 import time
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from es_lite.algorithm.jit import Threads
 from es_lite.algorithm.record import Record
 from es_lite.engine.local import LocalEngine
 from es_lite.errors import UserError
-from es_lite.files import remove_unfinished
+from es_lite.files import remove_unfinished, take_lock
 from es_lite.fitness.base import Items, Shelf
 from es_lite.fitness.kinds import fitness_of
 from es_lite.model.origin import Origin
@@ -168,34 +167,27 @@ class Host:
     def _place(self, recipe: Recipe, run: str) -> tuple[Path, IO[str]]:
         """The folder of the layers' folder, and its lock. Several hosts on one machine have one each. Raises UserError."""
         if self._run_dir is not None:
-            path = self._run_dir / "host.lock"
+            file = (self._run_dir / "host.lock").open("w")
             try:
-                return self._run_dir, _locked(path, LOCK_SECONDS)
+                take_lock(file, LOCK_SECONDS)
             except BlockingIOError:
-                raise UserError(f"{path}: another host of this run is still at work; wait for it, or kill it") from None
+                raise UserError(f"{file.name}: another host of this run is still at work; wait for it, or kill it") from None
+            except OSError:
+                pass  # the file system has no locks, as the run has said
+            return self._run_dir, file
         parent = Path(recipe.workers.host_dir).expanduser() / run
         try:
             for number in range(1000):
                 folder = parent / str(number)
                 folder.mkdir(parents=True, exist_ok=True)
+                file = (folder / "lock").open("w")
                 try:
-                    return folder, _locked(folder / "lock", 0.0)
+                    take_lock(file, 0.0)
+                    return folder, file
                 except BlockingIOError:
-                    continue
+                    file.close()
         except OSError as error:
-            raise UserError(f"{parent}: cannot be written ({error.strerror}); choose another workers.host_dir") from None
+            raise UserError(
+                f"{parent}: cannot be written or locked ({error.strerror}); choose another workers.host_dir"
+            ) from None
         raise UserError(f"{parent}: is full of other hosts' folders")
-
-
-def _locked(path: Path, patience_seconds: float) -> IO[str]:
-    """Raises BlockingIOError if another process holds it for longer than that."""
-    file, until = path.open("w"), time.monotonic() + patience_seconds
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except BlockingIOError:
-            if time.monotonic() >= until:
-                file.close()
-                raise
-            time.sleep(0.1)

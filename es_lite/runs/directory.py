@@ -1,17 +1,14 @@
 """The run directory: one run's files, held by one process at a time, tied to one recipe."""
 
-import errno
-import fcntl
 import hashlib
 import secrets
 import shutil
 import sys
-import time
 from pathlib import Path
 from typing import IO
 
 from es_lite.errors import UserError
-from es_lite.files import finish_replacement, remove_unfinished, write_durably
+from es_lite.files import finish_replacement, remove_unfinished, take_lock, write_durably
 from es_lite.recipe import Recipe
 
 CHANGEABLE = (
@@ -75,25 +72,17 @@ class RunDirectory:
 
     def _hold(self) -> None:
         """Takes the lock; waits a little, since the workers of a run that was just killed take a moment to end."""
-        until = time.monotonic() + LOCK_SECONDS
-        while True:
-            try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except OSError as error:
-                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                    print(
-                        f"warning: {self.path}: this file system has no locks ({error.strerror}), so nothing keeps a second run "
-                        "out of this folder: do not start one",
-                        file=sys.stderr,
-                    )
-                    return
-                if time.monotonic() > until:
-                    self.lock.close()
-                    raise UserError(
-                        f"{self.path}: in use by another run; wait for it, stop it, or choose another run.dir"
-                    ) from None
-                time.sleep(0.1)
+        try:
+            take_lock(self.lock, LOCK_SECONDS)
+        except BlockingIOError:
+            self.lock.close()
+            raise UserError(f"{self.path}: in use by another run; wait for it, stop it, or choose another run.dir") from None
+        except OSError as error:
+            print(
+                f"warning: {self.path}: this file system has no locks ({error.strerror}), so nothing keeps a second run "
+                "out of this folder: do not start one",
+                file=sys.stderr,
+            )
 
     def name(self) -> str:
         """A name that no other run has, not even a copy of this directory; it stays the same. Raises UserError."""

@@ -78,15 +78,22 @@ CROWDED_CASES = [(noise, *storage, "crowded") for noise, storage in zip(NOISES, 
 REWARDS_CASES = [(noise, *storage, "rewards") for noise, storage in zip(itertools.cycle(KINDS), STORAGES, strict=False)]
 CROWDED_REWARDS_CASES = [(noise, *storage, "crowded rewards") for noise, storage in zip(NOISES, reversed(STORAGES), strict=True)]
 FROZEN_CASES = [case for case in (*CROWDED_CASES, *CROWDED_REWARDS_CASES) if case[2] == "fp32"]
-LONG_CASES = [case for case in PLAIN_CASES if case[:3] not in [rewards[:3] for rewards in REWARDS_CASES]] + REWARDS_CASES
-"""Quick tests have each storage with a kind of noise in turn, and rewards with all that a recipe can set; long ones the rest."""
-EVERY_REFERENCE = pytest.mark.parametrize(
-    ("noise", "weights", "master", "settings"),
-    [
-        pytest.param(*case, id="-".join(case), marks=[pytest.mark.long] if case in LONG_CASES else [])
-        for case in (*PLAIN_CASES, *CROWDED_CASES, *REWARDS_CASES, *CROWDED_REWARDS_CASES)
-    ],
-)
+LONG_CASES = [
+    *(case for case in PLAIN_CASES if case[:3] not in [rewards[:3] for rewards in REWARDS_CASES]),
+    *REWARDS_CASES,
+    *CROWDED_REWARDS_CASES[1:],
+]
+"""Quick tests have each storage with a kind of noise in turn, and rewards once, with all that a recipe can set; long ones the
+rest."""
+
+
+def references_of(*cases: tuple[str, ...]) -> Any:
+    """A test for each of these references."""
+    each = [pytest.param(*case, id="-".join(case), marks=[pytest.mark.long] if case in LONG_CASES else []) for case in cases]
+    return pytest.mark.parametrize(("noise", "weights", "master", "settings"), each)
+
+
+EVERY_REFERENCE = references_of(*PLAIN_CASES, *CROWDED_CASES, *REWARDS_CASES, *CROWDED_REWARDS_CASES)
 
 
 def in_turn(*ways: tuple) -> list:

@@ -168,7 +168,7 @@ FAILURES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("step", [1, pytest.param(2, marks=pytest.mark.long)])
 @pytest.mark.parametrize("failure", FAILURES)
 def test_a_function_that_fails_changes_nothing_and_the_run_goes_on_once_it_is_repaired(
     tmp_path: Path, undisturbed: dict[int, dict[str, str]], failure: str, step: int

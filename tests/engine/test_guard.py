@@ -111,7 +111,7 @@ def under(pressure: Pressure, recipe: Path, run: Path, monkeypatch: pytest.Monke
     return train_here(recipe, run, *overrides)
 
 
-@pytest.mark.parametrize("level", ["short", "critical"])
+@pytest.mark.parametrize("level", [pytest.param("short", marks=pytest.mark.long), "critical"])
 def test_the_pool_shrinks_and_no_bit_changes(recipe, reference, tmp_path, monkeypatch, level):
     """Short: a worker is stopped after its task. Critical: at once, and another does its task."""
     finished = under(Pressure(tmp_path / "run", level, times=2), recipe, tmp_path / "run", monkeypatch)
@@ -122,7 +122,11 @@ def test_the_pool_shrinks_and_no_bit_changes(recipe, reference, tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    ("level", "words"), [("short", "stopped after step 3, memory is short"), ("critical", "too little memory for one worker")]
+    ("level", "words"),
+    [
+        ("short", "stopped after step 3, memory is short"),
+        pytest.param("critical", "too little memory for one worker", marks=pytest.mark.long),
+    ],
 )
 def test_with_one_worker_the_run_ends_itself_and_can_be_resumed(recipe, reference, tmp_path, monkeypatch, level, words):
     run = tmp_path / "run"

@@ -50,7 +50,7 @@ TABLES: dict[str, dict[str, Any]] = {
 }
 
 
-SOON = ["states and keys of Gemma 3n", "random vectors", "experts, from a folder", "buffers, from a folder"]
+SOON = ["random vectors", "experts, from a folder"]
 """The others are long."""
 
 ALL = [*CONFIGS, *(f"{name}, from a folder" for name in FROM_FOLDERS)]

@@ -17,6 +17,7 @@ from combinations import (
     STEPS,
     STORAGES,
     References,
+    references_of,
 )
 from support import assert_same_run, metrics, replayed, samples, tensors, train_here
 
@@ -58,7 +59,7 @@ def test_two_pairs_of_low_rank_noise_share_a_tile(references: References, noise:
         assert (execution.tile_members, execution.group) == ((4, 2) if noise == "lowrank 1" else (1, 1))
 
 
-@pytest.mark.parametrize(("noise", "weights", "master", "settings"), [*REWARDS_CASES, *CROWDED_REWARDS_CASES])
+@references_of(*REWARDS_CASES, *CROWDED_REWARDS_CASES)
 def test_members_write_other_texts_that_end_at_different_times(
     references: References, noise: str, weights: str, master: str, settings: str
 ) -> None:
@@ -68,7 +69,7 @@ def test_members_write_other_texts_that_end_at_different_times(
     assert sum(0 < line["cut"] < 1 for line in metrics(run)[1:]) > STEPS // 2, "all end together"
 
 
-@pytest.mark.parametrize(("noise", "weights", "master", "settings"), FROZEN_CASES)
+@references_of(*FROZEN_CASES)
 def test_a_frozen_group_stays_as_it_was_and_all_else_moves(
     references: References, noise: str, weights: str, master: str, settings: str, tmp_path: Path
 ) -> None:

@@ -15,7 +15,7 @@ def recipe_of(folder: Path, fitness: str, **es: object) -> Path:
 
 
 @pytest.mark.parametrize("fitness", ["logprob", pytest.param("reward", marks=pytest.mark.long)])
-@pytest.mark.parametrize("antithetic", [True, False], ids=["antithetic", "members"])
+@pytest.mark.parametrize("antithetic", [True, pytest.param(False, marks=pytest.mark.long)], ids=["antithetic", "members"])
 def test_a_run_that_is_stopped_after_every_step_finds_what_one_does_that_is_not(tmp_path: Path, fitness: str, antithetic: bool):
     recipe = recipe_of(tmp_path, fitness, antithetic=antithetic)
     assert train_here(recipe, tmp_path / "whole").code == 0

@@ -41,7 +41,7 @@ class Estimate:
     curvature: float | None = None
     """κ; None if θ itself was not scored in this step."""
     curvature_error: float = 0.0
-    """The standard error of κ, from how it varies between pairs."""
+    """The standard error of κ, from how it varies between pairs and between items."""
     centre: float | None = None
     """θ's own score, if it was."""
 
@@ -57,9 +57,9 @@ def estimate(
     members, kept, items = _finite(scores, antithetic)
     found = Estimate()
     if centre is not None and members.size and np.isfinite(centre[items]).all():
-        own, among = float(centre[items].mean()), members.mean(axis=(1, 2))
-        error = float(among.std()) / max(1, among.size - 1) ** 0.5
-        found = Estimate(curvature=(own - float(among.mean())) / sigma**2, curvature_error=error / sigma**2, centre=own)
+        lost = centre[items] - members.mean(axis=1)
+        own, error = float(centre[items].mean()), _error(lost)
+        found = Estimate(curvature=float(lost.mean()) / sigma**2, curvature_error=error / sigma**2, centre=own)
     d = (members[:, 0] - members[:, 1]) / 2 if antithetic else members[:, 0] - members[:, 0].mean(axis=0)
     pairs, count = d.shape
     of_pairs = d.mean(axis=1) if count else np.zeros(pairs)
@@ -75,6 +75,15 @@ def estimate(
         squares=float(np.sum(coefficients**2)),
         pairs=pairs,
     )
+
+
+def _error(values: np.ndarray) -> float:
+    """The standard error of the mean of values [pairs, items], where pairs and items were both drawn independently."""
+    of_pairs, of_items = values.mean(axis=1), values.mean(axis=0)
+    pairs, items = max(1, of_pairs.size - 1), max(1, of_items.size - 1)
+    rest = values - of_pairs[:, None] - of_items + values.mean()
+    variance = of_pairs.var() / pairs + of_items.var() / items - (rest**2).mean() / (pairs * items)  # which both others have
+    return max(0.0, float(variance)) ** 0.5
 
 
 def _finite(scores: np.ndarray, antithetic: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -111,8 +120,9 @@ class Averages:
     """Estimates, smoothed over steps: over all so far, then over the last 10 or, if that is more, the last quarter.
 
     The longer a run, the more slowly it changes, and the smaller is the share of signal, which takes more steps to see. The
-    curvature, which is measured less often, is filtered (Kalman): a measurement counts by its error, and by how much the
-    curvature may have changed since the one before. How many times its random part a step costs is smoothed over `COSTS` of them.
+    curvature, which is measured less often, is filtered (Kalman): a measurement counts by the errors of all so far, since items
+    of little curvature have small errors too, and by how much the curvature may have changed since the one before. How many
+    times its random part a step costs is smoothed over `COSTS` of them.
     """
 
     LEAST, SHARE, COSTS = 10, 0.25, 8
@@ -128,6 +138,8 @@ class Averages:
         """κ; None if it was never measured."""
         self._variance = 0.0
         """Of the curvature."""
+        self._errors = np.zeros(2)
+        """Number of measurements of the curvature, and the sum of their squared errors."""
         self._steps = 0
         self._window = 0.0
         self._means = _Means()
@@ -155,10 +167,12 @@ class Averages:
         self._last = of_step
 
     def _measure(self, curvature: float, variance: float) -> None:
+        self._errors += (1, variance)
+        variance = self._errors[1] / self._errors[0]
         if self.curvature is None:
             self.curvature, self._variance = curvature, variance
             return
-        self._variance += (self.CHANGE * self.curvature) ** 2
+        self._variance += (self.CHANGE * (abs(self.curvature) + abs(curvature)) / 2) ** 2
         share = self._variance / (self._variance + variance) if variance else 1.0
         self.curvature += share * (curvature - self.curvature)
         self._variance *= 1 - share
@@ -166,6 +180,7 @@ class Averages:
     def forget_costs(self) -> None:
         """σ changed: what one that was too small said of the curvature may have been rounding."""
         self.curvature, self._variance = None, 0.0
+        self._errors = np.zeros(2)
         self._costs = np.zeros(2)
 
     def compare(self, repeated: Estimate, alpha: float) -> None:

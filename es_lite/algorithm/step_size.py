@@ -6,6 +6,8 @@ directions (the short-horizon bias of stochastic meta-descent, arXiv 1803.02021)
 line to 0, which takes back what the random part of the steps still costs. benchmarks/step-size.md has what else was tried.
 """
 
+import math
+
 from es_lite.algorithm.estimate import Averages, Estimate
 
 MULTIPLE = 1.3
@@ -18,11 +20,15 @@ RISE, FALL = 2.0, 4.0
 """The most by which α rises above the one that it was when the curvature was last measured, and falls from one step to the next.
 At first, larger steps soon lead to where the curvature is many times as large."""
 
+CLOSE = 0.1
+"""Up to this multiple of σ, the root mean square of a step's elements may rise faster: the scores are of what is further away."""
+
 NEWS = 1.2
 """The curvature is measured again once α has risen by this."""
 
-TRUST = 1.0
-"""The root mean square of a step's elements is at most this multiple of σ: scores say nothing of what is further away."""
+TRUST, FURTHEST = 0.14, 1.0
+"""The root mean square of a step's elements is at most TRUST·√pairs times σ, since the more pairs there are, the less of it is
+random, and at most FURTHEST times σ, since scores say nothing of what is further away."""
 
 
 class StepSize:
@@ -44,14 +50,17 @@ class StepSize:
         if found.curvature is not None:
             self._measured = self._alpha
         if left > LAST_PART or step == 0:
-            self._alpha = self._bounded(averages, sigma, found.squares)
+            self._alpha = self._bounded(averages, sigma, found)
         return self._alpha * min(1.0, left / LAST_PART)
 
-    def _bounded(self, averages: Averages, sigma: float, squares: float) -> float:
+    def _bounded(self, averages: Averages, sigma: float, found: Estimate) -> float:
         cost, gain = averages.cost, max(0.0, averages.gain)
-        highest = RISE * self._measured
-        if squares:
-            highest = min(highest, TRUST * sigma / squares**0.5)
+        highest, furthest = RISE * self._measured, math.inf
+        if found.squares:
+            close = sigma / found.squares**0.5
+            highest, furthest = max(highest, CLOSE * close), min(FURTHEST, TRUST * found.pairs**0.5) * close
         if cost is None or cost <= 0:  # nothing is known that speaks against a larger step
-            return highest if gain else min(self._alpha, highest)
-        return max(min(MULTIPLE * gain / (2 * cost), highest), self._alpha / FALL)
+            wanted = highest if gain else min(self._alpha, highest)
+        else:
+            wanted = max(min(MULTIPLE * gain / (2 * cost), highest), self._alpha / FALL)
+        return min(wanted, furthest)

@@ -15,8 +15,11 @@ from es_lite.tables import ESTable
 FIRST_SIGMA = 1e-3
 """Where the search for a σ that is "auto" begins: the papers'."""
 
-FIRST_PROBES = 4
+FIRST_PROBES = 16
 """θ itself is scored in so many steps at first, and again when σ has been found."""
+
+FIRST_REPEATS = 4
+"""Of the first steps with a σ, every second of so many has the items of the one before it."""
 
 PROBED_MEMBERS = 250
 """Later it is scored in two steps in a row for so many members, which takes less than 1 % of the time."""
@@ -70,7 +73,7 @@ class Tuning:
     def repeats(self, step: int) -> bool:
         """Whether step `step` has the items of the step before it, so that what that one gained is seen."""
         age = self._age(step)
-        return self._step_size is not None and (step % self._probe_every == 1 or (age < FIRST_PROBES and age % 2 == 1))
+        return self._step_size is not None and (step % self._probe_every == 1 or (age < FIRST_REPEATS and age % 2 == 1))
 
     def _age(self, step: int) -> int:
         """How many steps before step `step` had its σ; with decays, all."""

@@ -130,14 +130,44 @@ def test_the_error_of_the_curvature_is_its_deviation_over_steps():
             scores, _ = model.step(antithetic)
             found.append(estimate(scores, unit(scores, antithetic), SIGMA, antithetic, np.zeros(ITEMS)))
         deviation = np.std([one.curvature for one in found])
-        assert np.mean([one.curvature_error for one in found]) == pytest.approx(deviation, rel=0.1)
+        errors = np.array([one.curvature_error for one in found])
+        assert (errors**2).mean() ** 0.5 == pytest.approx(deviation, rel=0.15)
 
 
-def test_a_measurement_of_the_curvature_counts_by_its_error():
+def test_the_error_of_the_curvature_counts_how_it_varies_between_items():
+    """By far more than between pairs, here."""
+    random, found = np.random.default_rng(12), []
+    for _ in range(400):
+        curvatures, noise = random.exponential(50.0, ITEMS), random.standard_normal((PAIRS, DIMENSIONS))
+        scores = -(SIGMA**2) * np.outer(np.repeat((noise**2).mean(axis=1), 2), curvatures)
+        scores += np.repeat(random.standard_normal(PAIRS), 2)[:, None] * np.tile(
+            [[1.0], [-1.0]], (PAIRS, 1)
+        )  # else all are equal
+        found.append(estimate(scores, unit(scores, True), SIGMA, True, np.zeros(ITEMS)))
+    deviation = np.std([one.curvature for one in found])
+    assert np.mean([one.curvature_error**2 for one in found]) ** 0.5 == pytest.approx(deviation, rel=0.1)
+    assert deviation == pytest.approx(50.0 / ITEMS**0.5, rel=0.15)
+
+
+def test_a_measurement_of_the_curvature_counts_by_the_errors_of_all_so_far():
+    """A low one is not believed more because its own error is smaller, as it is where items curve little."""
     averages = Averages()
-    for curvature, error, expected in ((100.0, 10.0, 100.0), (200.0, 1.0, 199.9), (100.0, 1e4, 199.9), (50.0, 0.0, 50.0)):
+    averages.CHANGE = 0.0  # type: ignore[misc]
+    measured = ((100.0, 3.0), (160.0, 3.0), (40.0, 0.0), (40.0, 0.0))
+    for curvature, error in measured:
         averages.add(Estimate(curvature=curvature, curvature_error=error))
-        assert averages.curvature == pytest.approx(expected, rel=2e-3)
+    first = 130.0  # both count alike, and leave an error of 9/2
+    second = first + (4.5 / (4.5 + 6.0)) * (40.0 - first)  # the errors of three are 6 on average
+    left = 4.5 * (1 - 4.5 / 10.5)
+    assert averages.curvature == pytest.approx(second + left / (left + 4.5) * (40.0 - second))
+
+
+@pytest.mark.parametrize(("few", "many"), [(10.0, 5000.0), (5000.0, 10.0)])
+def test_a_curvature_that_was_small_soon_follows_one_that_is_large(few: float, many: float):
+    averages = Averages()
+    for curvature in (few, many, many, many):
+        averages.add(Estimate(curvature=curvature, curvature_error=1000.0))
+    assert averages.curvature == pytest.approx(many, abs=0.2 * 5000)
 
 
 def test_the_signal_is_the_share_of_the_variance_that_all_items_would_show():

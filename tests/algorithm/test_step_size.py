@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from es_lite.algorithm.estimate import Averages, Estimate
-from es_lite.algorithm.step_size import FALL, LAST_PART, MULTIPLE, RISE, TRUST, StepSize
+from es_lite.algorithm.step_size import CLOSE, FALL, FURTHEST, LAST_PART, MULTIPLE, RISE, TRUST, StepSize
 
 ALIKE = Estimate(slope=1.0, seen=1.0, scatter=2.0, agreed=0.5, squares=0.25, pairs=10**9, curvature=10.0)
 """Of which the greedy step is 0.5/(2·2.5) = 0.1."""
@@ -29,22 +29,32 @@ def test_it_comes_to_the_multiple_of_the_step_that_gains_most_from_anywhere(star
 
 
 def test_it_rises_and_falls_by_bounded_factors():
-    up, down = alphas(1e-6, 1000), alphas(1e6, 1000)
-    assert [up[step + 1] / up[step] for step in range(5)] == pytest.approx([RISE] * 5)
+    """Above what is close to σ."""
+    up, down = alphas(1e-3, 1000, sigma=0.008), alphas(1e6, 1000, sigma=1e9)
+    assert [up[step + 1] / up[step] for step in range(3)] == pytest.approx([RISE] * 3)
     assert [down[step] / down[step + 1] for step in range(5)] == pytest.approx([FALL] * 5)
-    assert up[0] == pytest.approx(RISE * 1e-6) and down[0] == pytest.approx(1e6 / FALL)
+    assert up[0] == pytest.approx(RISE * 1e-3) and down[0] == pytest.approx(1e6 / FALL)
+
+
+@pytest.mark.parametrize("start", [1e-9, 1e-4])
+def test_what_is_close_to_sigma_is_reached_at_once(start: float):
+    """However small the first α is."""
+    found = alphas(start, 1000, sigma=0.01)
+    assert found[0] == pytest.approx(CLOSE * 0.01 / ALIKE.squares**0.5)
+    assert found[1] == pytest.approx(RISE * found[0])
 
 
 def test_it_rises_no_further_than_the_curvature_was_measured_for():
     averages, step_size = Averages(), StepSize(1e-3, 1000)
+    sigma = 0.008  # nothing of what follows is close to it
     averages.add(ALIKE)
-    assert step_size.next(0, ALIKE, averages, FAR) == pytest.approx(RISE * 1e-3) and step_size.asks
+    assert step_size.next(0, ALIKE, averages, sigma) == pytest.approx(RISE * 1e-3) and step_size.asks
     unmeasured = replace(ALIKE, curvature=None)
     for step in range(1, 10):
         averages.add(unmeasured)
-        assert step_size.next(step, unmeasured, averages, FAR) == pytest.approx(RISE * 1e-3) and step_size.asks
+        assert step_size.next(step, unmeasured, averages, sigma) == pytest.approx(RISE * 1e-3) and step_size.asks
     averages.add(ALIKE)
-    assert step_size.next(10, ALIKE, averages, FAR) == pytest.approx(RISE**2 * 1e-3) and step_size.asks
+    assert step_size.next(10, ALIKE, averages, sigma) == pytest.approx(RISE**2 * 1e-3) and step_size.asks
 
 
 def test_it_falls_in_a_straight_line_to_0_over_the_last_part():
@@ -55,10 +65,11 @@ def test_it_falls_in_a_straight_line_to_0_over_the_last_part():
         assert found[step] == pytest.approx(found[first] * (1000 - step) / (1000 - first))
 
 
-def test_no_step_goes_further_than_the_scores_say_anything_of():
-    found = alphas(0.1, 1000, sigma=1e-3)
-    assert max(found) * ALIKE.squares**0.5 <= TRUST * 1e-3 * (1 + 1e-9) or found[0] == pytest.approx(0.1 / FALL)
-    assert found[100] == pytest.approx(TRUST * 1e-3 / ALIKE.squares**0.5)
+@pytest.mark.parametrize(("pairs", "furthest"), [(4, 2 * TRUST), (10**9, FURTHEST)])
+def test_no_step_goes_further_than_the_scores_say_anything_of(pairs: int, furthest: float):
+    """Nor does the first, whatever the recipe begins with."""
+    found = alphas(100.0, 1000, replace(ALIKE, pairs=pairs, curvature=1e-3), sigma=1e-3)
+    assert found[:100] == pytest.approx([furthest * 1e-3 / ALIKE.squares**0.5] * 100)
 
 
 def test_without_a_gain_it_falls():
@@ -75,7 +86,7 @@ def test_where_perturbations_cost_nothing_it_rises_as_long_as_there_is_a_gain_an
             sigma=1.0,
         )
         assert found[:2] == pytest.approx([0.1 * RISE, 0.1 * RISE**2])
-        assert found[100] == pytest.approx(TRUST / 0.25**0.5)
+        assert found[100] == pytest.approx(FURTHEST / 0.25**0.5)
 
 
 def test_scores_that_say_nothing_leave_it():

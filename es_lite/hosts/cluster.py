@@ -181,7 +181,9 @@ def _refusal(error: Exception) -> str:
     if "ersion mismatch" in words:
         return f"the cluster has other versions of Ray or Python than this machine: {words}"
     return (
-        f'there is no cluster of Ray that can be joined ({words[:200]}); start one with `ray start --head`, or set it to "local"'
+        f"there is no cluster of Ray that can be joined ({words[:200]}). If it has a token, this machine needs it too, in "
+        "~/.ray/auth_token or RAY_AUTH_TOKEN, and RAY_AUTH_MODE=token. If there is none, start one with `ray start --head`, "
+        'or set it to "local"'
     )
 
 

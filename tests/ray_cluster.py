@@ -1,8 +1,13 @@
 """A cluster of Ray whose nodes are all on this machine, for tests."""
 
 import os
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -65,6 +70,37 @@ def nodes(count: int) -> Iterator[Nodes]:
         yield found
     finally:
         found.end()
+
+
+@contextmanager
+def head(port: int = 0) -> Iterator[str]:
+    """The address of a head, with one core, that `ray start` has started; killed at the end, as if its machine lost power."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", port))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    quiet = "--include-dashboard=false", "--dashboard-agent-listen-port=0", "--object-store-memory=100000000", "--block"
+    ray = Path(sys.executable).with_name("ray")
+    command = [ray, "start", "--head", f"--port={address.rpartition(':')[2]}", "--num-cpus=1", *quiet]
+    started = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        until = time.monotonic() + 120
+        while not _listens(address):
+            assert time.monotonic() < until and started.poll() is None
+            time.sleep(0.1)
+        yield address
+    finally:
+        left = [*started.children(recursive=True), started]
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        started.wait()
+        assert not outlived(left)
+
+
+def _listens(address: str) -> bool:
+    host, _, port = address.partition(":")
+    with socket.socket() as probe:
+        return probe.connect_ex((host, int(port))) == 0
 
 
 def _processes(node: Any) -> list[psutil.Process]:

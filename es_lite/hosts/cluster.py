@@ -25,13 +25,14 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from es_lite import system
-from es_lite.errors import UserError
+from es_lite.errors import RunError, UserError
 from es_lite.hosts.host import Host
 
 STORE_BYTES = 256 * 2**20
 """Of the object store of a cluster that is started here: only items pass through it, and those once."""
 
-CONNECT_SECONDS = 10.0
+CONNECT_SECONDS, HEAD_SECONDS = 10.0, 30.0
+"""How long an address may take to answer, and the head of a run under way."""
 
 
 class HostLost(Exception):
@@ -118,9 +119,18 @@ class Cluster:
             raise UserError(f"workers.address = {address!r}: {_refusal(error)}") from None
         signal.signal(signal.SIGTERM, on_sigterm)
         self._here = ray.get_runtime_context().get_node_id()
+        self._head: str = ray.get_runtime_context().gcs_address
+        self._gone = False
 
     def nodes(self) -> list[Node]:
-        """Those that are alive."""
+        """Those that are alive. Raises RunError if the head is gone; Ray would wait a minute and then end the process."""
+        try:
+            _connect(self._head, HEAD_SECONDS)
+        except OSError as error:
+            self._gone = True
+            raise RunError(
+                f"Ray's head, {self._head}, is gone ({error}); nothing else is: start it again, and add --resume"
+            ) from None
         found = []
         for node in ray.nodes():
             resources = node["Resources"]
@@ -157,23 +167,29 @@ class Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        ray.shutdown()
+        if not self._gone:
+            ray.shutdown()
 
 
 def _reach(address: str) -> None:
     """Raises UserError if nobody listens there; Ray would try for minutes."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
+    if not re.fullmatch(r".+:\d+", address):
         raise UserError(
             f'workers.address = {address!r}: expected "local", "auto" or the HOST:PORT that `ray start --head` has said'
         )
     try:
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+        _connect(address, CONNECT_SECONDS)
     except (OSError, OverflowError) as error:
         raise UserError(
             f"workers.address = {address!r}: nobody can be reached there ({error}); start a cluster with `ray start --head`, "
             "and let its port through the firewall"
         ) from None
+
+
+def _connect(address: str, timeout_seconds: float) -> None:
+    """Raises OSError or OverflowError if nobody listens there."""
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), timeout_seconds).close()
 
 
 def _refusal(error: Exception) -> str:

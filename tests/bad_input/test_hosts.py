@@ -1,15 +1,10 @@
 """Several machines, and what can be wrong with them: said in one message that names the machine; nothing is lost."""
 
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
-from ray_cluster import nodes
-from support import finished_run, outlived, records, start, train, train_here, write_recipe
+from ray_cluster import head, nodes
+from support import finished_run, records, start, train, train_here, write_recipe
 
 from es_lite.errors import UserError
 
@@ -93,18 +88,7 @@ def test_a_cluster_that_has_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("HOME", str(tmp_path))  # where a token could be
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", 32 * "ab")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    quiet = "--include-dashboard=false", "--dashboard-agent-listen-port=0", "--object-store-memory=100000000", "--block"
-    ray = Path(sys.executable).with_name("ray")
-    command = [ray, "start", "--head", f"--port={address.rpartition(':')[2]}", "--num-cpus=1", *quiet]
-    head = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    try:
-        until = time.monotonic() + 120
-        while not listens(address):
-            assert time.monotonic() < until and head.poll() is None
-            time.sleep(0.1)
+    with head() as address:
         settings = "workers.engine=ray", f"workers.address={address}"
         for mode, token in (("token", 32 * "cd"), ("disabled", "")):
             with monkeypatch.context() as context:
@@ -117,18 +101,6 @@ def test_a_cluster_that_has_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         finished = train(recipe, run, *settings, resume=True)
         assert finished.code == 0, finished.err
         assert records(run) == 3
-    finally:
-        process = psutil.Process(head.pid)
-        left = [process, *process.children(recursive=True)]
-        head.terminate()
-        for process in outlived(left):
-            process.kill()
-
-
-def listens(address: str) -> bool:
-    host, _, port = address.partition(":")
-    with socket.socket() as probe:
-        return probe.connect_ex((host, int(port))) == 0
 
 
 @pytest.mark.long

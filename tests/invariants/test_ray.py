@@ -1,5 +1,6 @@
 """A run on several hosts ends with the journal and the weights of the same run on one machine, whatever happens to hosts."""
 
+import contextlib
 import json
 import os
 import random
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ray_cluster import Nodes, nodes
+from ray_cluster import Nodes, head, nodes
 from support import (
     FITNESSES,
     ROOT,
@@ -167,6 +168,25 @@ def test_stopping_and_going_on(name: str, tmp_path: Path) -> None:
     assert "add --resume to continue" in stopped.out and 3 <= records(run) < 40
     assert train(recipe, run, "workers.engine=ray", "run.iterations=40", resume=True).code == 0
     assert digest(run) == digest(reference)
+
+
+@pytest.mark.long
+def test_a_head_that_dies_ends_the_command_which_goes_on_with_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # whether or not there is a token in the home folder
+    recipe, run = write_recipe(tmp_path, run={"iterations": 5000}, es={"population": 8}), tmp_path / "run"
+    with contextlib.ExitStack() as power:
+        address = power.enter_context(head())
+        with start(recipe, run, *on(address, tmp_path)) as live:
+            live.wait_for_records(5)
+            power.close()
+            ended = live.finish()
+    assert ended.code == 1 and "--resume" in ended.err, ended
+    last = f"run.iterations={records(run) + 3}"
+    with head() as address:
+        resumed = train(recipe, run, *on(address, tmp_path), last, resume=True)
+    assert resumed.code == 0, resumed.err
+    assert digest(run) == digest(finished_run(recipe, tmp_path / "reference", last))
 
 
 def with_hosts(cluster: Nodes) -> list[Any]:

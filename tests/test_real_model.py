@@ -30,6 +30,7 @@ def smollm2() -> Path:
     return Path(done.stdout.split()[-1])
 
 
+@pytest.mark.long
 def test_a_step_on_the_real_model_scores_as_hugging_face_does(smollm2, tmp_path):
     """One step of the recipe that comes with es_lite; the evaluation before it equals Hugging Face's own forward."""
     sizes = ["es.population=2", "fitness.samples=2", "fitness.max_length=64", "eval.every=1", "eval.samples=4"]

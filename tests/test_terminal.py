@@ -4,10 +4,19 @@ import ctypes
 import os
 import signal
 import time
+from collections.abc import Iterator
 
 import pytest
 
 from es_lite.terminal import stoppable
+
+
+@pytest.fixture(autouse=True)
+def foreground() -> Iterator[None]:
+    """A shell starts programs in the background so that they ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

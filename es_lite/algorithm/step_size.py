@@ -57,8 +57,8 @@ class StepSize:
         cost, gain = averages.cost, max(0.0, averages.gain)
         highest, furthest = RISE * self._measured, math.inf
         if found.squares:
-            close = sigma / found.squares**0.5
-            highest, furthest = max(highest, CLOSE * close), min(FURTHEST, TRUST * found.pairs**0.5) * close
+            as_sigma = sigma / found.squares**0.5  # α of a step whose elements have the root mean square σ
+            highest, furthest = max(highest, CLOSE * as_sigma), min(FURTHEST, TRUST * found.pairs**0.5) * as_sigma
         if cost is None or cost <= 0:  # nothing is known that speaks against a larger step
             wanted = highest if gain else min(self._alpha, highest)
         else:

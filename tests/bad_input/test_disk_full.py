@@ -24,10 +24,11 @@ def test_a_disk_too_small_for_the_plan_is_said_before_anything_is_made(recipe: P
         assert contents(place) == {}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("free", "board", "named"),
-    [pytest.param(8, True, "master", marks=pytest.mark.long), (230, False, "checkpoint")],
+    [(8, True, "master"), (230, False, "checkpoint")],
 )
 def test_a_disk_that_fills_up_ends_the_run_and_with_more_space_it_continues(
     recipe: Path, reference: Path, tmp_path: Path, free: int, board: bool, named: str

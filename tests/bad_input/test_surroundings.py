@@ -43,6 +43,7 @@ def test_an_ascii_locale(tmp_path: Path) -> None:
     assert b"step 2/2 | score" in finished.stdout and b" ? " in finished.stdout
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_user_without_a_folder_for_compiled_code(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, run={"iterations": 1})

@@ -138,6 +138,7 @@ def test_with_one_worker_the_run_ends_itself_and_can_be_resumed(recipe, referenc
     assert digest(run) == digest(reference)
 
 
+@pytest.mark.long
 def test_a_worker_that_the_kernel_killed_for_memory_is_not_replaced(recipe, reference, tmp_path):
     """Three workers, one killed while the kernel's count of such kills has risen: two do the rest."""
     code = (

@@ -50,7 +50,7 @@ TABLES: dict[str, dict[str, Any]] = {
 }
 
 
-SOON = ["random vectors", "experts, from a folder"]
+SOON = ["experts, from a folder"]
 """The others are long."""
 
 ALL = [*CONFIGS, *(f"{name}, from a folder" for name in FROM_FOLDERS)]

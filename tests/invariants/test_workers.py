@@ -13,6 +13,7 @@ GRADER_KILLS = 8
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.long  # test_combinations.py does the same with four
 def test_one_worker_gives_the_same_bits_as_two(undisturbed, tmp_path: Path) -> None:
     run = finished_run(undisturbed.recipe, tmp_path / "run", "workers.count=1")
     assert_same_run(run, undisturbed.run)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from support import contents
 
+from es_lite import files
 from es_lite.errors import UserError
 from es_lite.recipe import Recipe
 from es_lite.runs import directory as module
@@ -211,7 +212,7 @@ def test_a_lock_that_is_released_soon_is_waited_for(path, monkeypatch):
     begun(path)
     with (path / "lock").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        monkeypatch.setattr(module.time, "sleep", lambda seconds: fcntl.flock(other, fcntl.LOCK_UN))
+        monkeypatch.setattr(files.time, "sleep", lambda seconds: fcntl.flock(other, fcntl.LOCK_UN))
         with RunDirectory(recipe_of(path), resume=True):
             pass
 

@@ -53,6 +53,7 @@ def test_what_is_wrong_is_found(monkeypatch):
 
 
 @pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(8))
 def test_every_configuration_is_as_the_page_says(part: int, tmp_path: Path):
     expected = listed()

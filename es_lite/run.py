@@ -104,11 +104,11 @@ class Run:
         if not finite.all():
             self.console.warn(f"step {t + 1}: {np.sum(~finite)} of {scores.size} scores are not finite; they are ignored")
         try:
-            utilities = self._utilities(graded)
+            utilities = self._utilities(graded.scores)
         except ValueError as error:
             raise RunError(f"step {t + 1}: {error}; nothing has changed. es.sigma or es.alpha may be too large") from None
         # What is found may depend on the steps alone, not on where a run was resumed and σ was new to it.
-        found = self._estimate(graded, utilities, sigma, centre if scheduled else None)
+        found = self._estimate(graded.scores, sigma, centre if scheduled else None)
         alpha = self.tuning.alpha(t, sigma, found)
         if news := self.tuning.news():
             self.console.say(news)
@@ -183,16 +183,19 @@ class Run:
         now, peak = self.engine.memory()
         return {"pss_gib": now / GIB, "peak_pss_gib": peak / GIB}
 
-    def _utilities(self, graded: Graded) -> np.ndarray:
-        """Utilities, float64 [N]. Raises ValueError if fewer than two scores are finite."""
+    def _utilities(self, scores: np.ndarray) -> np.ndarray:
+        """Utilities, float64 [N], of scores [N, items]. Raises ValueError if fewer than two are finite."""
         es = self.recipe.es
-        compared, spread = shaping.item_baseline(graded.scores) if es.baseline == "item" else (graded.means(), None)
+        compared, spread = shaping.item_baseline(scores) if es.baseline == "item" else (shaping.means(scores), None)
         return shaping.utilities(compared, es.shaping, spread)
 
-    def _estimate(self, graded: Graded, utilities: np.ndarray, sigma: float, centre: Graded | None) -> Estimate:
+    def _estimate(self, scores: np.ndarray, sigma: float, centre: Graded | None) -> Estimate:
         es = self.recipe.es
-        unit = pair_coefficients(coefficients(utilities, 1.0, sigma, es.scale), es.antithetic)
-        return estimate(graded.scores, unit, sigma, es.antithetic, None if centre is None else centre.scores[0])
+
+        def unit(scores: np.ndarray) -> np.ndarray:
+            return pair_coefficients(coefficients(self._utilities(scores), 1.0, sigma, es.scale), es.antithetic)
+
+        return estimate(scores, unit, sigma, es.antithetic, None if centre is None else centre.scores[0])
 
     def _grade(self, answers: np.ndarray, items: Items) -> Graded:
         graded = self.dataset.grade(answers, items, self.done)

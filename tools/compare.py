@@ -4,8 +4,8 @@
 
 WHAT is one of
     kinds       kinds of noise
-    steps       α that is found, begun far too small and far too large, beside five constant α and five that decay
-                (--alphas: these five)
+    steps       α that is found, begun far too small and far too large, beside five constant α (--alphas), and three that decay
+                from the middle ones
     sizes       EA4LLM's figure of model sizes, at a size that two cores pay
     samples     EA4LLM's ablation of the number of evaluation samples, in the paper's ratios 1 : 3 : 5 : 7
     population  EA4LLM's ablation of the population, 20, 30 and 40 members
@@ -65,16 +65,17 @@ def sized(width: int, layers: int) -> Settings:
 
 
 def steps(alphas: Sequence[float], iterations: int) -> Comparison:
-    """iterations: of the recipe. Decays end at a tenth of where they begin."""
+    """alphas: five. iterations: of the recipe. Decays end at a tenth of where they begin."""
     decay = f"es.alpha_decay={0.1**0.1!r}", f"es.alpha_decay_every={max(1, iterations // 10)}"
-    middle = sorted(alphas)[len(alphas) // 2]
+    alphas = sorted(alphas)
+    middle = alphas[2]
     variants: dict[str, Settings] = {
         "auto": ("es.alpha=auto",),
         "auto, begun 100 times too small": ("es.alpha=auto", f"es.alpha_start={middle / 100!r}"),
         "auto, begun 10 times too large": ("es.alpha=auto", f"es.alpha_start={middle * 10!r}"),
     }
     variants |= {f"constant {alpha:g}": (f"es.alpha={alpha!r}",) for alpha in alphas}
-    variants |= {f"decaying from {alpha:g}": (f"es.alpha={alpha!r}", *decay) for alpha in alphas}
+    variants |= {f"decaying from {alpha:g}": (f"es.alpha={alpha!r}", *decay) for alpha in alphas[1:4]}
     return Comparison(variants, ("es.alpha_decay=1.0", "es.alpha_decay_every=0", "es.sigma_decay_every=0"))
 
 

@@ -7,19 +7,25 @@ item b, to second order. So
     κ    = (r(θ) - mean of the members' scores)/σ² = -½ tr H
 
 and a step θ + Σ_p c_p ε_p gains Σ_p c_p g·ε_p, to first order, and its random part costs κ Σ_p c_p². The gain must not be
-measured on the items that the coefficients came from, which they also fit by chance: only products of different items are
-unbiased. A step costs more than its random part does, since the gradient tends to lie where the curvature is greatest: if the
-step after it has the same items, what θ really gained on them is short of Σ_p c_p d_p/σ, its gain there to first order, by its
-whole cost.
+measured on the items that the coefficients came from, which they also fit by chance. So a few items at a time are left out
+(cross-validation): what they say of the step that the others make is unbiased, whatever the shaping, and however unlike items
+are. A step costs more than its random part does, since the gradient tends to lie where the curvature is greatest: if the step
+after it has the same items, what θ really gained on them is short of Σ_p c_p d_p/σ, its gain there to first order, by its whole
+cost.
 
 Without antithetic sampling, d is each member's score less the population's mean. Where es.groups makes α and σ unlike, all this
 is of a step that follows the perturbations.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
+
+FOLDS = 8
+"""Items are left out in so many parts in turn, or one by one if they are fewer."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,8 @@ class Estimate:
 
     slope: float = 0.0
     """Σ_p c_p d_p/σ at α = 1: what a step gains for each unit of α on its own items."""
+    gain: float = 0.0
+    """The same on items that were left out of the step."""
     seen: float = 0.0
     """The mean of d_p² over pairs, where d_p is the mean over items."""
     agreed: float = 0.0
@@ -47,10 +55,14 @@ class Estimate:
 
 
 def estimate(
-    scores: np.ndarray, coefficients: np.ndarray, sigma: float, antithetic: bool, centre: np.ndarray | None = None
+    scores: np.ndarray,
+    unit: Callable[[np.ndarray], np.ndarray],
+    sigma: float,
+    antithetic: bool,
+    centre: np.ndarray | None = None,
 ) -> Estimate:
-    """scores: float64 [N, items], NaN where an item does not count. coefficients: c_p at α = 1, float64 [pairs]. centre: θ's own
-    scores, float64 [items], if it was scored.
+    """scores: float64 [N, items], NaN where an item does not count. unit: gives c_p at α = 1, float64 [pairs], of the scores of
+    some of the items. centre: θ's own scores, float64 [items], if it was scored.
 
     Pairs of members without a finite score are left out, and so are items that do not count for all others.
     """
@@ -66,15 +78,26 @@ def estimate(
     if pairs < 2 or count < 2 or not of_pairs.any():
         return found
     seen, scatter = float(np.mean(of_pairs**2)), float(np.mean(d**2))
+    coefficients = unit(scores)
     return replace(
         found,
         slope=float(np.sum(coefficients[kept] * of_pairs)) / sigma,
+        gain=_gain(scores[:, items], unit, d, kept) / sigma,
         seen=seen,
         agreed=(count * seen - scatter) / (count - 1),
         scatter=scatter,
         squares=float(np.sum(coefficients**2)),
         pairs=pairs,
     )
+
+
+def _gain(scores: np.ndarray, unit: Callable[[np.ndarray], np.ndarray], d: np.ndarray, kept: np.ndarray) -> float:
+    """Σ_p c_p d_pb at α = 1, the mean over items b, where c_p is of the scores, [N, items], of items in other parts. d: [pairs,
+    items], of those pairs that are `kept`.
+    """
+    part = np.arange(d.shape[1]) % FOLDS
+    parts = [part == number for number in range(min(FOLDS, part.size))]
+    return float(sum(np.sum(unit(scores[:, ~left_out])[kept] @ d[:, left_out]) for left_out in parts)) / part.size
 
 
 def _error(values: np.ndarray) -> float:
@@ -112,12 +135,12 @@ class _Means(NamedTuple):
     seen: float = 0.0
     """seen/scatter, and likewise agreed/scatter."""
     agreed: float = 0.0
-    agreed_by_root: float = 0.0
-    """agreed/√scatter."""
+    gain: float = 0.0
 
 
 class Averages:
-    """Estimates, smoothed over steps: over all so far, then over the last 10 or, if that is more, the last quarter.
+    """Estimates, smoothed over as many steps as the signal asks for: few where it is strong, so that they follow what changes; at
+    most, all so far, then the last 10 or, if that is more, the last quarter.
 
     The longer a run, the more slowly it changes, and the smaller is the share of signal, which takes more steps to see. The
     curvature, which is measured less often, is filtered (Kalman): a measurement counts by the errors of all so far, since items
@@ -125,7 +148,9 @@ class Averages:
     times its random part a step costs is smoothed over `COSTS` of them.
     """
 
-    LEAST, SHARE, COSTS = 10, 0.25, 8
+    FEWEST, LEAST, SHARE, COSTS = 4, 10, 0.25, 8
+    WITHIN = 0.1
+    """The error of the signal, as a share of it, at which no more steps are averaged over."""
     CHANGE = 0.4
     """The share by which the curvature changes between two measurements."""
     EXPECTED_SIGNAL, EXPECTED_WITHIN = 0.2, 0.15
@@ -148,7 +173,8 @@ class Averages:
         self._last = Estimate()
 
     def add(self, of_step: Estimate) -> None:
-        weight = 1 / min(self._steps + 1, max(self.LEAST, self.SHARE * self._steps))
+        most = max(self.LEAST, self.SHARE * self._steps)
+        weight = 1 / min(self._steps + 1, max(self.FEWEST, min(most, self._asked())))
         self._steps += 1
         scale = of_step.scatter or 1.0
         values = _Means(
@@ -158,13 +184,20 @@ class Averages:
             of_step.seen**0.5,
             of_step.seen / scale,
             of_step.agreed / scale,
-            of_step.agreed / scale**0.5,
+            of_step.gain,
         )
         self._window = 1 / weight
         self._means = _Means(*(mean + weight * (value - mean) for mean, value in zip(self._means, values, strict=True)))
         if of_step.curvature is not None:
             self._measure(of_step.curvature, of_step.curvature_error**2)
         self._last = of_step
+
+    def _asked(self) -> float:
+        """Over how many steps the signal would have to be averaged to be known within `WITHIN`; half as many as counted alike."""
+        signal, pairs = self.signal or 0.0, max(1.0, self._means.pairs)
+        if signal <= 0:
+            return math.inf
+        return (1 - signal) ** 2 / pairs / (self.WITHIN * signal) ** 2
 
     def _measure(self, curvature: float, variance: float) -> None:
         self._errors += (1, variance)
@@ -198,18 +231,23 @@ class Averages:
         return self._means.agreed / self._means.seen if self._means.seen else None
 
     @property
+    def slope(self) -> float:
+        """What a step gains for each unit of α on its own items, to first order."""
+        return self._means.slope
+
+    @property
     def gain(self) -> float:
         """What a step gains for each unit of α on items that it has not seen, to first order.
 
-        It is the mean of slope·agreed/seen, but of a single step, that has a bias: where `seen` is large by chance, so is
-        `agreed`. So slope/√seen, which hardly varies, and 1/√seen = 1/√scatter · √(scatter/seen) are averaged apart. What few
-        pairs say of the signal is uncertain by √(2/pairs) in a step, so it is drawn towards what is to be expected.
+        What few pairs say of the share of a step's gain that is real is uncertain, the more so the smaller it is: so it is drawn
+        towards what is to be expected.
         """
         means = self._means
-        if not means.seen:
+        if not means.slope:
             return 0.0
-        found = means.agreed_by_root / means.root_of_seen / means.seen**0.5
-        prior = 2 / means.pairs / self.EXPECTED_WITHIN**2  # steps that would say as much
+        found = means.gain / means.slope
+        of_step = 2 / means.pairs * (1 - min(1.0, max(0.0, found))) ** 2  # the variance of what one step says
+        prior = of_step / self.EXPECTED_WITHIN**2  # steps that would say as much
         return means.slope * (self._window * found + prior * self.EXPECTED_SIGNAL) / (self._window + prior)
 
     @property

@@ -10,7 +10,7 @@ import math
 
 from es_lite.algorithm.estimate import Averages, Estimate
 
-MULTIPLE = 1.3
+MULTIPLE = 1.2
 """α is this multiple of the step that gains most now."""
 
 LAST_PART = 0.25

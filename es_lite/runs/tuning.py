@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from es_lite.algorithm.estimate import Averages, Estimate
 from es_lite.algorithm.schedule import decayed
 from es_lite.algorithm.sigma_search import SigmaSearch
 from es_lite.algorithm.step_size import StepSize
+from es_lite.errors import UserError
 from es_lite.recipe import Recipe
 from es_lite.tables import ESTable
 
@@ -18,7 +19,7 @@ FIRST_SIGMA = 1e-3
 FIRST_PROBES = 16
 """θ itself is scored in so many steps at first, and again when σ has been found."""
 
-FIRST_REPEATS = 4
+FIRST_REPEATS = 16
 """Of the first steps with a σ, every second of so many has the items of the one before it."""
 
 PROBED_MEMBERS = 250
@@ -50,7 +51,7 @@ class Tuning:
         """If σ is searched for: that of the last step, and the first step that had it."""
         for step, (sigma, document) in enumerate(history):
             if document:
-                found = Estimate(**{name: value for name, value in document.items() if name != "alpha"})
+                found = Estimate(**_fields(document, step))
                 self.alpha(step, sigma, found)
                 self._alpha = document["alpha"]  # which differs if run.iterations does
         self._told = self._search is None or self._search.found
@@ -73,7 +74,7 @@ class Tuning:
     def repeats(self, step: int) -> bool:
         """Whether step `step` has the items of the step before it, so that what that one gained is seen."""
         age = self._age(step)
-        return self._step_size is not None and (step % self._probe_every == 1 or (age < FIRST_REPEATS and age % 2 == 1))
+        return self._step_size is not None and (step % self._probe_every == 1 or (age < FIRST_PROBES and age % 2 == 1))
 
     def _age(self, step: int) -> int:
         """How many steps before step `step` had its σ; with decays, all."""
@@ -115,3 +116,14 @@ class Tuning:
             return None
         self._told = True
         return self._search.words()
+
+
+def _fields(document: dict[str, Any], step: int) -> dict[str, Any]:
+    """Those of the estimate that the journal keeps. Raises UserError if another version of es_lite has other ones."""
+    found = {name: value for name, value in document.items() if name != "alpha"}
+    if found.keys() != {field.name for field in fields(Estimate)}:
+        raise UserError(
+            f"step {step + 1} of the journal: what α or σ was found from is that of another version of es_lite; go on with that "
+            "version, or set es.alpha and es.sigma to numbers"
+        )
+    return found

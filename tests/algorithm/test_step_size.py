@@ -7,7 +7,7 @@ import pytest
 from es_lite.algorithm.estimate import Averages, Estimate
 from es_lite.algorithm.step_size import CLOSE, FALL, FURTHEST, LAST_PART, MULTIPLE, RISE, TRUST, StepSize
 
-ALIKE = Estimate(slope=1.0, seen=1.0, scatter=2.0, agreed=0.5, squares=0.25, pairs=10**9, curvature=10.0)
+ALIKE = Estimate(slope=1.0, gain=0.5, seen=1.0, scatter=2.0, agreed=0.5, squares=0.25, pairs=10**9, curvature=10.0)
 """Of which the greedy step is 0.5/(2·2.5) = 0.1."""
 FAR = 100.0
 """A σ that bounds nothing."""
@@ -73,7 +73,7 @@ def test_no_step_goes_further_than_the_scores_say_anything_of(pairs: int, furthe
 
 
 def test_without_a_gain_it_falls():
-    found = alphas(0.1, 1000, Estimate(slope=1.0, seen=1.0, scatter=2.0, agreed=-0.1, squares=0.25, pairs=10**9, curvature=10.0))
+    found = alphas(0.1, 1000, replace(ALIKE, gain=-0.1, agreed=-0.1))
     assert found[:3] == pytest.approx([0.1 / FALL, 0.1 / FALL**2, 0.1 / FALL**3])
 
 
@@ -82,7 +82,7 @@ def test_where_perturbations_cost_nothing_it_rises_as_long_as_there_is_a_gain_an
         found = alphas(
             0.1,
             1000,
-            Estimate(slope=1.0, seen=1.0, scatter=2.0, agreed=0.5, squares=0.25, pairs=10**9, curvature=curvature),
+            Estimate(slope=1.0, gain=0.5, seen=1.0, scatter=2.0, agreed=0.5, squares=0.25, pairs=10**9, curvature=curvature),
             sigma=1.0,
         )
         assert found[:2] == pytest.approx([0.1 * RISE, 0.1 * RISE**2])

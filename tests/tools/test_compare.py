@@ -53,8 +53,9 @@ def test_every_variant_is_a_recipe_of_its_own(tmp_path: Path, what: str) -> None
 def test_a_given_alpha_is_the_same_at_every_step_or_ends_at_a_tenth() -> None:
     variants = compare.steps((0.1, 0.2, 0.3, 0.4, 0.5), 200).variants
     assert variants["constant 0.1"] == ("es.alpha=0.1",)
-    factor = float(variants["decaying from 0.1"][1].partition("=")[2])
-    assert factor**10 == pytest.approx(0.1) and variants["decaying from 0.1"][2] == "es.alpha_decay_every=20"
+    assert [name for name in variants if name.startswith("decaying")] == [f"decaying from 0.{tenths}" for tenths in (2, 3, 4)]
+    factor = float(variants["decaying from 0.2"][1].partition("=")[2])
+    assert factor**10 == pytest.approx(0.1) and variants["decaying from 0.2"][2] == "es.alpha_decay_every=20"
     assert variants["auto, begun 100 times too small"][1] == "es.alpha_start=0.003"
 
 

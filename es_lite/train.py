@@ -84,6 +84,12 @@ def train(recipe: Recipe, resume: bool = False, rebuild: bool = False) -> None:
             for error in store.remove_damaged():
                 print(f"removed, to be made again from θ₀ and the journal: {error}", flush=True)
         store.check_steps(len(journal.records), journal.path)
+        rounded = plan.execution.compute == "bf16"
+        tuning = Tuning(
+            recipe,
+            lambda: least_sigma(layout.tensors, theta_0, plan.noise, recipe.run.seed) if rounded else 0.0,
+            [(record.sigma, found) for record, found in zip(journal.records, journal.estimates, strict=True)],
+        )
         run.keep(recipe)
 
         expected = step_time(plan.work, plan.execution, plan.noise, run.path)
@@ -96,12 +102,6 @@ def train(recipe: Recipe, resume: bool = False, rebuild: bool = False) -> None:
             if recipe.workers.engine == "ray"
             else LocalEngine(recipe, origin, layout, store, plan.execution, run.lock, console.warn) as engine,
         ):
-            rounded = plan.execution.compute == "bf16"
-            tuning = Tuning(
-                recipe,
-                lambda: least_sigma(layout.tensors, theta_0, plan.noise, recipe.run.seed) if rounded else 0.0,
-                [(record.sigma, found) for record, found in zip(journal.records, journal.estimates, strict=True)],
-            )
             drift = Drift(layout.factor_shares())
             for record in journal.records:
                 drift.add(record)

@@ -193,7 +193,9 @@ class Averages:
         self._last = of_step
 
     def _asked(self) -> float:
-        """Over how many steps the signal would have to be averaged to be known within `WITHIN`; half as many as counted alike."""
+        """1 over the weight of the newest step at which the signal is known within `WITHIN`: half the number of steps that, counted
+        alike, would say as much.
+        """
         signal, pairs = self.signal or 0.0, max(1.0, self._means.pairs)
         if signal <= 0:
             return math.inf

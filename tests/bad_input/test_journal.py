@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from journals import documents_of, write_documents
 from refusals import STEPS, refused_untouched
-from support import RECIPE, TINY, write_recipe
+from support import RECIPE, TINY, finished_run, write_recipe
 
 from es_lite.algorithm.jit import Threads
 from es_lite.model.origin import Origin
@@ -134,3 +134,13 @@ def test_the_journal_of_another_version_is_refused_by_what_is_unknown(
     named = change(documents)
     write_documents(journal, documents)
     assert f"{journal}: {named}" in refused_untouched(recipe, run)
+
+
+def test_what_another_version_found_of_a_step_is_refused(tmp_path: Path) -> None:
+    """α is to be found from it."""
+    recipe = write_recipe(tmp_path, es={"alpha": "auto"}, run={"iterations": STEPS})
+    run = finished_run(recipe, tmp_path / "run")
+    documents = documents_of(run / "journal.jsonl")
+    del documents[2]["estimate"]["gain"]
+    write_documents(run / "journal.jsonl", documents)
+    assert "step 2 of the run's journal: another version of es_lite" in refused_untouched(recipe, run)

@@ -151,12 +151,16 @@ class Averages:
     FEWEST, LEAST, SHARE, COSTS = 4, 10, 0.25, 8
     WITHIN = 0.1
     """The error of the signal, as a share of it, at which no more steps are averaged over."""
-    CHANGE = 0.4
-    """The share by which the curvature changes between two measurements."""
+    CHANGE, PACE = 0.4, 2.0
+    """The share by which the curvature changes between two measurements is PACE times the share of all steps so far that lie
+    between them, and at most CHANGE: what changes fast at first changes ever more slowly.
+    """
     EXPECTED_SIGNAL, EXPECTED_WITHIN = 0.2, 0.15
     """The mean and the deviation of what a signal is before anything is known of it."""
-    DOUBT = 0.1
-    """Costs are told apart from rounding if they add up to more than this share of the spread of the scores."""
+    DOUBT, ROUNDING = 1.0, 0.1
+    """A step's cost on its own items beside DOUBT times its gain to first order: it is greater than on others, and includes the
+    noise of the scores. And beside ROUNDING times the spread of the scores, which may be rounding.
+    """
 
     def __init__(self) -> None:
         self.curvature: float | None = None
@@ -165,11 +169,12 @@ class Averages:
         """Of the curvature."""
         self._errors = np.zeros(2)
         """Number of measurements of the curvature, and the sum of their squared errors."""
-        self._steps = 0
+        self._steps = self._measured = 0
+        """So far; and when the curvature was measured."""
         self._window = 0.0
         self._means = _Means()
-        self._costs = np.zeros(2)
-        """Of the steps whose whole cost is known: that, and the cost of their random part."""
+        self._costs = np.zeros(3)
+        """Of the steps whose whole cost is known: that, the cost of their random part, and what they gain to first order."""
         self._last = Estimate()
 
     def add(self, of_step: Estimate) -> None:
@@ -190,11 +195,12 @@ class Averages:
         self._means = _Means(*(mean + weight * (value - mean) for mean, value in zip(self._means, values, strict=True)))
         if of_step.curvature is not None:
             self._measure(of_step.curvature, of_step.curvature_error**2)
+            self._measured = self._steps
         self._last = of_step
 
     def _asked(self) -> float:
-        """1 over the weight of the newest step at which the signal is known within `WITHIN`: half the number of steps that, counted
-        alike, would say as much.
+        """1 over the weight of the newest step at which the signal is known within `WITHIN`: half the number of steps that,
+        counted alike, would say as much.
         """
         signal, pairs = self.signal or 0.0, max(1.0, self._means.pairs)
         if signal <= 0:
@@ -207,7 +213,8 @@ class Averages:
         if self.curvature is None:
             self.curvature, self._variance = curvature, variance
             return
-        self._variance += (self.CHANGE * (abs(self.curvature) + abs(curvature)) / 2) ** 2
+        change = min(self.CHANGE, self.PACE * (self._steps - self._measured) / self._steps)
+        self._variance += (change * (abs(self.curvature) + abs(curvature)) / 2) ** 2
         share = self._variance / (self._variance + variance) if variance else 1.0
         self.curvature += share * (curvature - self.curvature)
         self._variance *= 1 - share
@@ -216,16 +223,22 @@ class Averages:
         """σ changed: what one that was too small said of the curvature may have been rounding."""
         self.curvature, self._variance = None, 0.0
         self._errors = np.zeros(2)
-        self._costs = np.zeros(2)
+        self._costs = np.zeros(3)
 
     def compare(self, repeated: Estimate, alpha: float) -> None:
         """To be called before `add` for a step with the items of the step before it, which had this α."""
         last = self._last
         if repeated.centre is None or last.centre is None or self.curvature is None:
             return
-        whole = last.slope * alpha - (repeated.centre - last.centre)
+        first_order = last.slope * alpha
+        whole = first_order - (repeated.centre - last.centre)
         random = self.curvature * last.squares * alpha**2
-        self._costs += np.array([whole, random]) - self._costs / self.COSTS
+        self._costs += np.array([whole, random, first_order]) - self._costs / self.COSTS
+
+    @property
+    def measurements(self) -> int:
+        """Of the curvature, with the present σ."""
+        return int(self._errors[0])
 
     @property
     def signal(self) -> float | None:
@@ -255,8 +268,9 @@ class Averages:
     @property
     def excess(self) -> float:
         """How many times the cost of its random part a step costs; 1 if that is unknown."""
-        whole, random = (self._costs + self.DOUBT * self._means.root_of_seen).tolist()
-        return max(1.0, whole / random) if random > 0 else 1.0
+        whole, random, first_order = self._costs.tolist()
+        doubtful = self.DOUBT * first_order + self.ROUNDING * self._means.root_of_seen
+        return max(1.0, (whole + doubtful) / (random + doubtful)) if random + doubtful > 0 else 1.0
 
     @property
     def cost(self) -> float | None:

@@ -26,9 +26,10 @@ CLOSE = 0.1
 NEWS = 1.2
 """The curvature is measured again once α has risen by this."""
 
-TRUST, FURTHEST = 0.14, 1.0
-"""The root mean square of a step's elements is at most TRUST·√pairs times σ, since the more pairs there are, the less of it is
-random, and at most FURTHEST times σ, since scores say nothing of what is further away."""
+TRUST, KNOWN, FURTHEST = 0.14, 8, 1.0
+"""The root mean square of a step's elements is at most TRUST·√pairs times σ until the curvature was measured KNOWN times, since
+the more pairs there are, the less of it is random; and always at most FURTHEST times σ, since scores say nothing of what is
+further away."""
 
 
 class StepSize:
@@ -58,7 +59,8 @@ class StepSize:
         highest, furthest = RISE * self._measured, math.inf
         if found.squares:
             as_sigma = sigma / found.squares**0.5  # α of a step whose elements have the root mean square σ
-            highest, furthest = max(highest, CLOSE * as_sigma), min(FURTHEST, TRUST * found.pairs**0.5) * as_sigma
+            trusted = FURTHEST if averages.measurements >= KNOWN else min(FURTHEST, TRUST * found.pairs**0.5)
+            highest, furthest = max(highest, CLOSE * as_sigma), trusted * as_sigma
         if cost is None or cost <= 0:  # nothing is known that speaks against a larger step
             wanted = highest if gain else min(self._alpha, highest)
         else:

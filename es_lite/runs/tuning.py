@@ -123,7 +123,7 @@ def _fields(document: dict[str, Any], step: int) -> dict[str, Any]:
     found = {name: value for name, value in document.items() if name != "alpha"}
     if found.keys() != {field.name for field in fields(Estimate)}:
         raise UserError(
-            f"step {step + 1} of the run's journal: another version of es_lite kept other things there to find α and σ from; go on "
-            "with that version, or set es.alpha and es.sigma to numbers"
+            f"step {step + 1} of the run's journal: another version of es_lite kept other things there to find α and σ from; go "
+            "on with that version, or set es.alpha and es.sigma to numbers"
         )
     return found

@@ -96,7 +96,7 @@ def test_the_whole_cost_is_found_where_the_next_step_has_the_same_items():
     model = Quadratic(10, 200)
     model.gradient[:3], model.curvatures[:3] = 3.0, 200.0
     averages, costs = of_all(), []
-    averages.COSTS, averages.CHANGE = 10**9, 0.0  # type: ignore[misc]
+    averages.COSTS, averages.CHANGE, averages.DOUBT = 10**9, 0.0, 0.0  # type: ignore[misc]
     for _ in range(400):
         scores, noise = model.step(True)
         averages.add(estimate(scores, unit(True), SIGMA, True, np.zeros(ITEMS)))
@@ -115,6 +115,17 @@ def test_what_may_be_rounding_is_not_taken_for_a_cost():
     averages.add(first)
     averages.compare(replace(first, centre=-5.0 - 1e-4), 1e-5)
     assert 1 < averages.excess < 1.2
+
+
+@pytest.mark.parametrize(("gained", "excess"), [(0.75, 1.136), (-1.0, 2.73)], ids=["a quarter less", "overshot"])
+def test_a_cost_counts_beside_the_gain_to_first_order(gained: float, excess: float):
+    """Of steps whose random part costs a tenth of that gain: what is a little less may be noise, and no gain at all is not."""
+    averages = Averages()
+    step = Estimate(slope=1.0, seen=1e-9, agreed=5e-10, scatter=4e-9, squares=0.1, curvature=100.0, centre=0.0)
+    for _ in range(100):
+        averages.add(step)
+        averages.compare(replace(step, centre=0.01 * gained), 0.01)
+    assert averages.excess == pytest.approx(excess, abs=0.01)
 
 
 def test_a_signal_of_few_pairs_is_drawn_towards_what_is_to_be_expected():

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from es_lite.algorithm.estimate import Averages, Estimate
-from es_lite.algorithm.step_size import CLOSE, FALL, FURTHEST, LAST_PART, MULTIPLE, RISE, TRUST, StepSize
+from es_lite.algorithm.step_size import CLOSE, FALL, FURTHEST, KNOWN, LAST_PART, MULTIPLE, RISE, TRUST, StepSize
 
 ALIKE = Estimate(slope=1.0, gain=0.5, seen=1.0, scatter=2.0, agreed=0.5, squares=0.25, pairs=10**9, curvature=10.0)
 """Of which the greedy step is 0.5/(2·2.5) = 0.1."""
@@ -67,9 +67,11 @@ def test_it_falls_in_a_straight_line_to_0_over_the_last_part():
 
 @pytest.mark.parametrize(("pairs", "furthest"), [(4, 2 * TRUST), (10**9, FURTHEST)])
 def test_no_step_goes_further_than_the_scores_say_anything_of(pairs: int, furthest: float):
-    """Nor does the first, whatever the recipe begins with."""
+    """Nor does the first, whatever the recipe begins with; with few pairs, only once the curvature is known well."""
     found = alphas(100.0, 1000, replace(ALIKE, pairs=pairs, curvature=1e-3), sigma=1e-3)
-    assert found[:100] == pytest.approx([furthest * 1e-3 / ALIKE.squares**0.5] * 100)
+    sigma = 1e-3 / ALIKE.squares**0.5
+    assert found[: KNOWN - 1] == pytest.approx([furthest * sigma] * (KNOWN - 1))
+    assert found[KNOWN + 5 : 100] == pytest.approx([FURTHEST * sigma] * (95 - KNOWN))
 
 
 def test_without_a_gain_it_falls():

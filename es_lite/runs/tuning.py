@@ -74,7 +74,7 @@ class Tuning:
     def repeats(self, step: int) -> bool:
         """Whether step `step` has the items of the step before it, so that what that one gained is seen."""
         age = self._age(step)
-        return self._step_size is not None and (step % self._probe_every == 1 or (age < FIRST_PROBES and age % 2 == 1))
+        return self._step_size is not None and (step % self._probe_every == 1 or (age < FIRST_PROBES and age % 4 == 1))
 
     def _age(self, step: int) -> int:
         """How many steps before step `step` had its σ; with decays, all."""

@@ -17,10 +17,8 @@ FIRST_SIGMA = 1e-3
 """Where the search for a σ that is "auto" begins: the papers'."""
 
 FIRST_PROBES = 16
-"""θ itself is scored in so many steps at first, and again when σ has been found."""
-
-FIRST_REPEATS = 16
-"""Of the first steps with a σ, every second of so many has the items of the one before it."""
+"""θ itself is scored in so many steps at first, and again when σ has been found; one in four of them has the items of the one
+before it."""
 
 PROBED_MEMBERS = 250
 """Later it is scored in two steps in a row for so many members, which takes less than 1 % of the time."""

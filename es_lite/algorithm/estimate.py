@@ -157,10 +157,8 @@ class Averages:
     """
     EXPECTED_SIGNAL, EXPECTED_WITHIN = 0.2, 0.15
     """The mean and the deviation of what a signal is before anything is known of it."""
-    DOUBT, ROUNDING = 1.0, 0.1
-    """A step's cost on its own items beside DOUBT times its gain to first order: it is greater than on others, and includes the
-    noise of the scores. And beside ROUNDING times the spread of the scores, which may be rounding.
-    """
+    ROUNDING = 0.1
+    """What costs add up to is told apart from rounding if it is more than this share of the spread of the scores."""
 
     def __init__(self) -> None:
         self.curvature: float | None = None
@@ -174,7 +172,9 @@ class Averages:
         self._window = 0.0
         self._means = _Means()
         self._costs = np.zeros(3)
-        """Of the steps whose whole cost is known: that, the cost of their random part, and what they gain to first order."""
+        """Of the steps whose whole cost is known: that, the cost of their random part, and what of their gain to first order is
+        only that of their own items.
+        """
         self._last = Estimate()
 
     def add(self, of_step: Estimate) -> None:
@@ -230,10 +230,10 @@ class Averages:
         last = self._last
         if repeated.centre is None or last.centre is None or self.curvature is None:
             return
-        first_order = last.slope * alpha
-        whole = first_order - (repeated.centre - last.centre)
+        whole = last.slope * alpha - (repeated.centre - last.centre)
         random = self.curvature * last.squares * alpha**2
-        self._costs += np.array([whole, random, first_order]) - self._costs / self.COSTS
+        own = max(0.0, self._means.slope - self.gain) * alpha
+        self._costs += np.array([whole, random, own]) - self._costs / self.COSTS
 
     @property
     def measurements(self) -> int:
@@ -267,9 +267,13 @@ class Averages:
 
     @property
     def excess(self) -> float:
-        """How many times the cost of its random part a step costs; 1 if that is unknown."""
-        whole, random, first_order = self._costs.tolist()
-        doubtful = self.DOUBT * first_order + self.ROUNDING * self._means.root_of_seen
+        """How many times the cost of its random part a step costs; 1 if that is unknown.
+
+        On its own items, it costs more than on others: what only they gain is soon gained, and has the noise of their scores in
+        it. So costs are compared beside that gain.
+        """
+        whole, random, own = self._costs.tolist()
+        doubtful = own + self.ROUNDING * self._means.root_of_seen
         return max(1.0, (whole + doubtful) / (random + doubtful)) if random + doubtful > 0 else 1.0
 
     @property

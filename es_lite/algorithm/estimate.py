@@ -124,6 +124,11 @@ def tied(scores: np.ndarray) -> float:
     return float(counts[counts > 1].sum()) / scores.size
 
 
+def _variance(share: float, pairs: float) -> float:
+    """Of what the pairs of one step say of the share of signal, where it is this."""
+    return 2 / pairs * (1 - min(1.0, max(0.0, share))) ** 2
+
+
 class _Means(NamedTuple):
     """What is averaged of each step's estimate."""
 
@@ -195,25 +200,25 @@ class Averages:
         self._means = _Means(*(mean + weight * (value - mean) for mean, value in zip(self._means, values, strict=True)))
         if of_step.curvature is not None:
             self._measure(of_step.curvature, of_step.curvature_error**2)
-            self._measured = self._steps
         self._last = of_step
 
     def _asked(self) -> float:
         """1 over the weight of the newest step at which the signal is known within `WITHIN`: half the number of steps that,
         counted alike, would say as much.
         """
-        signal, pairs = self.signal or 0.0, max(1.0, self._means.pairs)
+        signal = self.signal or 0.0
         if signal <= 0:
             return math.inf
-        return (1 - signal) ** 2 / pairs / (self.WITHIN * signal) ** 2
+        return _variance(signal, max(1.0, self._means.pairs)) / 2 / (self.WITHIN * signal) ** 2
 
     def _measure(self, curvature: float, variance: float) -> None:
+        elapsed, self._measured = self._steps - self._measured, self._steps
         self._errors += (1, variance)
         variance = self._errors[1] / self._errors[0]
         if self.curvature is None:
             self.curvature, self._variance = curvature, variance
             return
-        change = min(self.CHANGE, self.PACE * (self._steps - self._measured) / self._steps)
+        change = min(self.CHANGE, self.PACE * elapsed / self._steps)
         self._variance += (change * (abs(self.curvature) + abs(curvature)) / 2) ** 2
         share = self._variance / (self._variance + variance) if variance else 1.0
         self.curvature += share * (curvature - self.curvature)
@@ -232,7 +237,7 @@ class Averages:
             return
         whole = last.slope * alpha - (repeated.centre - last.centre)
         random = self.curvature * last.squares * alpha**2
-        own = max(0.0, self._means.slope - self.gain) * alpha
+        own = max(0.0, self.slope - self.gain) * alpha
         self._costs += np.array([whole, random, own]) - self._costs / self.COSTS
 
     @property
@@ -257,13 +262,11 @@ class Averages:
         What few pairs say of the share of a step's gain that is real is uncertain, the more so the smaller it is: so it is drawn
         towards what is to be expected.
         """
-        means = self._means
-        if not means.slope:
+        if not self.slope:
             return 0.0
-        found = means.gain / means.slope
-        of_step = 2 / means.pairs * (1 - min(1.0, max(0.0, found))) ** 2  # the variance of what one step says
-        prior = of_step / self.EXPECTED_WITHIN**2  # steps that would say as much
-        return means.slope * (self._window * found + prior * self.EXPECTED_SIGNAL) / (self._window + prior)
+        found = self._means.gain / self.slope
+        prior = _variance(found, self._means.pairs) / self.EXPECTED_WITHIN**2  # steps that would say as much
+        return self.slope * (self._window * found + prior * self.EXPECTED_SIGNAL) / (self._window + prior)
 
     @property
     def excess(self) -> float:

@@ -67,7 +67,7 @@ def test_it_falls_in_a_straight_line_to_0_over_the_last_part():
 
 @pytest.mark.parametrize(("pairs", "furthest"), [(4, 2 * TRUST), (10**9, FURTHEST)])
 def test_no_step_goes_further_than_the_scores_say_anything_of(pairs: int, furthest: float):
-    """Nor does the first, whatever the recipe begins with; with few pairs, only once the curvature is known well."""
+    """Nor does the first, whatever the recipe begins with. With few pairs, σ is reached once the curvature is known well."""
     found = alphas(100.0, 1000, replace(ALIKE, pairs=pairs, curvature=1e-3), sigma=1e-3)
     sigma = 1e-3 / ALIKE.squares**0.5
     assert found[: KNOWN - 1] == pytest.approx([furthest * sigma] * (KNOWN - 1))

@@ -3,7 +3,7 @@
 The step that gains most now is α = gain/(2·cost) (`estimate`); twice as much would gain nothing. In the long run, a little more
 than that gains more, since a part of what steps cost is taken back by later ones, while α carries a run along all other
 directions (the short-horizon bias of stochastic meta-descent, arXiv 1803.02021). In the last part of a run, α falls in a straight
-line to 0, which takes back what the random part of the steps still costs; a run whose steps gain as much as ever has no such part.
+line to 0, which takes back what the random part of the steps still costs; not while steps gain as much as they ever did.
 benchmarks/step-size.md has what else was tried.
 """
 

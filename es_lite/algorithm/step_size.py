@@ -69,9 +69,10 @@ class StepSize:
         """What the step that gains most gains now, as a share of the average so far; 0 if that is unknown. To be called once a
         step.
         """
-        if not averages.cost or averages.measurements < KNOWN:
+        cost = averages.cost
+        if cost is None or cost <= 0 or averages.measurements < KNOWN:
             return 0.0
-        now = max(0.0, averages.gain) ** 2 / (4 * averages.cost)
+        now = max(0.0, averages.gain) ** 2 / (4 * cost)
         self._gained, self._steps = self._gained + now, self._steps + 1
         return min(1.0, now * self._steps / self._gained) if self._gained else 0.0
 

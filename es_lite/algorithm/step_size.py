@@ -29,10 +29,13 @@ CLOSE = 0.1
 NEWS = 1.2
 """The curvature is measured again once α has risen by this."""
 
-TRUST, KNOWN, FURTHEST = 0.14, 8, 1.0
-"""The root mean square of a step's elements is at most TRUST·√pairs times σ until the curvature was measured KNOWN times, since
-the more pairs there are, the less of it is random; and always at most FURTHEST times σ, since scores say nothing of what is
-further away."""
+TRUST, FURTHEST = 0.14, 1.0
+"""The root mean square of a step's elements is at most TRUST·√(pairs that the curvature was measured with, all in all) times σ,
+since the more they are, the better it is known, and the less of a step is random; and always at most FURTHEST times σ, since
+scores say nothing of what is further away."""
+
+KNOWN = 8
+"""After so many measurements of the curvature, what steps are expected to gain is compared with what they were before."""
 
 
 class StepSize:
@@ -81,8 +84,8 @@ class StepSize:
         highest, furthest = RISE * self._measured, math.inf
         if found.squares:
             as_sigma = sigma / found.squares**0.5  # α of a step whose elements have the root mean square σ
-            trusted = FURTHEST if averages.measurements >= KNOWN else min(FURTHEST, TRUST * found.pairs**0.5)
-            highest, furthest = max(highest, CLOSE * as_sigma), trusted * as_sigma
+            trusted = TRUST * (found.pairs * max(1, averages.measurements)) ** 0.5
+            highest, furthest = max(highest, CLOSE * as_sigma), min(FURTHEST, trusted) * as_sigma
         if cost is None or cost <= 0:  # nothing is known that speaks against a larger step
             wanted = highest if gain else min(self._alpha, highest)
         else:

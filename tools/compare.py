@@ -41,8 +41,15 @@ COLOURS = ("#37352f", "#d9730d", "#0b6e99", "#448361", "#9065b0", "#c14c8a", "#9
 
 Settings = tuple[str, ...]
 
-PAPERS = ("es.antithetic=false", "es.alpha=auto", "es.alpha_decay_every=0", "es.sigma_decay_every=0", "fitness.micro_batch=8")
-"""Members as in EA4LLM, none of which share noise; each variant finds its own α."""
+PAPERS = (
+    "es.antithetic=false",
+    "es.alpha=auto",
+    "es.alpha_decay_every=0",
+    "es.sigma=2e-2",
+    "es.sigma_decay_every=0",
+    "fitness.micro_batch=8",
+)
+"""Members as in EA4LLM, none of which share noise, all with the same σ; each variant finds its own α."""
 
 
 @dataclass(frozen=True)

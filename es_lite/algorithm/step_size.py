@@ -3,7 +3,7 @@
 The step that gains most now is α = gain/(2·cost) (`estimate`); twice as much would gain nothing. In the long run, a little more
 than that gains more, since a part of what steps cost is taken back by later ones, while α carries a run along all other
 directions (the short-horizon bias of stochastic meta-descent, arXiv 1803.02021). In the last part of a run, α falls in a straight
-line to 0, which takes back what the random part of the steps still costs; not while steps gain as much as they ever did.
+line to 0, which takes back what the random part of the steps still costs; the less steps gain by then, the longer that part is.
 benchmarks/step-size.md has what else was tried.
 """
 
@@ -15,8 +15,8 @@ MULTIPLE = 1.2
 """α is this multiple of the step that gains most now."""
 
 LAST_PART = 0.25
-"""Share of a run's steps over which α falls to 0, if steps gain nothing by then; the nearer they come to what they gained on
-average so far, the shorter it is. A run that still gains has not been where the random parts of its steps add up.
+"""Share of a run's steps over which α falls to 0, if they gain next to nothing by then; the nearer their gain is to the run's
+average, the smaller a share. A run that still gains has not been where the random parts of its steps add up.
 """
 
 RISE, FALL = 2.0, 4.0

@@ -91,7 +91,7 @@ class Tuning:
         self.averages.add(found)
         if self._search and not self._search.found:
             cost = 0.0 if found.curvature is None else found.curvature * sigma**2
-            self._search.add(cost, math.sqrt(found.seen))
+            self._search.add(cost, found.curvature_error * sigma**2, math.sqrt(found.seen))
         if self._step_size:
             self._alpha = self._step_size.next(step, found, self.averages, sigma)
         else:

@@ -1,8 +1,11 @@
 """σ from the first steps: where a perturbation costs a given share of the spread."""
 
+import random
+import statistics
+
 import pytest
 
-from es_lite.algorithm.sigma_search import CLOSE, FURTHEST, SHARE, STEPS, SigmaSearch
+from es_lite.algorithm.sigma_search import CLOSE, FURTHEST, SHARE, STEPS, UNCERTAIN, SigmaSearch
 
 
 def searched(right: float, start: float = 1e-3, least: float = 0.0) -> tuple[SigmaSearch, list[float]]:
@@ -10,7 +13,7 @@ def searched(right: float, start: float = 1e-3, least: float = 0.0) -> tuple[Sig
     search, tried = SigmaSearch(start, least), []
     while not search.found:
         tried.append(search.sigma)
-        search.add(SHARE * search.sigma / right * 0.3, 0.3)
+        search.add(SHARE * search.sigma / right * 0.3, 0.0, 0.3)
     return search, tried
 
 
@@ -38,13 +41,13 @@ def test_scores_that_are_all_equal_ask_for_a_larger_one():
     search = SigmaSearch(1e-3, 0.0)
     for step in range(STEPS):
         assert search.sigma == pytest.approx(1e-3 * FURTHEST**step) and not search.found
-        search.add(0.0, 0.0)
+        search.add(0.0, 0.0, 0.0)
     assert search.found and "all members scored the same" in search.words()
 
 
 def test_perturbations_that_cost_nothing_ask_for_a_larger_one():
     search = SigmaSearch(1e-3, 0.0)
-    search.add(-0.1, 0.3)
+    search.add(-0.1, 0.0, 0.3)
     assert search.sigma == pytest.approx(FURTHEST * 1e-3)
 
 
@@ -53,7 +56,7 @@ def test_it_ends():
     search = SigmaSearch(1e-3, 0.0)
     for step in range(STEPS):
         assert not search.found
-        search.add([100.0, 1e-6][step % 2], 1.0)
+        search.add([100.0, 1e-6][step % 2], 0.0, 1.0)
     assert search.found
 
 
@@ -61,8 +64,8 @@ def test_a_share_that_jumps_is_searched_for_between_what_was_too_small_and_too_l
     """Scores that do not change at all below σ = 0.01, and collapse above."""
     search = SigmaSearch(1e-3, 0.0)
     while not search.found:
-        search.add(*((0.0, 0.0) if search.sigma < 0.01 else (8.0, 1.0)))
-    assert 0.01 <= search.sigma <= 0.016 and search.share == 8
+        search.add(*((0.0, 0.0, 0.0) if search.sigma < 0.01 else (8.0, 0.0, 1.0)))
+    assert 0.01 <= search.sigma <= 0.016 and search.share == pytest.approx(8, rel=0.1)
 
 
 def test_what_came_closest_is_kept_in_the_end():
@@ -70,5 +73,34 @@ def test_what_came_closest_is_kept_in_the_end():
     tried = []
     while not search.found:
         tried.append(search.sigma)
-        search.add(next(shares), 1.0)
-    assert search.sigma == tried[4] and search.share == 0.1
+        search.add(next(shares), 0.0, 1.0)
+    assert search.sigma == tried[4]
+
+
+def test_a_share_that_may_be_right_by_chance_is_not_believed():
+    search = SigmaSearch(1e-3, 0.0)
+    search.add(SHARE, SHARE, 1.0)
+    assert not search.found and search.sigma == UNCERTAIN * 1e-3
+
+
+def test_what_all_tries_say_together_is_believed():
+    """Each has an error of SHARE, and says what is true of a σ of 2e-3."""
+    search, tried = SigmaSearch(2e-3, 0.0), []
+    while not search.found:
+        tried.append(search.sigma)
+        search.add(SHARE * search.sigma / 2e-3, SHARE, 1.0)
+    assert 4 < len(tried) <= STEPS
+    assert 2e-3 / CLOSE <= search.sigma <= 2e-3 * CLOSE and search.share == pytest.approx(SHARE * search.sigma / 2e-3)
+
+
+@pytest.mark.parametrize(("right", "error"), [(4e-4, 0.25), (1e-3, 0.25), (4e-3, 0.25), (4e-3, 0.5), (4e-3, 1.0)])
+def test_with_errors_it_comes_close_more_often_than_not(right: float, error: float):
+    """Errors of shares as rewards and few samples have them."""
+    numbers, found = random.Random(0), []
+    for _ in range(200):
+        search = SigmaSearch(1e-3, 0.0)
+        while not search.found:
+            search.add(SHARE * search.sigma / right + numbers.gauss(0, error), error, 1.0)
+        found.append(search.sigma / right)
+    assert 1 / CLOSE < statistics.median(found) < CLOSE
+    assert sum(0.4 < one < 2.5 for one in found) > 0.7 * len(found)

@@ -62,7 +62,7 @@ class StepSize:
             self._measured = self._alpha
         if self._last_part is None:
             self._alpha = self._bounded(averages, sigma, found)
-            if left <= LAST_PART * (1 - self._still_gained(averages)):
+            if left <= LAST_PART * (1 - self._still_gained(averages)) ** 2:
                 self._last_part = left
         if self._last_part is None:
             return self._alpha

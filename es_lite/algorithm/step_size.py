@@ -14,9 +14,9 @@ from es_lite.algorithm.estimate import Averages, Estimate
 MULTIPLE = 1.2
 """α is this multiple of the step that gains most now."""
 
-LAST_PART = 0.25
-"""Share of a run's steps over which α falls to 0, if they gain next to nothing by then; the nearer their gain is to the run's
-average, the smaller a share. A run that still gains has not been where the random parts of its steps add up.
+LAST_PART, LEAST_PART = 0.25, 0.1
+"""Share of a run's steps over which α falls to 0, if they gain next to nothing by then; and if they gain as much as on average so
+far, since a run that still gains has not been where the random parts of its steps add up.
 """
 
 RISE, FALL = 2.0, 4.0
@@ -62,7 +62,7 @@ class StepSize:
             self._measured = self._alpha
         if self._last_part is None:
             self._alpha = self._bounded(averages, sigma, found)
-            if left <= LAST_PART * (1 - self._still_gained(averages)) ** 2:
+            if left <= LEAST_PART + (LAST_PART - LEAST_PART) * (1 - self._still_gained(averages)) ** 2:
                 self._last_part = left
         if self._last_part is None:
             return self._alpha

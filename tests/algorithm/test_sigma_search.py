@@ -1,8 +1,5 @@
 """σ from the first steps: where a perturbation costs a given share of the spread."""
 
-import random
-import statistics
-
 import pytest
 
 from es_lite.algorithm.sigma_search import CLOSE, FURTHEST, SHARE, STEPS, UNCERTAIN, SigmaSearch
@@ -13,7 +10,7 @@ def searched(right: float, start: float = 1e-3, least: float = 0.0) -> tuple[Sig
     search, tried = SigmaSearch(start, least), []
     while not search.found:
         tried.append(search.sigma)
-        search.add(SHARE * search.sigma / right * 0.3, 0.0, 0.3)
+        search.add(SHARE * search.sigma / right * 0.3, 0.01, 0.3)
     return search, tried
 
 
@@ -65,7 +62,7 @@ def test_a_share_that_jumps_is_searched_for_between_what_was_too_small_and_too_l
     search = SigmaSearch(1e-3, 0.0)
     while not search.found:
         search.add(*((0.0, 0.0, 0.0) if search.sigma < 0.01 else (8.0, 0.0, 1.0)))
-    assert 0.01 <= search.sigma <= 0.016 and search.share == pytest.approx(8, rel=0.1)
+    assert 0.01 <= search.sigma <= 0.016 and search.share == 8
 
 
 def test_what_came_closest_is_kept_in_the_end():
@@ -74,33 +71,17 @@ def test_what_came_closest_is_kept_in_the_end():
     while not search.found:
         tried.append(search.sigma)
         search.add(next(shares), 0.0, 1.0)
-    assert search.sigma == tried[4]
+    assert search.sigma == tried[4] and search.share == 0.1
 
 
 def test_a_share_that_may_be_right_by_chance_is_not_believed():
+    """As with rewards, few of which are earned: σ rises until its cost is seen, and ends below what was too large."""
     search = SigmaSearch(1e-3, 0.0)
-    search.add(SHARE, SHARE, 1.0)
+    search.add(SHARE, 1.1 * SHARE, 1.0)
     assert not search.found and search.sigma == UNCERTAIN * 1e-3
-
-
-def test_what_all_tries_say_together_is_believed():
-    """Each has an error of SHARE, and says what is true of a σ of 2e-3."""
-    search, tried = SigmaSearch(2e-3, 0.0), []
-    while not search.found:
-        tried.append(search.sigma)
-        search.add(SHARE * search.sigma / 2e-3, SHARE, 1.0)
-    assert 4 < len(tried) <= STEPS
-    assert 2e-3 / CLOSE <= search.sigma <= 2e-3 * CLOSE and search.share == pytest.approx(SHARE * search.sigma / 2e-3)
-
-
-@pytest.mark.parametrize(("right", "error"), [(4e-4, 0.25), (1e-3, 0.25), (4e-3, 0.25), (4e-3, 0.5), (4e-3, 1.0)])
-def test_with_errors_it_comes_close_more_often_than_not(right: float, error: float):
-    """Errors of shares as rewards and few samples have them."""
-    numbers, found = random.Random(0), []
-    for _ in range(200):
-        search = SigmaSearch(1e-3, 0.0)
-        while not search.found:
-            search.add(SHARE * search.sigma / right + numbers.gauss(0, error), error, 1.0)
-        found.append(search.sigma / right)
-    assert 1 / CLOSE < statistics.median(found) < CLOSE
-    assert sum(0.4 < one < 2.5 for one in found) > 0.7 * len(found)
+    search.add(SHARE, 1.1 * SHARE, 1.0)
+    assert not search.found and search.sigma == UNCERTAIN**2 * 1e-3
+    search.add(4 * SHARE, 1.1 * SHARE, 1.0)
+    assert not search.found and search.sigma == pytest.approx(2**0.5 * UNCERTAIN * 1e-3)
+    search.add(1.2 * SHARE, 1.1 * SHARE, 1.0)
+    assert search.found and search.sigma == pytest.approx(2**0.5 * UNCERTAIN * 1e-3)

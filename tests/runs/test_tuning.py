@@ -85,14 +85,12 @@ def test_what_another_version_has_found_is_not_taken_for_this_ones(changed: dict
 def test_a_run_that_is_to_be_longer_goes_on_from_the_steps_that_were_made():
     """α rises again to what it was before the last part."""
     tuning, history = Tuning(recipe(alpha="auto"), never, []), []
-    little = dataclasses.replace(found(0.01), slope=0.1, gain=0.04)
     for step in range(100):
-        of_step = found(0.01) if step < 50 else little
-        history.append((0.01, tuning.document(of_step, tuning.alpha(step, 0.01, of_step))))
+        history.append((0.01, tuning.document(found(0.01), tuning.alpha(step, 0.01, found(0.01)))))
     longer = Tuning(recipe(1000, alpha="auto"), never, history)
-    assert longer.alpha(100, 0.01, little) > 5 * history[-1][1]["alpha"]
+    assert longer.alpha(100, 0.01, found(0.01)) > 5 * history[-1][1]["alpha"]
     shorter = Tuning(recipe(50, alpha="auto"), never, history)
-    assert shorter.alpha(100, 0.01, little) == 0
+    assert shorter.alpha(100, 0.01, found(0.01)) == 0
 
 
 def test_sigma_is_found_said_once_and_held():

@@ -155,9 +155,10 @@ def train_here(recipe: Path, run: Path, *overrides: str, resume: bool = False, r
     return Finished(code, out.getvalue(), err.getvalue())
 
 
-def finished_run(recipe: Path, run: Path, *overrides: str) -> Path:
-    """Runs the command to its end, which must be a success. Returns `run`."""
-    finished = train(recipe, run, *overrides)
+def finished_run(recipe: Path, run: Path, *overrides: str, seconds: float = 180) -> Path:
+    """Runs the command to its end, which must be a success and come within `seconds`. Returns `run`."""
+    with start(recipe, run, *overrides) as live:
+        finished = live.finish(seconds)
     assert finished.code == 0, finished.err
     return run
 

@@ -86,7 +86,8 @@ def test_hosts_come_and_go(tmp_path: Path) -> None:
         cluster.kill(cluster.others[0])
         waits_for(live, "is lost, with its node", 1)
         assert_stops(live)
-    assert digest(run) == digest(finished_run(recipe, tmp_path / "reference", f"run.iterations={records(run)}"))
+    steps = records(run)  # as many as the kills left time for
+    assert digest(run) == digest(finished_run(recipe, tmp_path / "reference", f"run.iterations={steps}", seconds=900))
 
 
 @pytest.mark.long
@@ -106,13 +107,13 @@ def test_a_node_is_killed_at_random_moments(tmp_path: Path) -> None:
             if kill % 5 == 4:
                 waits_for(live, "takes part", live.out.count("takes part") + 1)
         assert_stops(live)
-    assert digest(run) == digest(finished_run(recipe, tmp_path / "reference", f"run.iterations={records(run)}"))
+    steps = records(run)  # as many as the kills left time for
+    assert digest(run) == digest(finished_run(recipe, tmp_path / "reference", f"run.iterations={steps}", seconds=900))
 
 
 @pytest.mark.long
 def test_a_coordinator_that_was_killed_and_a_host_whose_weights_are_others(tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, run={"iterations": 700}, es={"population": 8})
-    reference, run = finished_run(recipe, tmp_path / "reference"), tmp_path / "run"
+    recipe, run = write_recipe(tmp_path, run={"iterations": 5000}, es={"population": 8}), tmp_path / "run"
     with nodes(2) as cluster:
         settings = on(cluster.address, tmp_path, "workers.hosts=2", "run.verify_every=5")
         with start(recipe, run, *settings) as live:
@@ -125,12 +126,13 @@ def test_a_coordinator_that_was_killed_and_a_host_whose_weights_are_others(tmp_p
         with start(recipe, run, *settings, resume=True) as live:
             waits_for(live, "of its weights differs from this machine's", 1)
             waits_for(live, "takes part", 2)
-            finished = live.finish()
-    assert finished.code == 0, finished.err
-    assert_same_run(run, reference)
+            live.wait_for_records(live.records() + 5)
+            assert_stops(live)
+    steps = records(run)
     assert layer_files(folder) == layer_files(run / "master")
-    resumed = train(recipe, run, "run.iterations=702", resume=True)  # and goes on without Ray
-    assert resumed.code == 0 and records(run) == 702
+    assert digest(run) == digest(finished_run(recipe, tmp_path / "reference", f"run.iterations={steps}"))
+    resumed = train(recipe, run, f"run.iterations={steps + 2}", resume=True)  # and goes on without Ray
+    assert resumed.code == 0 and records(run) == steps + 2
 
 
 @pytest.mark.long

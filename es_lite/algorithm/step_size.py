@@ -3,7 +3,8 @@
 The step that gains most now is α = gain/(2·cost) (`estimate`); twice as much would gain nothing. In the long run, a little more
 than that gains more, since a part of what steps cost is taken back by later ones, while α carries a run along all other
 directions (the short-horizon bias of stochastic meta-descent, arXiv 1803.02021). In the last part of a run, α falls in a straight
-line to 0, which takes back what the random part of the steps still costs. benchmarks/step-size.md has what else was tried.
+line to 0, which takes back what the random part of the steps still costs; not while steps gain as much as they ever did.
+benchmarks/step-size.md has what else was tried.
 """
 
 import math
@@ -14,7 +15,9 @@ MULTIPLE = 1.2
 """α is this multiple of the step that gains most now."""
 
 LAST_PART = 0.25
-"""Share of a run's steps over which α falls to 0."""
+"""Share of a run's steps over which α falls to 0, if steps gain nothing by then; the nearer they come to what they gained on
+average so far, the shorter it is. A run that still gains has not been where the random parts of its steps add up.
+"""
 
 RISE, FALL = 2.0, 4.0
 """The most by which α rises above the one that it was when the curvature was last measured, and falls from one step to the next.
@@ -31,6 +34,9 @@ TRUST, FURTHEST = 0.14, 1.0
 since the more they are, the better it is known, and the less of a step is random; and always at most FURTHEST times σ, since
 scores say nothing of what is further away."""
 
+KNOWN = 8
+"""After so many measurements of the curvature, what steps are expected to gain is compared with what they were before."""
+
 
 class StepSize:
     """α of each step, a function of the estimates of all steps up to it."""
@@ -39,6 +45,10 @@ class StepSize:
         """start: near which the first α is. iterations: steps of the whole run."""
         self._alpha = self._measured = start
         self._iterations = iterations
+        self._gained, self._steps = 0.0, 0
+        """The most that steps were expected to gain since the curvature is known, added up; and how many they are."""
+        self._last_part: float | None = None
+        """Share of the run over which α falls to 0, once that has begun."""
 
     @property
     def asks(self) -> bool:
@@ -50,9 +60,24 @@ class StepSize:
         left = max(0.0, 1 - step / self._iterations)
         if found.curvature is not None:
             self._measured = self._alpha
-        if left > LAST_PART or step == 0:
+        if self._last_part is None:
             self._alpha = self._bounded(averages, sigma, found)
-        return self._alpha * min(1.0, left / LAST_PART)
+            if left <= LAST_PART * (1 - self._still_gained(averages)):
+                self._last_part = left
+        if self._last_part is None:
+            return self._alpha
+        return self._alpha * left / self._last_part if left else 0.0
+
+    def _still_gained(self, averages: Averages) -> float:
+        """What the step that gains most gains now, as a share of the average so far; 0 if that is unknown. To be called once a
+        step.
+        """
+        cost = averages.cost
+        if cost is None or cost <= 0 or averages.measurements < KNOWN:
+            return 0.0
+        now = max(0.0, averages.gain) ** 2 / (4 * cost)
+        self._gained, self._steps = self._gained + now, self._steps + 1
+        return min(1.0, now * self._steps / self._gained) if self._gained else 0.0
 
     def _bounded(self, averages: Averages, sigma: float, found: Estimate) -> float:
         cost, gain = averages.cost, max(0.0, averages.gain)

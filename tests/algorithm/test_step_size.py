@@ -14,8 +14,13 @@ FAR = 100.0
 
 
 def alphas(start: float, steps: int, found: Estimate = ALIKE, sigma: float = FAR) -> list[float]:
-    averages, step_size, out = Averages(), StepSize(start, steps), []
-    for step in range(steps):
+    return alphas_of(start, [found] * steps, sigma)
+
+
+def alphas_of(start: float, estimates: list[Estimate], sigma: float = FAR) -> list[float]:
+    """One for each of these steps, which are the whole run."""
+    averages, step_size, out = Averages(), StepSize(start, len(estimates)), []
+    for step, found in enumerate(estimates):
         averages.add(found)
         out.append(step_size.next(step, found, averages, sigma))
     return out
@@ -57,12 +62,25 @@ def test_it_rises_no_further_than_the_curvature_was_measured_for():
     assert step_size.next(10, ALIKE, averages, sigma) == pytest.approx(RISE**2 * 1e-3) and step_size.asks
 
 
-def test_it_falls_in_a_straight_line_to_0_over_the_last_part():
-    found = alphas(0.1, 1000)
-    first = round(1000 * (1 - LAST_PART))
+def test_it_falls_in_a_straight_line_to_0_over_the_last_part_of_a_run_that_gains_no_more():
+    found = alphas_of(0.1, [ALIKE] * 300 + [replace(ALIKE, gain=0.01, slope=0.02)] * 700)
+    first = round(1000 * (1 - LAST_PART)) + 1
     assert found[first - 1] == pytest.approx(found[first], rel=0.01)
     for step in range(first, 1000):
         assert found[step] == pytest.approx(found[first] * (1000 - step) / (1000 - first))
+
+
+def test_it_does_not_fall_while_steps_gain_as_much_as_ever():
+    assert alphas(0.1, 1000)[-1] == pytest.approx(0.1 * MULTIPLE)
+
+
+def test_it_falls_later_the_more_steps_still_gain():
+    """Half of what they gained so far on average leaves about half of the last part."""
+    less = replace(ALIKE, gain=ALIKE.gain * 0.6, slope=ALIKE.slope * 0.6)  # 0.36 times as much, in half of the steps
+    found = alphas_of(0.1, [ALIKE] * 500 + [less] * 500)
+    falling = [step for step in range(700, 1000) if found[step] < found[step - 1]]
+    assert falling == list(range(falling[0], 1000))
+    assert 1000 * (1 - 0.6 * LAST_PART) < falling[0] < 1000 * (1 - 0.4 * LAST_PART)
 
 
 @pytest.mark.parametrize("pairs", [4, 10**9])

@@ -142,8 +142,6 @@ class _Means(NamedTuple):
     slope: float = 0.0
     squares: float = 0.0
     pairs: float = 0.0
-    root_of_seen: float = 0.0
-    """√seen."""
     seen: float = 0.0
     """seen/scatter, and likewise agreed/scatter."""
     agreed: float = 0.0
@@ -200,7 +198,6 @@ class Averages:
             of_step.slope,
             of_step.squares,
             of_step.pairs,
-            of_step.seen**0.5,
             of_step.seen / scale,
             of_step.agreed / scale,
             of_step.gain,

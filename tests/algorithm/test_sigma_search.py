@@ -42,6 +42,14 @@ def test_scores_that_are_all_equal_ask_for_a_larger_one():
     assert search.found and "all members scored the same" in search.words()
 
 
+@pytest.mark.parametrize("cost", [0.5, -0.5], ids=["as large as its error", "below 0"])
+def test_costs_that_are_chance_find_nothing_and_it_is_said(cost: float):
+    search = SigmaSearch(1e-3, 0.0)
+    for _ in range(STEPS):
+        search.add(cost, 0.5, 1.0)
+    assert search.found and search.sigma == 1e-3 and "could not be told from chance" in search.words()
+
+
 def test_perturbations_that_cost_nothing_ask_for_a_larger_one():
     search = SigmaSearch(1e-3, 0.0)
     search.add(-0.1, 0.0, 0.3)

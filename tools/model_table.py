@@ -39,7 +39,7 @@ from es_lite.scoring.lanes import Lanes
 from es_lite.scoring.model import PerturbedModel
 from es_lite.scoring.perturbation import Perturbation
 from es_lite.scoring.rehearsal import rehearse
-from es_lite.tables import FitnessTable, GenerationTable
+from es_lite.tables import FitnessTable, GenerationTable, RunTable
 from es_lite.weights import working_copy
 from es_lite.weights.layer_format import LayerFormat
 from es_lite.weights.reading import LayerReader
@@ -107,7 +107,7 @@ def _compare(model: PreTrainedModel, folder: Path) -> str:
     skeleton, layout = origin.skeleton()
     for kind, rank in NOISE.items():
         rehearse(skeleton, layout, kind_of(kind, rank), writes=False)
-    _plan(skeleton, layout)
+    _plan(skeleton, layout, folder)
     source = origin.source(skeleton, layout, ONE)
     own = {name: value.detach().clone() for name, value in model.named_parameters()}
     for tensor in layout.tensors:
@@ -138,11 +138,12 @@ def _compare(model: PreTrainedModel, folder: Path) -> str:
     return _exported(model, origin, folder, skeleton, layout)
 
 
-def _plan(skeleton: PreTrainedModel, layout: Layout) -> None:
-    """Plans a run of each fitness; one that needs what the model cannot do is refused there, which is not the verdict."""
+def _plan(skeleton: PreTrainedModel, layout: Layout, folder: Path) -> None:
+    """Plans a run of each fitness in the folder; one that needs what the model cannot do is refused, which is not the verdict."""
     for kind in ("logprob", "reward"):
         fitness = FitnessTable(kind=kind, max_length=16, samples=2, micro_batch=1)
-        recipe = Recipe(fitness=fitness, generation=GenerationTable(max_new_tokens=8))
+        run = RunTable(dir=str(folder))  # whose size is counted
+        recipe = Recipe(run=run, fitness=fitness, generation=GenerationTable(max_new_tokens=8))
         with contextlib.suppress(UserError):
             Plan.of(recipe, fitness_of(kind), skeleton.config, layout)
 

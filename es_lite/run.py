@@ -83,7 +83,7 @@ class Run:
         before, started = self.engine.traffic(), time.perf_counter()
 
         # Score the population on the step's items; now and then, and if σ is new, score θ itself too.
-        items = self.dataset.draw(t)
+        items = self.dataset.draw(t - 1 if self.tuning.repeats(t) else t)
         signs = (1, -1) if es.antithetic else (1,)
         pairs = range(es.population // len(signs))
         perturbations = [Perturbation(seed, t, pair, sigma, signs, self.noise.NAME, self.noise.RANK) for pair in pairs]
@@ -94,7 +94,6 @@ class Run:
         graded = self._grade(answers[: es.population], items)
         scores = graded.means()
         centre = self._grade(answers[es.population :], items) if probed else None
-        ahead = self._look_ahead() if self.tuning.looks_ahead(t) else None
         scored = time.perf_counter()
         if centre and sigma != self.examined_sigma and not self.tuning.searching:
             self._examine(sigma, float(centre.means()[0]), scores)
@@ -109,7 +108,7 @@ class Run:
         except ValueError as error:
             raise RunError(f"step {t + 1}: {error}; nothing has changed. es.sigma or es.alpha may be too large") from None
         # What is found may depend on the steps alone, not on where a run was resumed and σ was new to it.
-        found = self._estimate(graded.scores, sigma, centre if scheduled else None, ahead)
+        found = self._estimate(graded.scores, sigma, centre if scheduled else None)
         alpha = self.tuning.alpha(t, sigma, found)
         if news := self.tuning.news():
             self.console.say(news)
@@ -190,20 +189,13 @@ class Run:
         compared, spread = shaping.item_baseline(scores) if es.baseline == "item" else (shaping.means(scores), None)
         return shaping.utilities(compared, es.shaping, spread)
 
-    def _look_ahead(self) -> Graded:
-        """θ on the items of the next step."""
-        items = self.dataset.draw(self.done + 1)
-        with self.console.progress(f"step {self.done + 1}: the unperturbed model") as progress:
-            return self._grade(self.engine.score([self.theta], items, progress), items)
-
-    def _estimate(self, scores: np.ndarray, sigma: float, centre: Graded | None, ahead: Graded | None) -> Estimate:
+    def _estimate(self, scores: np.ndarray, sigma: float, centre: Graded | None) -> Estimate:
         es = self.recipe.es
 
         def unit(scores: np.ndarray) -> np.ndarray:
             return pair_coefficients(coefficients(self._utilities(scores), 1.0, sigma, es.scale), es.antithetic)
 
-        own, next_own = (None if graded is None else graded.scores[0] for graded in (centre, ahead))
-        return estimate(scores, unit, sigma, es.antithetic, own, next_own)
+        return estimate(scores, unit, sigma, es.antithetic, None if centre is None else centre.scores[0])
 
     def _grade(self, answers: np.ndarray, items: Items) -> Graded:
         graded = self.dataset.grade(answers, items, self.done)

@@ -9,9 +9,9 @@ item b, to second order. So
 and a step θ + Σ_p c_p ε_p gains Σ_p c_p g·ε_p, to first order, and its random part costs κ Σ_p c_p². The gain must not be
 measured on the items that the coefficients came from, which they also fit by chance. So a few items at a time are left out
 (cross-validation): what they say of the step that the others make is unbiased, whatever the shaping, and however unlike items
-are. A step costs more than its random part does, since the gradient tends to lie where the curvature is greatest, and θ moves
-less far than the members are, where the curvature may be another. So θ is now and then scored on the next step's items too: what
-it has gained on them after the step is short of the gain to first order by the step's whole cost.
+are. A step costs more than its random part does, since the gradient tends to lie where the curvature is greatest: if the step
+after it has the same items, what θ really gained on them is short of Σ_p c_p d_p/σ, its gain there to first order, by its whole
+cost.
 
 Without antithetic sampling, d is each member's score less the population's mean. Where es.groups makes α and σ unlike, all this
 is of a step that follows the perturbations.
@@ -51,9 +51,7 @@ class Estimate:
     curvature_error: float = 0.0
     """The standard error of κ, from how it varies between pairs and between items."""
     centre: float | None = None
-    """θ's own score on the step's items, if it was."""
-    ahead: float | None = None
-    """θ's own score on the items of the next step, if it was scored on them before this one."""
+    """θ's own score, if it was."""
 
 
 def estimate(
@@ -62,18 +60,18 @@ def estimate(
     sigma: float,
     antithetic: bool,
     centre: np.ndarray | None = None,
-    ahead: np.ndarray | None = None,
 ) -> Estimate:
     """scores: float64 [N, items], NaN where an item does not count. unit: gives c_p at α = 1, float64 [pairs], of the scores of
-    some of the items. centre: θ's own scores, float64 [items], if it was scored; ahead: those on the next step's items.
+    some of the items. centre: θ's own scores, float64 [items], if it was scored.
 
     Pairs of members without a finite score are left out, and so are items that do not count for all others.
     """
     members, kept, items = _finite(scores, antithetic)
-    found = Estimate(centre=_mean(centre), ahead=_mean(ahead))
+    found = Estimate()
     if centre is not None and members.size and np.isfinite(centre[items]).all():
         lost = centre[items] - members.mean(axis=1)
-        found = replace(found, curvature=float(lost.mean()) / sigma**2, curvature_error=_error(lost) / sigma**2)
+        own, error = float(centre[items].mean()), _error(lost)
+        found = Estimate(curvature=float(lost.mean()) / sigma**2, curvature_error=error / sigma**2, centre=own)
     d = (members[:, 0] - members[:, 1]) / 2 if antithetic else members[:, 0] - members[:, 0].mean(axis=0)
     pairs, count = d.shape
     of_pairs = d.mean(axis=1) if count else np.zeros(pairs)
@@ -91,11 +89,6 @@ def estimate(
         squares=float(np.sum(coefficients**2)),
         pairs=pairs,
     )
-
-
-def _mean(centre: np.ndarray | None) -> float | None:
-    """θ's score; None if it was not scored, or not all of it is finite."""
-    return None if centre is None or not np.isfinite(centre).all() else float(centre.mean())
 
 
 def _gain(scores: np.ndarray, unit: Callable[[np.ndarray], np.ndarray], d: np.ndarray, kept: np.ndarray) -> float:
@@ -142,6 +135,8 @@ class _Means(NamedTuple):
     slope: float = 0.0
     squares: float = 0.0
     pairs: float = 0.0
+    root_of_seen: float = 0.0
+    """√seen."""
     seen: float = 0.0
     """seen/scatter, and likewise agreed/scatter."""
     agreed: float = 0.0
@@ -155,10 +150,10 @@ class Averages:
     The longer a run, the more slowly it changes, and the smaller is the share of signal, which takes more steps to see. The
     curvature, which is measured less often, is filtered (Kalman): a measurement counts by the errors of all so far, since items
     of little curvature have small errors too, and by how much the curvature may have changed since the one before. How many
-    times its random part a step costs is taken from the `COSTS` last steps of which it is known what they gained.
+    times its random part a step costs is smoothed over `COSTS` of them.
     """
 
-    FEWEST, LEAST, SHARE, COSTS = 4, 10, 0.25, 16
+    FEWEST, LEAST, SHARE, COSTS = 4, 10, 0.25, 8
     WITHIN = 0.1
     """The error of the signal, as a share of it, at which no more steps are averaged over."""
     CHANGE, PACE = 0.4, 2.0
@@ -167,10 +162,8 @@ class Averages:
     """
     EXPECTED_SIGNAL, EXPECTED_WITHIN = 0.2, 0.15
     """The mean and the deviation of what a signal is before anything is known of it."""
-    EXCESS_WITHIN = 1.0
-    """The deviation from 1 of how many times its random part a step costs, before anything is known of it."""
     ROUNDING = 0.1
-    """The error, as a share of the spread of the scores, that rounding may leave in what a step has gained."""
+    """What costs add up to is told apart from rounding if it is more than this share of the spread of the scores."""
 
     def __init__(self) -> None:
         self.curvature: float | None = None
@@ -184,8 +177,8 @@ class Averages:
         self._window = 0.0
         self._means = _Means()
         self._costs = np.zeros(3)
-        """Of the steps of which it is known what they gained: their whole cost, the cost of their random part, and the squared
-        error of the first, since items differ in what they gain.
+        """Of the steps whose whole cost is known: that, the cost of their random part, and what of their gain to first order is
+        only that of their own items.
         """
         self._last = Estimate()
 
@@ -198,6 +191,7 @@ class Averages:
             of_step.slope,
             of_step.squares,
             of_step.pairs,
+            of_step.seen**0.5,
             of_step.seen / scale,
             of_step.agreed / scale,
             of_step.gain,
@@ -236,16 +230,15 @@ class Averages:
         self._errors = np.zeros(2)
         self._costs = np.zeros(3)
 
-    def compare(self, after: Estimate, alpha: float, sigma: float) -> None:
-        """To be called before `add`: what the last step, with this α and σ, has gained on the items of the one after it."""
+    def compare(self, repeated: Estimate, alpha: float) -> None:
+        """To be called before `add` for a step with the items of the step before it, which had this α."""
         last = self._last
-        if after.centre is None or last.ahead is None or self.curvature is None:
+        if repeated.centre is None or last.centre is None or self.curvature is None:
             return
-        whole = self.gain * alpha - (after.centre - last.ahead)
+        whole = last.slope * alpha - (repeated.centre - last.centre)
         random = self.curvature * last.squares * alpha**2
-        length = last.squares * (alpha / sigma) ** 2  # squared, beside that of a perturbation
-        error = length * max(0.0, last.seen - last.agreed) + self.ROUNDING**2 * last.seen
-        self._costs += np.array([whole, random, error]) - self._costs / self.COSTS
+        own = max(0.0, self.slope - self.gain) * alpha
+        self._costs += np.array([whole, random, own]) - self._costs / self.COSTS
 
     @property
     def measurements(self) -> int:
@@ -277,10 +270,14 @@ class Averages:
 
     @property
     def excess(self) -> float:
-        """How many times the cost of its random part a step costs, drawn towards 1 as far as that is uncertain; at least 1."""
-        whole, random, error = self._costs.tolist()
-        known = self.EXCESS_WITHIN**2 * random
-        return max(1.0, (error + known * whole) / (error + known * random)) if error else 1.0
+        """How many times the cost of its random part a step costs; 1 if that is unknown.
+
+        On its own items, it costs more than on others: what only they gain is soon gained, and has the noise of their scores in
+        it. So costs are compared beside that gain.
+        """
+        whole, random, own = self._costs.tolist()
+        doubtful = own + self.ROUNDING * self._means.root_of_seen
+        return max(1.0, (whole + doubtful) / (random + doubtful)) if random + doubtful > 0 else 1.0
 
     @property
     def cost(self) -> float | None:

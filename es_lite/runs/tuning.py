@@ -17,11 +17,11 @@ FIRST_SIGMA = 1e-3
 """Where the search for a σ that is "auto" begins: the papers'."""
 
 FIRST_PROBES = 16
-"""θ itself is scored in so many steps at first, and again when σ has been found; also on the items of the next one, so that it
-is seen what each step gains."""
+"""θ itself is scored in so many steps at first, and again when σ has been found; one in four of them has the items of the one
+before it."""
 
-PROBED_MEMBERS = 320
-"""Later it is scored so in two steps in a row for so many members: three times, which takes less than 1 % of the time."""
+PROBED_MEMBERS = 250
+"""Later it is scored in two steps in a row for so many members, which takes less than 1 % of the time."""
 
 
 def alpha_of(es: ESTable, step: int, estimate: dict[str, Any] | None) -> float | None:
@@ -46,7 +46,7 @@ class Tuning:
         self._probe_every = max(2, math.ceil(PROBED_MEMBERS / es.population))
         self._alpha = 0.0
         self._sigma, self._since = 0.0, 0
-        """That of the last step, and, if it is searched for, the first step that had it."""
+        """If σ is searched for: that of the last step, and the first step that had it."""
         for step, (sigma, document) in enumerate(history):
             if document:
                 found = Estimate(**_fields(document, step))
@@ -69,11 +69,10 @@ class Tuning:
         asked = self._step_size is not None and self._step_size.asks
         return asked or self.searching or self._age(step) < FIRST_PROBES or step % self._probe_every < 2
 
-    def looks_ahead(self, step: int) -> bool:
-        """Whether step `step` scores θ on the items of the next one too, which tells what the step gains."""
-        if self._step_size is None or self.searching:
-            return False
-        return self._age(step) < FIRST_PROBES - 1 or step % self._probe_every == 0
+    def repeats(self, step: int) -> bool:
+        """Whether step `step` has the items of the step before it, so that what that one gained is seen."""
+        age = self._age(step)
+        return self._step_size is not None and (step % self._probe_every == 1 or (age < FIRST_PROBES and age % 4 == 1))
 
     def _age(self, step: int) -> int:
         """How many steps before step `step` had its σ; with decays, all."""
@@ -84,12 +83,11 @@ class Tuning:
 
     def alpha(self, step: int, sigma: float, found: Estimate) -> float:
         """α of a step. found: the estimate from its scores. To be called for every step, in order."""
-        if step:
-            self.averages.compare(found, self._alpha, self._sigma)
+        if self.repeats(step):
+            self.averages.compare(found, self._alpha)
         if self._renewed(sigma):
             self.averages.forget_costs()
-            self._since = step
-        self._sigma = sigma
+            self._sigma, self._since = sigma, step
         self.averages.add(found)
         if self._search and not self._search.found:
             cost = 0.0 if found.curvature is None else found.curvature * sigma**2

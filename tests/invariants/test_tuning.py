@@ -53,20 +53,6 @@ def test_what_was_found_is_said_and_kept(tmp_path: Path) -> None:
     assert all(line["estimate"]["curvature"] is not None for line in lines[:4]), "θ itself is scored in the first steps"
 
 
-@pytest.mark.parametrize("fitness", ["logprob", pytest.param("reward", marks=pytest.mark.long)])
-def test_what_a_step_gains_is_seen_on_the_next_ones_items(tmp_path: Path, fitness: str) -> None:
-    """Before it, θ scores on them what a θ that stays where it is scores in the next step."""
-
-    def estimates(name: str, *keys: str) -> list[dict[str, float]]:
-        assert train_here(recipe_of(tmp_path, fitness), tmp_path / name, *keys, "run.iterations=2").code == 0
-        return [json.loads(line)["estimate"] for line in (tmp_path / name / "journal.jsonl").read_text().splitlines()[1:]]
-
-    first, second = estimates("moves", "es.sigma=0.1")
-    _, stayed = estimates("stays", "es.alpha=1e-30")
-    assert first["ahead"] == stayed["centre"] != second["centre"]
-    assert stayed["ahead"] is None, "α is given"
-
-
 def test_the_journal_of_a_given_alpha_and_sigma_has_no_estimates(tmp_path: Path) -> None:
     """So earlier versions can read it."""
     assert train_here(write_recipe(tmp_path), tmp_path / "run").code == 0

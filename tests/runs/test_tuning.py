@@ -47,7 +47,7 @@ def test_given_values_follow_their_decays():
     assert [tuning.sigma(step) for step in range(4)] == pytest.approx([0.25, 0.25, 0.25, 0.025])
     assert [tuning.alpha(step, 0.25, Estimate()) for step in range(4)] == [0.5, 0.5, 0.25, 0.25]
     assert tuning.document(Estimate(), 0.5) is None and tuning.news() is None
-    assert not any(tuning.looks_ahead(step) for step in range(100)), "nothing is to be found"
+    assert not any(tuning.repeats(step) for step in range(100)), "the items of each step are its own"
 
 
 @pytest.mark.parametrize("keys", [{"alpha": "auto"}, {"sigma": "auto"}, {"alpha": "auto", "sigma": "auto"}], ids=str)
@@ -111,8 +111,7 @@ def test_theta_is_scored_often_at_first_and_then_for_less_than_a_hundredth_of_th
     tuning = Tuning(recipe(1000), never, [])
     probes = [tuning.probes(step) for step in range(1000)]
     assert probes[:4] == [True] * 4
-    ahead = [tuning.looks_ahead(step) for step in range(1000)]
-    assert sum(probes) + sum(ahead) < 0.01 * 1000 * 16
+    assert sum(probes) < 0.01 * 1000 * 16
 
 
 def test_theta_is_scored_again_with_a_sigma_that_is_new_when_the_search_ends():
@@ -124,37 +123,20 @@ def test_theta_is_scored_again_with_a_sigma_that_is_new_when_the_search_ends():
         tuning.alpha(step, sigma, dataclasses.replace(found(sigma), curvature=1e6 if step % 2 else 1.0))
         step += 1
     assert tuning.sigma(step) != sigma and step == 8
+    repeats = []
     for young in range(step, step + 8):
-        assert tuning.probes(young) and tuning.looks_ahead(young)
+        assert tuning.probes(young)
+        repeats.append(tuning.repeats(young))
         tuning.alpha(young, tuning.sigma(young), found(tuning.sigma(young)))
+    assert repeats == [False, True, False, False] * 2
 
 
-def test_what_a_step_gains_is_seen_since_theta_is_scored_in_the_next_one_too():
+def test_a_step_that_repeats_the_items_of_another_follows_one_that_scored_theta():
     tuning = Tuning(recipe(1000, alpha="auto"), never, [])
-    ahead = [tuning.looks_ahead(step) for step in range(1000)]
-    assert all(tuning.probes(step) and tuning.probes(step + 1) for step, looks in enumerate(ahead) if looks)
-    assert ahead[:16] == [True] * 15 + [False] and 60 < sum(ahead) < 80
-
-
-def test_while_sigma_is_searched_for_no_step_looks_ahead():
-    """The next σ forgets what was seen."""
-    tuning = Tuning(recipe(1000, alpha="auto", sigma="auto"), lambda: 1e-4, [])
-    assert tuning.searching and not tuning.looks_ahead(0)
-
-
-def test_steps_that_gain_less_than_expected_become_smaller():
-    """As seen on the next step's items, of which θ was scored before and after each step."""
-
-    def alphas(gained: float) -> list[float]:
-        tuning, centre = Tuning(recipe(100, alpha="auto", alpha_start=0.01), never, []), -3.0
-        series = []
-        for step in range(12):
-            of_step = dataclasses.replace(found(0.01), centre=centre + gained * bool(step), ahead=centre)
-            series.append(tuning.alpha(step, 0.01, of_step))
-        return series
-
-    short, as_expected = alphas(-0.01), alphas(0.01)
-    assert short[0] == as_expected[0] and short[-1] < 0.7 * as_expected[-1]
+    for step in range(1000):
+        if tuning.repeats(step):
+            assert step > 0 and tuning.probes(step - 1) and tuning.probes(step) and not tuning.repeats(step - 1)
+    assert 60 < sum(map(tuning.repeats, range(1000))) < 80
 
 
 def test_an_alpha_of_which_nothing_is_known_is_none():

@@ -21,6 +21,7 @@ from support import (
     assert_same_run,
     digest,
     finished_run,
+    leftovers,
     metrics,
     records,
     replayed,
@@ -130,9 +131,11 @@ def test_a_coordinator_that_was_killed_and_a_host_whose_weights_are_others(tmp_p
             assert_stops(live)
     steps = records(run)
     assert layer_files(folder) == layer_files(run / "master")
-    assert digest(run) == digest(finished_run(recipe, tmp_path / "reference", f"run.iterations={steps}"))
-    resumed = train(recipe, run, f"run.iterations={steps + 2}", resume=True)  # and goes on without Ray
+    last = f"run.iterations={steps + 2}"
+    resumed = train(recipe, run, last, resume=True)  # and goes on without Ray
     assert resumed.code == 0 and records(run) == steps + 2
+    reference = finished_run(recipe, tmp_path / "reference", last)
+    assert digest(run) == digest(reference) and leftovers(run) == []
 
 
 @pytest.mark.long

@@ -134,7 +134,7 @@ def test_a_coordinator_that_was_killed_and_a_host_whose_weights_are_others(tmp_p
     last = f"run.iterations={steps + 2}"
     resumed = train(recipe, run, last, resume=True)  # and goes on without Ray
     assert resumed.code == 0 and records(run) == steps + 2
-    reference = finished_run(recipe, tmp_path / "reference", last)
+    reference = finished_run(recipe, tmp_path / "reference", last, seconds=900)
     assert digest(run) == digest(reference) and leftovers(run) == []
 
 

@@ -139,10 +139,12 @@ def arguments(recipe: Path, run: Path, *overrides: str, resume: bool = False, re
     return [str(recipe), *sets, *(["--resume"] if resume else []), *(["--rebuild"] if rebuild else [])]
 
 
-def train(recipe: Path, run: Path, *overrides: str, resume: bool = False, rebuild: bool = False) -> Finished:
-    """Runs the command to its end, in a process of its own."""
+def train(
+    recipe: Path, run: Path, *overrides: str, resume: bool = False, rebuild: bool = False, seconds: float = 180
+) -> Finished:
+    """Runs the command to its end, which must come within `seconds`, in a process of its own."""
     with start(recipe, run, *overrides, resume=resume, rebuild=rebuild) as live:
-        return live.finish()
+        return live.finish(seconds)
 
 
 def train_here(recipe: Path, run: Path, *overrides: str, resume: bool = False, rebuild: bool = False) -> Finished:
@@ -157,8 +159,7 @@ def train_here(recipe: Path, run: Path, *overrides: str, resume: bool = False, r
 
 def finished_run(recipe: Path, run: Path, *overrides: str, seconds: float = 180) -> Path:
     """Runs the command to its end, which must be a success and come within `seconds`. Returns `run`."""
-    with start(recipe, run, *overrides) as live:
-        finished = live.finish(seconds)
+    finished = train(recipe, run, *overrides, seconds=seconds)
     assert finished.code == 0, finished.err
     return run
 

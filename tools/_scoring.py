@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from es_lite.scoring.lanes import Lanes
 from es_lite.scoring.logsumexp import RunningLogSumExp
 from es_lite.scoring.model import PerturbedModel
 from es_lite.scoring.perturbation import UNPERTURBED, Perturbation
-from es_lite.tables import DataTable, ESTable, FitnessTable, ModelTable, NoiseTable, WorkersTable
+from es_lite.tables import DataTable, ESTable, FitnessTable, ModelTable, NoiseTable, RunTable, WorkersTable
 from es_lite.weights.parts import Part, slices
 from es_lite.weights.working_copy import WorkingCopy, allocate
 
@@ -159,16 +160,18 @@ def tiles(arguments: argparse.Namespace) -> None:
 
 def tile_members_of(load: StepLoad) -> int:
     """Members that the plan lets share a tile under low-rank noise."""
-    recipe = Recipe(
-        model=ModelTable(config=load.config),
-        data=DataTable(tokenizer="bpe"),
-        fitness=FitnessTable(samples=load.samples, max_length=load.length, micro_batch=load.micro_batch),
-        es=ESTable(population=load.population, antithetic=True),
-        noise=NoiseTable(kind="lowrank"),
-        workers=WorkersTable(count=1, threads=1),
-    )
-    model, layout = Origin.of_recipe(recipe).skeleton()
-    return Plan.of(recipe, fitness_of("logprob"), model.config, layout).execution.tile_members
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = Recipe(
+            run=RunTable(dir=folder),  # whose size is counted
+            model=ModelTable(config=load.config),
+            data=DataTable(tokenizer="bpe"),
+            fitness=FitnessTable(samples=load.samples, max_length=load.length, micro_batch=load.micro_batch),
+            es=ESTable(population=load.population, antithetic=True),
+            noise=NoiseTable(kind="lowrank"),
+            workers=WorkersTable(count=1, threads=1),
+        )
+        model, layout = Origin.of_recipe(recipe).skeleton()
+        return Plan.of(recipe, fitness_of("logprob"), model.config, layout).execution.tile_members
 
 
 def _all_products(x: torch.Tensor, matrices: Sequence[torch.Tensor]) -> None:

@@ -16,6 +16,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words or words[0] not in COMMANDS:
         listing = "\n".join(f"  {name:<8} {what}" for name, what in COMMANDS.items())
         asked_for_help = words[:1] in (["-h"], ["--help"])
+        if words and not asked_for_help:
+            print(f"es_lite: no such command: {words[0]}\n", file=sys.stderr)
         print(f"usage: es-lite COMMAND ...\n\n{listing}", file=sys.stdout if asked_for_help else sys.stderr)
         return 0 if asked_for_help else 2
     # Each command imports only what it needs.

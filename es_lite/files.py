@@ -192,13 +192,18 @@ def write_durably(path: Path, text: str) -> None:
         new.commit(durable=True)
 
 
+def beside(folder: Path) -> tuple[Path, Path]:
+    """Where `new_folder` fills the new folder, and where the old one is meanwhile."""
+    return next_to(folder), folder.with_name(folder.name + OLD)
+
+
 @contextlib.contextmanager
 def new_folder(folder: Path, durable: bool = False) -> Iterator[Path]:
     """Yields an empty folder to fill, which replaces `folder` if the block succeeds and is removed if it raises.
 
     A crash between the renames leaves a state that `finish_replacement` repairs.
     """
-    partial, old = next_to(folder), folder.with_name(folder.name + OLD)
+    partial, old = beside(folder)
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -222,11 +227,11 @@ def new_folder(folder: Path, durable: bool = False) -> Iterator[Path]:
 
 def finish_replacement(folder: Path) -> None:
     """Completes or undoes a replacement of `folder` that a crash interrupted."""
-    old = folder.with_name(folder.name + OLD)
+    partial, old = beside(folder)
     if old.exists() and not folder.exists():
         old.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-    shutil.rmtree(next_to(folder), ignore_errors=True)
+    for left in (old, partial):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def remove_unfinished(folder: Path) -> None:

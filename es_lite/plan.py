@@ -17,7 +17,7 @@ from es_lite.model.origin import Origin
 from es_lite.planning.plan import Plan
 from es_lite.planning.rates import step_time
 from es_lite.recipe import Recipe
-from es_lite.terminal import accept_any_text
+from es_lite.terminal import accept_any_text, stoppable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,18 +27,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE", dest="overrides", help="override a key")
     arguments = parser.parse_args(argv)
     try:
-        recipe = Recipe.load(arguments.recipe, arguments.overrides)
-        model, layout = Origin.of_recipe(recipe).skeleton()
-        fitness = fitness_of(recipe.fitness.kind)
-        plan = Plan.of(recipe, fitness, model.config, layout)
-        plan.rehearse(model, fitness)
-        expected = step_time(plan.work, plan.execution, plan.noise, Path(recipe.run.dir).expanduser())
-        print(f"{plan.summary(expected, recipe.run.iterations)}\n\n{plan.details(expected)}")
-        if problem := plan.shortfall():
-            raise UserError(f"{arguments.recipe}: {problem}")
+        with stoppable():
+            recipe = Recipe.load(arguments.recipe, arguments.overrides)
+            model, layout = Origin.of_recipe(recipe).skeleton()
+            fitness = fitness_of(recipe.fitness.kind)
+            plan = Plan.of(recipe, fitness, model.config, layout)
+            plan.rehearse(model, fitness)
+            expected = step_time(plan.work, plan.execution, plan.noise, Path(recipe.run.dir).expanduser())
+            print(f"{plan.summary(expected, recipe.run.iterations)}\n\n{plan.details(expected)}")
+            if problem := plan.shortfall():
+                raise UserError(f"{arguments.recipe}: {problem}")
     except UserError as error:
         print(f"es_lite: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("es_lite: stopped", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -65,7 +65,7 @@ class Recipe:
             raise UserError(f"{path}: no such recipe; example recipes are in recipes/") from None
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-        except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        except ValueError as error:  # no UTF-8, no TOML, or a number of thousands of digits
             raise UserError(f"{path}: not valid TOML: {error}") from None
         problems: list[str] = []
         for override in overrides:
@@ -121,6 +121,8 @@ def _contradictions(recipe: Recipe) -> typing.Iterator[tuple[set[str], str]]:
         )
     if es.baseline == "item" and es.shaping == "rank":
         yield {"es"}, 'es.baseline = "item": ranks do not depend on it; remove it, or set es.shaping = "zscore"'
+    if recipe.fitness.kind == "reward" and recipe.data.path == DataTable.path:
+        yield {"data", "fitness"}, 'data.path: missing; rewards need prompts: a file, or a task such as "builtin:countdown"'
     if config and not recipe.data.tokenizer:
         yield (
             {"model", "data"},

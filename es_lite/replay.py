@@ -4,7 +4,7 @@
 
 RUN is a run directory, or a journal alone (a fine-tune shared as a file of kilobytes). A random θ₀ comes from the journal's seed;
 a pretrained one from where the run found it, or from --model, and must be identical. Of the run directory's other files, only the
-tokenizer is used.
+recipe's data.tokenizer and the tokenizer that the run trained are used.
 """
 
 import argparse
@@ -13,18 +13,21 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from es_lite.algorithm.jit import Threads
+from es_lite.data.tokenizer import load_tokenizer
 from es_lite.errors import RunError, UserError
-from es_lite.model.configuration import locate
+from es_lite.files import beside
 from es_lite.model.layout import Layer
 from es_lite.model.origin import Origin
+from es_lite.recipe import Recipe
 from es_lite.runs.export import export, model_card
 from es_lite.runs.journal import Journal
 from es_lite.system import cores
-from es_lite.terminal import accept_any_text
+from es_lite.tables import DataTable
+from es_lite.terminal import accept_any_text, stoppable
 from es_lite.weights.layer_format import LayerFormat
 from es_lite.weights.reading import LayerReader
 
@@ -32,14 +35,16 @@ from es_lite.weights.reading import LayerReader
 def replay(run: Path, out: Path, model_path: str = "", steps: int | None = None, dtype: str = "bf16") -> None:
     """Writes the model after `steps` steps (by default, all in the journal) to the folder `out`.
 
-    Raises UserError if the journal is damaged, if θ₀ is not the one that it began with, or if `out` exists.
+    Raises UserError if the journal is damaged, if θ₀ is not the one that it began with, or if `out`, or what it is made beside,
+    exists.
     """
     journal = Journal.open(run / "journal.jsonl" if run.is_dir() else run)
     steps = len(journal.records) if steps is None else steps
     if not 0 <= steps <= len(journal.records):
         raise UserError(f"--step {steps}: {journal.path} has steps 0 to {len(journal.records)}")
-    if out.exists():
-        raise UserError(f"{out}: exists already; choose another folder")
+    for taken in (out, *beside(out)):
+        if taken.exists():
+            raise UserError(f"{taken}: exists already; remove it, or choose another folder for --out")
     origin = Origin.of_header(journal.header, journal.path)
     if model_path and not origin.path:
         raise UserError(f"--model {model_path}: this run started from random weights, which its journal's seed gives")
@@ -54,17 +59,21 @@ def replay(run: Path, out: Path, model_path: str = "", steps: int | None = None,
 
     tokenizer = _tokenizer(run, origin)
     if tokenizer is None:
-        print("es_lite: there is no tokenizer with the journal; copy the run's into the folder", file=sys.stderr)
+        print(f"es_lite: no tokenizer was found; copy the run's into {out}", file=sys.stderr)
     card = model_card(steps, "", origin.path, "")
     export(out, model, layout, reader, tokenizer, dtype, card, {"step": steps})
 
 
 def _tokenizer(run: Path, origin: Origin) -> PreTrainedTokenizerBase | None:
-    """The run's own tokenizer, or the model's; None if there is neither, as with a journal alone."""
-    for folder in ([run / "tokenizer"] if run.is_dir() else []) + ([locate(origin.path)] if origin.path else []):
-        if (folder / "tokenizer_config.json").exists():
-            return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    return None
+    """The tokenizer that the run's recipe names, or the model's own; None if it is not there, as with a journal alone."""
+    recipe = run / "recipe.toml"
+    try:
+        table = Recipe.load(recipe).data if recipe.is_file() else DataTable()
+        lost = not (run / "tokenizer").is_dir() if table.tokenizer == "bpe" else not (table.tokenizer or origin.path)
+        return None if lost else load_tokenizer(table, origin.path, run, [])
+    except UserError as error:  # the weights do not depend on it
+        print(f"es_lite: {error}", file=sys.stderr)
+        return None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,14 +85,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--model", default="", help="where the pretrained model is, if not where the run found it")
     parser.add_argument("--step", type=int, help="stop after this many steps; default: all")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="type of the tensors; default: bf16")
     arguments = parser.parse_args(argv)
     transformers_logging.set_verbosity_error()
     try:
-        replay(arguments.run, arguments.out, arguments.model, arguments.step, arguments.dtype)
+        with stoppable():
+            replay(arguments.run, arguments.out, arguments.model, arguments.step, arguments.dtype)
     except (UserError, RunError) as error:
         print(f"es_lite: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("es_lite: stopped; nothing was written", file=sys.stderr)
+        return 130
     print(arguments.out)
     return 0
 

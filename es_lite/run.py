@@ -54,7 +54,7 @@ class Run:
     drift: Drift
     examined_sigma: float | None = None
     """The last σ that was examined."""
-    tied: int = 0
+    tied_steps: int = 0
     """Steps in a row in which all members scored the same."""
     shares_tied: list[float] = field(default_factory=list)
     """The share of tied members in each step of this command."""
@@ -226,14 +226,14 @@ class Run:
         """Warns if all members score the same. Raises RunError if they have for too many steps."""
         finite = scores[np.isfinite(scores)]
         if finite.size < 2 or np.ptp(finite) > 0:
-            self.tied = 0
+            self.tied_steps = 0
             return
-        self.tied += 1
+        self.tied_steps += 1
         advice = diagnosis.tied_advice(self.fitness, float(finite[0]))
         most = TIED_REWARD_STEPS if self.fitness.generates else TIED_STEPS
-        if self.tied == most:
+        if self.tied_steps == most:
             raise RunError(f"step {self.done + 1}, the last of {most} in a row: {advice}")
-        if self.tied == 1:
+        if self.tied_steps == 1:
             self.console.warn(f"step {self.done + 1}: {advice}")
 
     def _advise(self, share_tied: float) -> None:
@@ -243,7 +243,7 @@ class Run:
             mean_tied, samples = float(np.mean(self.shares_tied)), self.recipe.fitness.samples
             advice = diagnosis.budget_advice(self.tuning.averages.signal, mean_tied, samples, self.recipe.es.population)
             if advice:
-                self.console.say(f"advice: {advice}")
+                self.console.say(f"advice for another run: {advice}")
 
     def _examine(self, sigma: float, centre: float, scores: np.ndarray) -> None:
         """Warns if σ is too small or too large to be of use; centre: θ's own score."""

@@ -21,7 +21,7 @@ FRACTION = Check("at least 0 and less than 1", lambda value: 0 <= value < 1)
 SEED = Check("from 0 to 2**64 - 1", lambda value: 0 <= value < 2**64)
 SIZE = Check('a size such as "8 GiB" or "512 MiB", or "" for none', lambda value: value == "" or parse_size(value) > 0)
 COUNT_OR_AUTO = Check('"auto" or a whole number of at least 1', lambda v: v == "auto" or (isinstance(v, int) and v >= 1))
-SIZE_OR_AUTO = Check('"auto" or a number greater than 0', lambda v: v == "auto" or (isinstance(v, float) and v > 0))
+NUMBER_OR_AUTO = Check('"auto" or a number greater than 0', lambda v: v == "auto" or (isinstance(v, float) and v > 0))
 PATTERN = Check("a regular expression", lambda value: _compiles(value))
 
 
@@ -127,9 +127,9 @@ class Group:
 class ESTable:
     population: Annotated[int, at_least(2)] = 30
     """N: members per step."""
-    sigma: Annotated[float | str, SIZE_OR_AUTO] = 1e-3
+    sigma: Annotated[float | str, NUMBER_OR_AUTO] = 1e-3
     """σ: the perturbation's standard deviation; "auto": found in the first steps, then held."""
-    alpha: Annotated[float | str, SIZE_OR_AUTO] = 5e-4
+    alpha: Annotated[float | str, NUMBER_OR_AUTO] = 5e-4
     """α: the step size; "auto": found from the scores of each step."""
     alpha_start: Annotated[float, ABOVE_0] = 5e-4
     """Where an α that is "auto" begins."""
@@ -178,7 +178,7 @@ class WorkersTable:
     deadline: Annotated[float, at_least(0)] = 0.0
     """Seconds after which a worker's task counts as hung; 0: the time that the slowest machine would take, at least 600."""
     compute: Literal["auto", "bf16", "fp32"] = "auto"
-    """The type that layers are computed in; "auto" is bf16 on a GPU or if the CPU has AVX512-BF16 or AMX, else fp32."""
+    """The type that layers are computed in; "auto" is bf16 on a GPU or if the CPU has AVX512-BF16, AMX or Arm BF16, else fp32."""
     device: Literal["cpu", "cuda", "torch"] = "cpu"
     """"cuda": one process scores the whole population on the GPU; the update stays on the CPU. "torch": the same code on the CPU,
     to test it."""

@@ -61,7 +61,7 @@ def train(recipe: Recipe, resume: bool = False, rebuild: bool = False) -> None:
         raise UserError(f"{problem}\n\n{plan.parts()}")
 
     with RunDirectory(recipe, resume) as run, contextlib.ExitStack() as opened:
-        print(f"run directory {run.path}: reading the text and the model", flush=True)
+        print(f"run directory {run.path}: reading the data and the model", flush=True)
         # The items, θ₀, the journal, and the step of each layer.
         dataset = fitness.open(recipe, model.config, model.generation_config, run.path)
         opened.callback(dataset.close)
@@ -129,7 +129,7 @@ def train(recipe: Recipe, resume: bool = False, rebuild: bool = False) -> None:
             while under_way.done < recipe.run.iterations and not console.stopping:
                 milestones.after_step(under_way.step())
                 if engine.shortage and under_way.done < recipe.run.iterations:
-                    raise RunError(f"stopped after step {under_way.done}, {engine.shortage}")
+                    raise RunError(f"stopped after step {under_way.done}: {engine.shortage}")
                 if pace.exhausted and under_way.done < recipe.run.iterations:
                     console.say(f"the next step would exceed run.minutes = {recipe.run.minutes:g}")
                     console.stopping = True
@@ -177,11 +177,12 @@ def check_data(journal: Journal, header: dict, recipe: Recipe) -> None:
     if journal.header["data"] != header["data"]:
         raise UserError(
             f"{recipe.data.path}: the text or prompts, the tokenizer or data.bos have changed since {journal.path.parent} began; "
-            'restore them (data.bos = "never" is what there was before that key)'
+            'restore them (for a run that began before there was data.bos, set data.bos = "never")'
         )
     if journal.header["compute"] != header["compute"]:
         print(
-            f"warning: the run began in {journal.header['compute']}, this machine continues in {header['compute']}",
+            f"warning: the run began in {journal.header['compute']}, and goes on in {header['compute']}, this machine's "
+            "compute type, which changes the last digits of scores",
             file=sys.stderr,
         )
 

@@ -77,7 +77,10 @@ def _value(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
         return tuple(_value(element, item, f"{where}[{index}]", problems) for index, item in enumerate(value))
     types = typing.get_args(hint) or (hint,)
     if float in types and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            value = math.inf
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", dict: "a table"}
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
         problems.append(f"{where} = {value!r}: expected {' or '.join(names[kind] for kind in types)}")
@@ -95,7 +98,7 @@ def override(document: dict, setting: str, problems: list[str]) -> None:
         return
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except ValueError:  # no TOML, or a number of thousands of digits
         value = text.strip()  # a bare word is a string: --set run.dir=runs/mine
     for part in tables:
         document = document.setdefault(part, {})

@@ -14,8 +14,8 @@ class Drift:
 
         m_{t+1} = (1 - δ_t)² m_t + Σ_p c_p²        drift = √m
 
-    What lasts of the steps' direction adds up faster, so the true distance is a little larger. With a decay towards 0, the
-    distance is that from θ₀ as the decay alone would have shrunk it.
+    Where steps have a direction in common, they add up faster, so the true distance is a little larger. With a decay towards 0,
+    the distance is that from θ₀ as the decay alone would have shrunk it.
     """
 
     def __init__(self, shares: Mapping[tuple[float, float], float]) -> None:

@@ -150,7 +150,7 @@ class Averages:
     The longer a run, the more slowly it changes, and the smaller is the share of signal, which takes more steps to see. The
     curvature, which is measured less often, is filtered (Kalman): a measurement counts by the errors of all so far, since items
     of little curvature have small errors too, and by how much the curvature may have changed since the one before. How many
-    times its random part a step costs is smoothed over `COSTS` of them.
+    times its random part a step costs is smoothed over `COSTS` steps whose whole cost is known.
     """
 
     FEWEST, LEAST, SHARE, COSTS = 4, 10, 0.25, 8
@@ -224,8 +224,8 @@ class Averages:
         self.curvature += share * (curvature - self.curvature)
         self._variance *= 1 - share
 
-    def forget_costs(self) -> None:
-        """σ changed: what one that was too small said of the curvature may have been rounding."""
+    def forget_curvature(self) -> None:
+        """To be called when σ has changed: what a σ that was too small said of the curvature may have been rounding."""
         self.curvature, self._variance = None, 0.0
         self._errors = np.zeros(2)
         self._costs = np.zeros(3)

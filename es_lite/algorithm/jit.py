@@ -18,7 +18,7 @@ def jit(function: Any) -> Any:
     """Compiles a kernel, in plain IEEE arithmetic: no fastmath.
 
     Compiled code is cached next to the module, or in the user's cache folder. Where neither can be written, as in a container
-    under another user, it is cached in a temporary folder for this command and its workers or, without one, in no place.
+    under another user, it is cached in a temporary folder for this command and its workers or, if there is none, not at all.
     """
     for _ in range(2):
         try:

@@ -19,7 +19,7 @@ class Record:
     """The σ of the perturbations; the update does not need it."""
     antithetic: bool
     decay: float
-    """α·λ of the weight decay, a float32 value; 0 if it is off, as it is if `anchor` is not."""
+    """α·λ of the weight decay, a float32 value; 0 if it is off, which it is whenever `anchor` is not 0."""
     coefficients: tuple[float, ...]
     """c_j of each member, float32 values; 0 for a member whose score was not finite."""
     kind: str = "gaussian"

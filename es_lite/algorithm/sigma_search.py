@@ -33,7 +33,7 @@ class SigmaSearch:
         self.share = 0.0
         """That of the σ that was found."""
         self._least = least
-        self._told = False
+        self._differed = False
         """Whether members ever scored differently."""
         self._tried: list[tuple[float, float]] = []
         """σ and its share."""
@@ -44,7 +44,7 @@ class SigmaSearch:
         cost: the unperturbed model's score less the members' mean, with its standard error; spread: the std of the members'
         means over items.
         """
-        self._told |= spread > 0
+        self._differed |= spread > 0
         share = cost / spread if spread else 0.0
         off = _off(share)
         if off <= CLOSE and error >= cost:  # it may be chance: the larger σ, the better its cost is seen
@@ -68,7 +68,7 @@ class SigmaSearch:
 
     def words(self) -> str:
         """One line on the σ that was found, and why it is that."""
-        if not self._told:
+        if not self._differed:
             return f'es.sigma = "auto": {self.sigma:.3g}; with every σ that was tried, all members scored the same'
         if self.share <= 0:
             why = "what a perturbation costs could not be told from chance with any σ that was tried"

@@ -20,8 +20,8 @@ average so far, the shorter it is. A run that still gains has not been where the
 """
 
 RISE, FALL = 2.0, 4.0
-"""The most by which α rises above the one that it was when the curvature was last measured, and falls from one step to the next.
-At first, larger steps soon lead to where the curvature is many times as large."""
+"""The most by which α rises above what it was when the curvature was last measured, and falls from one step to the next. At
+first, larger steps soon lead to where the curvature is many times as large."""
 
 CLOSE = 0.1
 """Up to this multiple of σ, the root mean square of a step's elements may rise faster: the scores are of what is further away."""
@@ -46,7 +46,7 @@ class StepSize:
         self._alpha = self._measured = start
         self._iterations = iterations
         self._gained, self._steps = 0.0, 0
-        """The most that steps were expected to gain since the curvature is known, added up; and how many they are."""
+        """The most that each step since the curvature has been known could gain, added up; and how many they are."""
         self._last_part: float | None = None
         """Share of the run over which α falls to 0, once that has begun."""
 
@@ -57,7 +57,7 @@ class StepSize:
 
     def next(self, step: int, found: Estimate, averages: Averages, sigma: float) -> float:
         """α of step `step`; to be called for every step in order. found: its estimate; averages: with that."""
-        left = max(0.0, 1 - step / self._iterations)
+        left = max(0.0, 1 - step / max(1, self._iterations))
         if found.curvature is not None:
             self._measured = self._alpha
         if self._last_part is None:

@@ -34,7 +34,7 @@ SHORTEST_DEADLINE_SECONDS = 600.0
 TICK_SECONDS = 0.2
 """How often the guard is consulted and progress reported."""
 
-SMALLER = 'add --resume, with workers.count, fitness.micro_batch or fitness.max_length lower, or memory.residency = "streamed"'
+SMALLER = 'add --resume, with workers.count lower or memory.residency = "streamed"'
 
 
 @dataclass

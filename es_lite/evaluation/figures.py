@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from es_lite.fitness.base import Sample
+from es_lite.fitness.base import GradedCompletion
 from es_lite.fitness.functions import role
 
 STRICT = "math_strict"
@@ -30,7 +30,7 @@ class Figure:
         return cls(float(values.mean()), error)
 
 
-def columns(samples: Sequence[Sample], functions: Sequence[str]) -> dict[str, np.ndarray]:
+def columns(samples: Sequence[GradedCompletion], functions: Sequence[str]) -> dict[str, np.ndarray]:
     """What is averaged, each float64 [prompts], NaN where it is not counted.
 
     reward; functions.NAME; accuracy, accuracy_strict (GSM8K's strict match, where accuracy is the flexible extraction) and

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from es_lite.evaluation.figures import Figure
-from es_lite.fitness.base import Sample
+from es_lite.fitness.base import GradedCompletion
 
 TITLES = {
     "reward": "reward",
@@ -28,7 +28,7 @@ class Side:
     name: str
     step: int | None
     """Of a run."""
-    samples: Sequence[Sample]
+    samples: Sequence[GradedCompletion]
     columns: dict[str, np.ndarray]
     """See `figures.columns`."""
     new_tokens: int

@@ -19,7 +19,7 @@ class Items(Protocol):
 
     @property
     def number(self) -> int:
-        """What they are called on the shelf that they are from."""
+        """Theirs on the shelf that they are from (`Shelf.items`)."""
         ...
 
     def __len__(self) -> int: ...
@@ -43,7 +43,7 @@ class Shelf(Protocol):
 
 
 @dataclass(frozen=True)
-class Sample:
+class GradedCompletion:
     """A completion and what it was worth."""
 
     prompt: str | list[dict[str, str]]
@@ -57,7 +57,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Graded:
-    """What a worker's answers are worth."""
+    """The engine's answers as scores, with what is reported of them."""
 
     scores: np.ndarray
     """float64 [members, items]; NaN: not counted."""
@@ -65,7 +65,7 @@ class Graded:
     """Metrics of the work: tokens, seconds."""
     described: dict[str, float] = field(default_factory=dict)
     """Metrics of what was written."""
-    samples: Sequence[Sample] = ()
+    samples: Sequence[GradedCompletion] = ()
     """The first member's."""
     warnings: Sequence[str] = ()
 

@@ -1,4 +1,4 @@
-"""Advice if σ is so small that rounding removes it, or so large that perturbed models collapse."""
+"""Advice if σ is too small or too large, if all members score the same, and on how to spend a step's time."""
 
 import contextlib
 import itertools
@@ -89,23 +89,23 @@ def rounding_advice(moved: float, sigma: float) -> str | None:
         return None
     return (
         f"es.sigma = {sigma:g} is too small for bf16, in which only {moved:.0%} of the perturbed weights would differ from what "
-        "they were, so scores mostly measure rounding: raise es.sigma (a tenth of the size of the weights is a lot), or set "
-        'workers.compute = "fp32"'
+        "they were, so scores mostly measure rounding: in another run, raise es.sigma (a tenth of a typical weight is a lot "
+        'already), or set workers.compute = "fp32"'
     )
 
 
 def collapse_advice(fitness: Fitness, centre: float, scores: np.ndarray, sigma: float) -> str | None:
     """Advice if members score far below θ on the same items, else None; centre: θ's score; scores: float64 [N]."""
     if not np.isfinite(centre):
-        return "the unperturbed model's own score is not finite: the model is broken, or it cannot be computed in this type"
+        return 'the unperturbed model\'s own score is not finite: the model is broken, or it needs workers.compute = "fp32"'
     finite = scores[np.isfinite(scores)]
     lost = centre - float(finite.mean()) if finite.size else float("inf")
     if lost <= fitness.largest_loss:
         return None
     return (
         f"es.sigma = {sigma:g} is too large: perturbed models score {lost:.2f} {fitness.unit} below the unperturbed one "
-        f"({centre:.2f}), so far from it that they say little about how to improve it: lower es.sigma, by a factor of 2 to 4 at "
-        f"a time, until the difference is below {fitness.largest_loss / 5:g}"
+        f"({centre:.2f}), so far from it that they say little about how to improve it: in another run, lower es.sigma, by a "
+        f"factor of 2 to 4 at a time, until the difference is below {fitness.largest_loss / 5:g}"
     )
 
 
@@ -117,8 +117,8 @@ def tied_advice(fitness: Fitness, score: float) -> str:
             "(fitness.samples), a reward that also pays for part of the way, or a larger es.sigma"
         )
     return (
-        f"all members score the same ({score:g}), so the step moves nothing: es.sigma changes nothing (too small, or 0 for all "
-        "that matters), or the model has collapsed (es.alpha or es.sigma was far too large): change them and start again"
+        f"all members score the same ({score:g}), so the step moves nothing: es.sigma changes nothing (it is too small, or "
+        "es.groups makes it 0), or the model has collapsed (es.alpha or es.sigma was far too large): change them and start again"
     )
 
 

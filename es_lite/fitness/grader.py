@@ -36,7 +36,7 @@ from es_lite.fitness.functions import BUILTIN, BadReward
 FILE_BYTES = 16 * 2**20
 MEMORY_BYTES = 2**30
 
-Reward = Callable[..., Any]
+RewardFunction = Callable[..., Any]
 
 
 def encode(message: dict[str, Any]) -> bytes:
@@ -83,7 +83,7 @@ def main(descriptor: int, parent: int, names: Sequence[str]) -> None:
             _serve(request, names[request["function"]], loaded[request["function"]], tell)
 
 
-def _serve(request: dict[str, Any], name: str, function: Reward, tell: Callable[[dict[str, Any]], None]) -> None:
+def _serve(request: dict[str, Any], name: str, function: RewardFunction, tell: Callable[[dict[str, Any]], None]) -> None:
     count = len(request["texts"])
     if not request["alone"]:
         tell(_answer(request, name, function, range(count)))
@@ -95,7 +95,7 @@ def _serve(request: dict[str, Any], name: str, function: Reward, tell: Callable[
             return
 
 
-def _answer(request: dict[str, Any], name: str, function: Reward, which: range) -> dict[str, Any]:
+def _answer(request: dict[str, Any], name: str, function: RewardFunction, which: range) -> dict[str, Any]:
     """The answer for the completions `which`."""
     try:
         return {"rewards": _call(request, name, function, which)}
@@ -114,7 +114,7 @@ def _answer(request: dict[str, Any], name: str, function: Reward, which: range) 
         return {"error": _message(error, name), "index": position}
 
 
-def _call(request: dict[str, Any], name: str, function: Reward, which: range) -> list[float | None]:
+def _call(request: dict[str, Any], name: str, function: RewardFunction, which: range) -> list[float | None]:
     prompts = [request["prompts"][index] for index in which]
     texts = [request["texts"][index] for index in which]
     completions = [

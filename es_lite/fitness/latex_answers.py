@@ -123,7 +123,7 @@ def normal(text: str) -> str:
     """`text` without what changes nothing: spaces, kinds of fractions, units, signs of money and degrees, a full stop."""
     for pattern, other in REPLACED:
         text = pattern.sub(other, text)
-    text = text.strip().rstrip(".").strip()
+    text = " ".join(text.split()).rstrip(".").strip()
     for _ in range(MOST_UNITS):
         unit = LAST_WORDS.search(text)
         if not unit or not text[: unit.start()].strip() or unit[1].strip() in ("e", "i"):
@@ -181,7 +181,7 @@ def _same(answer: str, right: str, tolerance: float | None) -> bool:
     value, right_value = number(answer), number(right)
     if value is not None and right_value is not None:
         return abs(value - right_value) <= Fraction(tolerance or 0)
-    if value is not None or right_value is not None or not answer:
+    if value is not None or right_value is not None or not answer or not right:
         return False
     if right.startswith("\\{") and right.endswith("\\}"):
         return (

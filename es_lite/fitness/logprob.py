@@ -57,10 +57,10 @@ class Samples:
             parts.append(f"{self.dropped:,} lines of fewer than 2 tokens left out")
         if self.held_out_corpus is not None:
             parts.append(f"{len(self.held_out_corpus):,} held out")
-        begins = tokenizer.decode(list(self.begin)) if self.begin else "its first token"
+        begins = f"begins with {tokenizer.decode(list(self.begin))}" if self.begin else "has nothing put before it"
         end = tokenizer.eos_token
         where = {"lines": f"ends with {end}", "joined": f"has {end} where a document ends"}[self.recipe.data.samples]
-        return f"{', '.join(parts)}; a sample begins with {begins} and {where if end else 'has no end token'}"
+        return f"{', '.join(parts)}; a sample {begins} and {where if end else 'has no end token'}"
 
     @property
     def shelf(self) -> SampleShelf:
@@ -77,8 +77,9 @@ class Samples:
         return corpus.fingerprint(self.train, self.held_out_corpus)
 
     def grade(self, answers: np.ndarray, items: Items, step: int) -> Graded:
-        """The answers are the scores."""
-        return Graded(answers)
+        """The answers are the scores; a member that has one which is no number has scores of -inf."""
+        broken = np.isnan(answers).any(axis=1, keepdims=True)
+        return Graded(np.where(broken, -np.inf, answers))
 
     def close(self) -> None:
         """Nothing was started."""
@@ -140,9 +141,8 @@ class LogProb:
 def _text_bytes(recipe: Recipe) -> int:
     """What a text takes: its tokens, and buffers of the tokenizer (measured)."""
     size = 0
-    if recipe.data.lines:
-        return 0
-    for path in filter(None, (recipe.data.path, recipe.eval.path if recipe.eval.every else "")):
+    trained = "" if recipe.data.lines else recipe.data.path
+    for path in filter(None, (trained, recipe.eval.path if recipe.eval.every else "")):
         try:
             for file in Texts(path).files:
                 packed = file.suffix.lower() in (*PACKED, ".parquet")

@@ -6,7 +6,7 @@ is the weighted sum of their values. Workers generate; the coordinator has the t
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from es_lite.data.prompt_batch import Prompts, PromptShelf
 from es_lite.data.prompts import Row
 from es_lite.data.tokenizer import load_tokenizer
 from es_lite.errors import UserError
-from es_lite.fitness.base import Graded, ItemMemory, Items, Sample
+from es_lite.fitness.base import Graded, GradedCompletion, ItemMemory, Items
 from es_lite.fitness.functions import role
 from es_lite.fitness.grading import Completions, Graders
 from es_lite.fitness.tasks.known import rows_of, task_of
@@ -35,6 +35,7 @@ from es_lite.scoring.heads import VOCABULARY_BLOCK
 from es_lite.scoring.model import PerturbedModel
 from es_lite.scoring.perturbation import Perturbation
 from es_lite.scoring.sequences import PADDING, check_cache
+from es_lite.tables import DataTable
 
 SHOWN = 8
 """Completions of an evaluation that are kept as samples."""
@@ -97,8 +98,8 @@ class RewardItems:
     def grade(self, answers: np.ndarray, items: Items, step: int) -> Graded:
         """See `Dataset.grade`. answers: what was written, object [members, items]: int32 [tokens], or None.
 
-        An item whose functions all returned None is not counted; a member whose logits were not numbers is not graded, and has
-        scores of -inf. Raises UserError, also if nothing counts at all.
+        An item for which all functions that have a weight returned None is not counted; a member whose logits were not numbers
+        is not graded, and has scores of -inf. Raises UserError, also if nothing counts at all.
         """
         assert isinstance(items, Prompts)
         began = time.perf_counter()
@@ -111,13 +112,14 @@ class RewardItems:
         parts = np.full((len(answers), len(self.functions), len(rows)), np.nan)  # [members, functions, items]
         for i, grade in zip(sound, grades, strict=True):
             parts[i] = grade.parts
-        counted = ~np.isnan(parts)
+        weighed = self.weights != 0  # others are only reported
+        counted = ~np.isnan(parts[:, weighed])
         if sound.size and not counted.any():
             raise UserError(
                 f"reward.functions: {', '.join(self.functions)} returned None for every completion, so that none counts; "
                 f"return a number for some (the first prompt is that of {rows[0].where})"
             )
-        scores = np.where(counted, parts, 0.0).transpose(0, 2, 1) @ self.weights
+        scores = np.where(np.isnan(parts), 0.0, parts).transpose(0, 2, 1) @ self.weights
         scores[~counted.any(axis=1)] = np.nan
         scores[broken] = -np.inf
         cut = np.array([[not ids.size or ids[-1] not in self.ends for ids in member] for member in written])
@@ -129,7 +131,7 @@ class RewardItems:
         causes = {cause for grade in grades for cause in grade.causes.values()} - self.causes
         self.causes.update(causes)
         samples = [
-            Sample(
+            GradedCompletion(
                 prompt=row.prompt,
                 completion=texts[0][i],
                 rewards={name: _number(parts[0, j, i]) for j, name in enumerate(self.functions)},
@@ -162,7 +164,7 @@ class Reward:
 
     name = "reward"
     measures = "mean reward"
-    unit = "of reward"
+    unit = ""
     largest_loss = float("inf")
     generates = True
 
@@ -229,9 +231,19 @@ def split_rows(recipe: Recipe) -> tuple[list[Row], list[Row]]:
     table, seed = recipe.data, recipe.run.seed
     train, held_out = rows_of(table.path, table, seed)
     if recipe.eval.path:
-        other, its_held_out = rows_of(recipe.eval.path, table, seed)
+        other, its_held_out = rows_of(recipe.eval.path, _for_evaluation(recipe), seed, "eval.path")
         return train, its_held_out or other
     return prompts.split(train, recipe.eval.fraction) if held_out is None else (train, held_out)
+
+
+def _for_evaluation(recipe: Recipe) -> DataTable:
+    """What of the data's keys also says how the prompts of eval.path are made: options, if it is such a task as data.path is;
+    what files need, if it is none."""
+    table = recipe.data
+    (task, source), (own, own_source) = task_of(recipe.eval.path), task_of(table.path)
+    if task is not own or bool(source) != bool(own_source):
+        table = replace(table, options={})
+    return table if task is None else replace(table, system="", template="", chat=False)
 
 
 def check_vocabulary(tokens: Sequence[np.ndarray], config: PretrainedConfig) -> None:

@@ -17,7 +17,7 @@ def largest_new_tokens(recipe: Recipe, fitness: Fitness, config: PretrainedConfi
         shorter = replace(recipe, generation=replace(recipe.generation, max_new_tokens=new_tokens))
         needs, residency = Needs(shorter, fitness, config, layout), recipe.memory.residency
         ways = [needs.resident] if residency != "streamed" else []
-        ways += [needs.streamed] if residency != "resident" else []
+        ways += [needs.streamed] if residency != "resident" and not layout.blocks_share else []
         return any(sum(way(limit).memory.values()) <= limit for way in ways)
 
     low, high = 0, recipe.generation.max_new_tokens  # `high` does not fit

@@ -73,8 +73,8 @@ class Needs:
         self.compute = system.compute_dtype(recipe.workers.compute, device=recipe.workers.device)
         alone = system.cores() if self.device else 1  # with a device, one worker does the update alone
         self.threads = alone if recipe.workers.threads == "auto" else int(recipe.workers.threads)
-        self.pair = 2 if recipe.es.antithetic else 1
-        self.tasks = recipe.es.population // self.pair
+        self.pair_members = 2 if recipe.es.antithetic else 1
+        self.pairs = recipe.es.population // self.pair_members
         self.itemsize = 2 if self.compute == "bf16" else 4
         self.width, self.vocabulary = text.hidden_size, text.vocab_size
         self.samples = max(recipe.fitness.samples, recipe.eval.samples if recipe.eval.every else 0)
@@ -84,7 +84,7 @@ class Needs:
         micro = recipe.fitness.micro_batch
         self.prompt_members = self._tile_members(self.item.tokens)
         self.tile_members = self._tile_members(1) if self.generates else self.prompt_members
-        self.group = max(1, self.tile_members // self.pair)
+        self.group = max(1, self.tile_members // self.pair_members)
         self.activations = self.prompt_members * self.item.activations
         if self.generates:
             self.activations = max(self.activations, self.tile_members * micro * self.item.decoding)
@@ -97,7 +97,7 @@ class Needs:
 
         tokens: of an item that pass a layer together.
         """
-        recipe, pair = self.recipe, self.pair
+        recipe, pair = self.recipe, self.pair_members
         rows = min(recipe.fitness.micro_batch, recipe.fitness.samples) * tokens
         wanted = -(-TILE_TOKENS // rows)
         if not self.factored or wanted == 1:
@@ -116,8 +116,8 @@ class Needs:
         blocks = self.layout.blocks
         if not self.factored:
             largest = max(block.size for block in blocks)
-            return {"perturbed layer": self.pair * self.itemsize * max(largest, VOCABULARY_BLOCK * self.width, rows)}
-        found = {"perturbed rows": self.pair * self.itemsize * max(rows, *(_size(block, 3) for block in blocks))}
+            return {"perturbed layer": self.pair_members * self.itemsize * max(largest, VOCABULARY_BLOCK * self.width, rows)}
+        found = {"perturbed rows": self.pair_members * self.itemsize * max(rows, *(_size(block, 3) for block in blocks))}
         if self.recipe.memory.weights != self.compute:
             largest = max(_size(block, 2) - _size(block, 3) for block in blocks)
             found["converted layer"] = self.itemsize * max(largest, VOCABULARY_BLOCK * self.width)
@@ -133,7 +133,7 @@ class Needs:
         }
         if self.device:
             return self._with_device(copy | {"worker": WORKER_BYTES}, limit)
-        members = max(self.pair, self.tile_members)
+        members = max(self.pair_members, self.tile_members)
         hidden = members * self.item.hidden
         # Sequences are written tile by tile: more at once would only cost memory, as with more hidden states.
         most = 1 if self.generates else max(1, HIDDEN_BYTES // hidden // micro)
@@ -152,7 +152,7 @@ class Needs:
         def total(workers: int, worker: dict[str, int]) -> int:
             return sum(copy.values()) + workers * sum(worker.values())
 
-        workers = self._workers(-(-self.tasks // self.group))
+        workers = self._workers(-(-self.pairs // self.group))
         # Fewer workers that keep weights are faster than more that make them at every token.
         ways = [(n, worker | kept) for n in range(workers, 0, -1)] + [(n, worker) for n in range(workers, 0, -1)]
         if self.recipe.workers.count != "auto":
@@ -173,7 +173,7 @@ class Needs:
         """What a worker can keep during a generation: perturbed weights, or weights in the compute type; 0 if there is none."""
         if not self.generates or (self.factored and self.recipe.memory.weights == self.compute):
             return 0
-        return self.layout.size * self.itemsize * (1 if self.factored else self.pair)
+        return self.layout.size * self.itemsize * (1 if self.factored else self.pair_members)
 
     def streamed(self, limit: int) -> Parts:
         """Buffers that layers pass through, and one process that scores all members, in as few passes as fit."""
@@ -188,7 +188,7 @@ class Needs:
             passing["rounded layer"] = max(sum(dtype_of(t, weights).itemsize * n for t, _, n in part) for part in parts)
         if self.device:
             return self._with_device(passing, limit)
-        tiles = max(self.pair, self.recipe.es.population // self.tile_members if self.factored else 0)
+        tiles = max(self.pair_members, self.recipe.es.population // self.tile_members if self.factored else 0)
         lanes = self._workers(tiles * -(-self.recipe.fitness.samples // self.recipe.fitness.micro_batch))
 
         def memory(pass_samples: int) -> dict[str, int]:
@@ -207,7 +207,7 @@ class Needs:
 
     @property
     def _population(self) -> int:
-        """Members scored together if folded: the population and, in a step with a new σ, θ itself."""
+        """Members scored together if folded: the population and, in some steps, θ itself."""
         return self.recipe.es.population + 1
 
     def _with_device(self, host: dict[str, int], limit: int) -> Parts:

@@ -104,12 +104,12 @@ class Plan:
         tokens = recipe.es.population * recipe.fitness.samples * scored
         multiplied = layout.size - sum(t.size for t in layout.layers[0].tensors if t.vocabulary and not layout.tied)
         together = streamed or needs.device  # all members are scored in one task
-        conversions = 1 if together else -(-needs.tasks // needs.group)
+        conversions = 1 if together else -(-needs.pairs // needs.group)
         if not needs.factored or recipe.memory.weights == needs.compute:
             conversions = 0
         # What is kept is made once a pass; low-rank factors always are.
         forwards = 1 if parts.kept else needs.forwards
-        drawn = sum(noise.drawn(t.shape) for t in layout.tensors) * needs.tasks * passes
+        drawn = sum(noise.drawn(t.shape) for t in layout.tensors) * needs.pairs * passes
         anchored = layout.size if recipe.es.anchor else 0
         redrawn, theta_0 = (0, 2 * anchored) if recipe.model.path else (anchored, 0)
         rows = needs.tile_members * min(recipe.fitness.micro_batch, recipe.fitness.samples)
@@ -146,8 +146,8 @@ class Plan:
                 scoring_noise=drawn * (1 if needs.factored else forwards),
                 converted=layout.size * passes * conversions * forwards,
                 size=layout.size,
-                pairs=needs.tasks,
-                update_noise=sum(noise.drawn(t.shape, update=True) for t in layout.tensors) * needs.tasks,
+                pairs=needs.pairs,
+                update_noise=sum(noise.drawn(t.shape, update=True) for t in layout.tensors) * needs.pairs,
                 rounded=layout.size if recipe.memory.master == "none" else 0,
                 redrawn=redrawn,
                 read_bytes=stored * (passes * needs.forwards if streamed else 1) + theta_0,
@@ -175,12 +175,14 @@ class Plan:
         need, have = sum(self.memory.values()), self.limit.bytes
         if need > have:
             if not self.execution.streamed:
-                streamed = "" if self.layout.blocks_share else 'memory.residency = "streamed" or '
-                remedy = f'Set {streamed}memory.weights = "int8", lower'
+                changes = [] if self.layout.blocks_share else ['memory.residency = "streamed"']
+                changes += ['memory.weights = "int8"'] if self.recipe.memory.weights != "int8" else []
             elif "perturbed layer" in self.memory:
-                remedy = 'Set noise.kind = "lowrank" (no perturbed layer) or es.antithetic to false (half of it), lower'
+                changes = ['noise.kind = "lowrank" (no perturbed layer)']
+                changes += ["es.antithetic to false (half of it)"] if self.recipe.es.antithetic else []
             else:
-                remedy = "Lower"
+                changes = []
+            remedy = f"Set {' or '.join(changes)}, lower" if changes else "Lower"
             return (
                 f"does not fit: needs {need / GIB:.2f} GiB of memory, {have / GIB:.2f} are available ({self.limit.source}). "
                 f"{remedy} workers.count, fitness.micro_batch or fitness.max_length, or use a smaller model{self._or_shorter()}"
@@ -245,10 +247,11 @@ class Plan:
         if execution.device != "cpu":
             place += f", on {execution.device}"
         who = count(execution.workers, "lane" if execution.folded else "worker")
+        items = "prompt" if self.recipe.fitness.kind == "reward" else "sample"
         return "\n".join(
             [
                 f"{place}, {who} with {count(execution.threads, 'thread')} each, compute {execution.compute}, "
-                f"{count(self.passes, 'pass')} of {count(execution.pass_samples, 'sample')}",
+                f"{count(self.passes, 'pass')} of {count(execution.pass_samples, items)}",
                 *_table("memory, all processes", self.memory, f"of {self.limit.bytes / GIB:.2f} ({self.limit.source})"),
                 *(_table("GPU", self.gpu, f"of {self.gpu_limit.bytes / GIB:.2f} ({self.gpu_limit.source})") if self.gpu else []),
                 *_table("disk", self.disk, f"of {self.free_disk / GIB:.2f} free"),
@@ -262,7 +265,7 @@ class Plan:
             found.append(f"  {run.dir}/checkpoint: the model after the last step, a Hugging Face folder, {size}")
         if self.recipe.eval.every and self.recipe.eval.best:
             what = "prompts" if self.recipe.fitness.kind == "reward" else "text"
-            found.append(f"  {run.dir}/best: the model that scored best on held-out {what}, likewise")
+            found.append(f"  {run.dir}/best: the model that scored best on held-out {what}, if one beats the start, likewise")
         if not found:
             found = [f"  {run.dir}/journal.jsonl: from it, `es-lite replay {run.dir} --out DIR` makes the model ({size})"]
         return ["at the end:", *found]

@@ -77,7 +77,7 @@ class StepTime:
 
 
 def step_time(work: Work, execution: Execution, noise: NoiseKind, run_dir: Path) -> StepTime:
-    """A step's duration on this machine; measuring takes about a second."""
+    """A step's duration on this machine; measuring takes about a second, and longer if the disk is measured too."""
     scoring, drawing = scoring_rate(work, execution, noise.RANK), noise_rate(noise)
     summing, converting, rounding = sum_seconds(noise, work.pairs), conversion_rate(), noise_rate(gaussian)
     system.trim_memory()

@@ -113,7 +113,7 @@ class Console:
             return
         self.stopping, self._first_signal = True, now
         # Straight to the descriptor: a handler may interrupt a print, which cannot be entered twice.
-        os.write(2, b"\nstopping after this step; press Ctrl-C again to stop immediately (nothing is lost)\n")
+        os.write(2, b"\nstopping after this step; press Ctrl-C again to stop now (--resume then repeats this step)\n")
 
 
 def _written(metrics: dict[str, Any], prefix: str) -> list[str]:

@@ -55,7 +55,9 @@ def export(
             (partial / "README.md").write_text(card, encoding="utf-8")
             (partial / STATE).write_text(json.dumps(state) + "\n", encoding="utf-8")
     except OSError as error:
-        raise RunError(f"{folder}: cannot be written ({error.strerror}); the journal and the layers are complete") from None
+        raise RunError(
+            f"{folder}: cannot be written ({error.strerror}); the journal is complete: make room, and do it again"
+        ) from None
 
 
 def step_of(folder: Path) -> int | None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,10 @@ class Metrics:
         for file in (path, self._samples):
             data = file.read_bytes() if file.exists() else b""
             if data and not data.endswith(b"\n"):
-                file.write_bytes(data[: data.rfind(b"\n") + 1])
+                try:
+                    os.truncate(file, data.rfind(b"\n") + 1)
+                except OSError as error:
+                    raise _unwritten(file, error) from None
         self._board = _board(path.parent / "tensorboard") if tensorboard else None
 
     def write(self, values: dict[str, Any]) -> None:

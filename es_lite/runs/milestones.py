@@ -101,7 +101,7 @@ class Milestones:
         size = self.layout.size * (2 if self.recipe.run.checkpoint_dtype == "bf16" else 4)
         if not every and system.free_disk_bytes(self.run.path) < 1.1 * size:
             self.console.say(
-                f"no checkpoint: it takes {size / GIB:.1f} GiB of disk; to make it elsewhere: "
+                f"no checkpoint: it takes {size / GIB:.1f} GiB of disk, more than is free; to make it elsewhere: "
                 f"es-lite replay {self.run.path} --out DIR"
             )
             return

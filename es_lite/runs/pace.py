@@ -57,8 +57,10 @@ class Pace:
         return len(self._measured) == CORRECTING_STEP and self._noticeable()
 
     def _noticeable(self) -> bool:
-        before, self._said = self._said, self.step_seconds
-        return not 1 / NOTICEABLE < self._said / max(before, 1e-9) < NOTICEABLE
+        noticeable = not 1 / NOTICEABLE < self.step_seconds / max(self._said, 1e-9) < NOTICEABLE
+        if noticeable:
+            self._said = self.step_seconds
+        return noticeable
 
     @property
     def exhausted(self) -> bool:

@@ -20,8 +20,9 @@ FIRST_PROBES = 16
 """θ itself is scored in so many steps at first, and again when σ has been found; one in four of them has the items of the one
 before it."""
 
-PROBED_MEMBERS = 250
-"""Later it is scored in two steps in a row for so many members, which takes less than 1 % of the time."""
+PROBED_MEMBERS, LEAST_STEPS = 250, 4
+"""Later it is scored in two steps in a row, the second of which has the items of the first, once for so many members, which takes
+less than 1 % of the time; but at most once in so many steps, so that most have new items."""
 
 
 def alpha_of(es: ESTable, step: int, estimate: dict[str, Any] | None) -> float | None:
@@ -43,7 +44,7 @@ class Tuning:
         """The estimates so far, smoothed."""
         self._step_size = StepSize(es.alpha_start, recipe.run.iterations) if es.alpha == "auto" else None
         self._search = SigmaSearch(FIRST_SIGMA, least_sigma()) if es.sigma == "auto" else None
-        self._probe_every = max(2, math.ceil(PROBED_MEMBERS / es.population))
+        self._probe_every = max(LEAST_STEPS, math.ceil(PROBED_MEMBERS / es.population))
         self._alpha = 0.0
         self._sigma, self._since = 0.0, 0
         """If σ is searched for: that of the last step, and the first step that had it."""
@@ -86,7 +87,7 @@ class Tuning:
         if self.repeats(step):
             self.averages.compare(found, self._alpha)
         if self._renewed(sigma):
-            self.averages.forget_costs()
+            self.averages.forget_curvature()
             self._sigma, self._since = sigma, step
         self.averages.add(found)
         if self._search and not self._search.found:
@@ -122,6 +123,6 @@ def _fields(document: dict[str, Any], step: int) -> dict[str, Any]:
     if found.keys() != {field.name for field in fields(Estimate)}:
         raise UserError(
             f"step {step + 1} of the run's journal: another version of es_lite kept other things there to find α and σ from; go "
-            "on with that version, or set es.alpha and es.sigma to numbers"
+            "on with that version, or start another run (run.dir)"
         )
     return found

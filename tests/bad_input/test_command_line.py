@@ -63,7 +63,7 @@ def test_replay_to_a_step_that_does_not_exist_is_refused(run: Path, tmp_path: Pa
 
 def test_replay_overwrites_nothing(run: Path, tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "out").mkdir()
-    assert f"{tmp_path}/out: exists already; choose another folder" in replay_refused(capsys, run, tmp_path / "out")
+    assert f"{tmp_path}/out: exists already; remove it, or choose another folder" in replay_refused(capsys, run, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 
 

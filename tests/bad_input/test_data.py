@@ -90,7 +90,7 @@ def test_what_was_read_of_a_folder_is_said(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, run={"iterations": 0}, data={"samples": "lines"})
     finished = train_here(recipe, tmp_path / "run", f"data.path={folder}")
     assert finished.code == 0, finished.err
-    assert "16 samples with 176 tokens from 2 files; a sample begins with its first token and ends with <|end" in finished.out
+    assert "16 samples with 176 tokens from 2 files; a sample has nothing put before it and ends with <|end" in finished.out
 
 
 @pytest.mark.long

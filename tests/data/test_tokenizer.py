@@ -189,7 +189,7 @@ def test_the_command_says_what_stands_at_a_samples_edges(tmp_path):
     assert auto.code == 0, auto.err
     assert "60 samples with " in auto.out and "; a sample begins with <s> and ends with <|endoftext|>" in auto.out
     never = train_here(recipe, tmp_path / "never", "data.bos=never")
-    assert "; a sample begins with its first token and ends with" in never.out
+    assert "; a sample has nothing put before it and ends with" in never.out
     scores = [(tmp_path / run / "metrics.jsonl").read_text().splitlines()[-1] for run in ("auto", "never")]
     assert json.loads(scores[0])["score_mean"] != json.loads(scores[1])["score_mean"]
     changed = train_here(recipe, tmp_path / "auto", "data.bos=never", resume=True)

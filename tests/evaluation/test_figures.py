@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from es_lite.evaluation.figures import Figure, columns, kl
-from es_lite.fitness.base import Sample
+from es_lite.fitness.base import GradedCompletion
 
 
 def test_a_mean_and_its_standard_error_leave_out_what_is_not_counted():
@@ -15,7 +15,7 @@ def test_a_mean_and_its_standard_error_leave_out_what_is_not_counted():
 
 
 def sample(score, completion, cut=False, **rewards):
-    return Sample("p", completion, rewards, score, cut)
+    return GradedCompletion("p", completion, rewards, score, cut)
 
 
 def test_what_is_averaged():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support import assert_same_run, left, metrics, outlived, records, start, train
 
-STOPPING = "\nstopping after this step; press Ctrl-C again to stop immediately (nothing is lost)\n"
+STOPPING = "\nstopping after this step; press Ctrl-C again to stop now (--resume then repeats this step)\n"
 
 pytestmark = pytest.mark.slow
 

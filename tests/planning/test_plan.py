@@ -213,7 +213,7 @@ def test_the_summary_says_whether_it_fits_how_long_it_takes_and_what_is_there_at
         "a step takes about 30 s on this machine, 40 steps about 20 min",
         "at the end:",
         "  runs/qwen3_0p5b_cpu/checkpoint: the model after the last step, a Hugging Face folder, 0.99 GiB in bf16",
-        "  runs/qwen3_0p5b_cpu/best: the model that scored best on held-out text, likewise",
+        "  runs/qwen3_0p5b_cpu/best: the model that scored best on held-out text, if one beats the start, likewise",
     ]
 
 

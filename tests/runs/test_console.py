@@ -25,7 +25,7 @@ STEP = {
 FIGURES = "score -2.5000 ± 0.2500 | 3.2 s (update 0.5) | 123 tokens/s | 1.50 GiB"
 EVALUATED_FIGURES = "score -2.5000 ± 0.2500 | eval -2.2500 | 3.2 s (update 0.5) | 123 tokens/s | 1.50 GiB"
 
-STOPPING = "\nstopping after this step; press Ctrl-C again to stop immediately (nothing is lost)\n"
+STOPPING = "\nstopping after this step; press Ctrl-C again to stop now (--resume then repeats this step)\n"
 
 
 @pytest.fixture

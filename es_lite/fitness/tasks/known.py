@@ -44,20 +44,20 @@ def task_of(path: str) -> tuple[ModuleType | None, str]:
     raise UserError(f'"{path}": no such task; {remedy}')
 
 
-def rows_of(path: str, table: DataTable, seed: int) -> tuple[list[Row], list[Row] | None]:
+def rows_of(path: str, table: DataTable, seed: int, key: str = "data.path") -> tuple[list[Row], list[Row] | None]:
     """Rows to train on, and held-out rows: None if the caller is to hold some out.
 
-    table: has the task's options, or how prompts are made of a file's columns. Raises UserError.
+    table: has the task's options, or how prompts are made of a file's columns. key: that names `path`. Raises UserError.
     """
     task, what = task_of(path)
     if task is None:
         if table.options:
             option = next(iter(table.options))
-            raise UserError(f'data.options.{option}: only tasks have options, and data.path = "{path}" is none')
+            raise UserError(f'data.options.{option}: only tasks have options, and {key} = "{path}" is none')
         return read_rows(what, table.system, table.template, table.chat), None
-    for key in ("system", "template"):
-        if getattr(table, key):
-            raise UserError(f'data.{key}: the task of data.path = "{path}" makes its own prompts; take it out')
+    for name in ("system", "template", "chat"):
+        if getattr(table, name):
+            raise UserError(f'data.{name}: the task of {key} = "{path}" makes its own prompts; take it out')
     train, held_out = task.rows(what, table.options, seed)
     return train, held_out
 

@@ -8,6 +8,7 @@ table goes to standard output, everything also to a JSON file. The model's files
 """
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -92,7 +93,8 @@ def _check_same_tokenizer(subject: Subject, tokenizer: PreTrainedTokenizerBase, 
     """Raises UserError if the two models' tokens do not mean the same."""
     if base.origin.path == subject.origin.path and base.journal == subject.journal:
         return
-    theirs = base.tokenizer(base.recipe.data if base.recipe else replace(recipe.data, tokenizer=""))
+    own = "" if base.origin.path else recipe.data.tokenizer
+    theirs = base.tokenizer(base.recipe.data if base.recipe else replace(recipe.data, tokenizer=own))
     if theirs.get_vocab() != tokenizer.get_vocab():
         raise UserError(
             f"--against {base.name}: its vocabulary is not that of {subject.name}, so that probabilities of tokens cannot be "
@@ -138,12 +140,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--functions", nargs="+", default=[], metavar="F", help="reward functions; default: the run's, or the task's")
     add("--samples", type=_count, metavar="N", help="at most this many prompts, evenly spread; default: the run's, or 64")
     add("--new-tokens", type=_count, metavar="N", help="tokens of a completion, at most; default: the run's, or 128")
-    add("--max-length", type=_count, metavar="N", help="refuse longer prompts (tokens); default: what the model can take")
+    add(
+        "--max-length", type=_count, metavar="N", help="refuse longer prompts (tokens); default: the model's, in a chat 1024"
+    )
     add("--seed", type=int, metavar="S", help="of the task's prompts; default: the run's, or 0")
     add("--step", type=int, metavar="T", help="of a run; default: its last")
     add("--model", default="", metavar="PATH", help="where a run's pretrained model is, if not where the run found it")
     add("--against", default="", metavar="BASE", help='a folder, a hub name, a run, or "start", what the run started from')
-    add("--text", default="", metavar="FILE", help="with --against: a .txt or .jsonl to compare on; default: a built-in text")
+    add("--text", default="", metavar="FILE", help="with --against: a text to compare on, as data.path takes it")
     add("--out", type=Path, metavar="FILE.json", help="where figures and completions go; default: evaluation.json in the run")
     add("--chat", nargs="?", const="", metavar="TEXT", help="answer TEXT, or without it, every line of a conversation")
     add("--set", action="append", default=[], metavar="TABLE.KEY=VALUE", dest="overrides", help="override a key of the recipe")
@@ -161,6 +165,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     transformers_logging.set_verbosity_error()
     try:
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # what is no text is refused where it is used
         with stoppable():
             run(options)
     except (UserError, RunError) as error:

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from es_lite.errors import UserError
+
 ALIGNMENT = 4096
 """Direct reads and writes need memory, offsets and sizes that are multiples of this."""
 
@@ -21,6 +23,14 @@ READ_BYTES = 16 * 2**20
 """Largest single read request."""
 
 NEXT, OLD = ".next", ".old"
+
+
+def expanded(path: str | Path) -> Path:
+    """`path` with a ~ or ~USER at its beginning replaced by that user's home. Raises UserError if there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path}: {str(error).rstrip('.').lower()}; write the folder out") from None
 
 
 class TruncatedFile(OSError):

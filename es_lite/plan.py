@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from es_lite.errors import UserError
+from es_lite.files import expanded
 from es_lite.fitness.kinds import fitness_of
 from es_lite.model.origin import Origin
 from es_lite.planning.plan import Plan
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             fitness = fitness_of(recipe.fitness.kind)
             plan = Plan.of(recipe, fitness, model.config, layout)
             plan.rehearse(model, fitness)
-            expected = step_time(plan.work, plan.execution, plan.noise, Path(recipe.run.dir).expanduser())
+            expected = step_time(plan.work, plan.execution, plan.noise, expanded(recipe.run.dir))
             print(f"{plan.summary(expected, recipe.run.iterations)}\n\n{plan.details(expected)}")
             if problem := plan.shortfall():
                 raise UserError(f"{arguments.recipe}: {problem}")

@@ -199,9 +199,9 @@ def compared(load: Load, kinds: Sequence[str], turns: int, plain_members: int, t
 def rate(load: Load, turns: int) -> None:
     """FLOP/s of low-rank decoding on one worker with one thread, compared with the GEMM rate of the same matrices and rows.
 
-    The GEMM multiplies as many rows as a tile has by every matrix of the blocks and the head once; each layer has matrices of its
-    own, so that they come from memory, as in a model. Decoding: a generation of 65 tokens without one of 1, by the same
-    matrices, without what attention and the noise add.
+    The GEMM multiplies as many rows as a tile has by every matrix of the blocks and the head, PASSES times; each layer has
+    matrices of its own, so that they come from memory, as in a model. Decoding: a generation of 65 tokens without one of 1, by
+    the same matrices, without what attention and the noise add.
     """
     torch.set_num_threads(1)
     with engine(load, "lowrank", 1) as own:

@@ -1,4 +1,4 @@
-"""Runs of the real command that are measured, and Markdown of what was found: shared by benchmark.py and gpu_check.py."""
+"""Runs of the real command that are measured, and Markdown of what was found: shared by the tools that measure or compare."""
 
 import argparse
 import json

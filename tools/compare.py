@@ -33,6 +33,7 @@ import numpy as np
 from _measuring import commit, table
 
 from es_lite import system
+from es_lite.errors import UserError
 from es_lite.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -196,6 +197,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.seeds < 1 or arguments.jobs < 1:
         parser.error("expected at least one seed, and one job")
+    try:
+        _compared(arguments)
+    except UserError as error:
+        print(f"compare: {error}", file=sys.stderr)
+        return error.exit_code
+    except subprocess.CalledProcessError as error:  # after the command's own message
+        return error.returncode
+    return 0
+
+
+def _compared(arguments: argparse.Namespace) -> None:
+    """Makes the runs that are missing, and writes what they reached. Raises UserError, CalledProcessError."""
     if arguments.what == "steps":
         comparison = steps(arguments.alphas, Recipe.load(arguments.recipe, arguments.settings).run.iterations)
     else:
@@ -205,7 +218,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     (folder / f"{what}.json").write_text(json.dumps(document, indent=1) + "\n")
     draw(document, comparison.across, arguments.out or folder / f"{what}.png")
     print(rows(document["scores"]))
-    return 0
 
 
 if __name__ == "__main__":

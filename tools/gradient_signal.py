@@ -23,6 +23,7 @@ from _measuring import table
 from torch.nn import functional
 
 from es_lite.data.batch import Batch
+from es_lite.errors import UserError
 from es_lite.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,7 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=32, help="M")
     parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE", dest="settings")
     arguments = parser.parse_args(argv)
-    print(measure(Recipe.load(arguments.recipe, arguments.settings), arguments.samples))
+    try:
+        print(measure(Recipe.load(arguments.recipe, arguments.settings), arguments.samples))
+    except UserError as error:
+        print(f"gradient_signal: {error}", file=sys.stderr)
+        return error.exit_code
     return 0
 
 

@@ -263,6 +263,10 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="configurations; default: all")
     parser.add_argument("--write", action="store_true", help="write docs/models.md")
     arguments = parser.parse_args()
+    if arguments.write and arguments.names:
+        parser.error("--write takes all configurations, and no NAME")
+    if unknown := set(arguments.names) - configurations().keys():
+        parser.error(f"no such configuration: {', '.join(sorted(unknown))}")
     torch.set_num_threads(1)
     verdicts = []
     for name in arguments.names or configurations():

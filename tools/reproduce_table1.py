@@ -55,7 +55,7 @@ HEAD = ["Countdown, right %", "base", "PPO", "GRPO (8)", "GRPO (30)", "GRPO-v", 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run has used so far, from its journal and metrics."""
+    """What a run has used so far, from its metrics."""
 
     steps: int
     generations: int
@@ -76,7 +76,7 @@ class Trained:
 
 
 def recipe_of(options: argparse.Namespace) -> Recipe:
-    """The recipe in DIR/recipe.toml, which is written now unless it is there. Raises UserError."""
+    """The recipe, which is written to DIR/recipe.toml, also over an older one. Raises UserError."""
     path = options.dir / "recipe.toml"
     document: dict[str, Any] = tomllib.loads(RECIPE.read_text(encoding="utf-8"))
     document["model"]["path"] = options.model

@@ -9,7 +9,7 @@ from es_lite.data.corpus import Corpus
 from es_lite.errors import UserError
 
 HELD_OUT = -1
-"""The number of held-out items; those of a step have the step's."""
+"""The `number` of an evaluation's items; a step's items have the step as theirs."""
 
 
 @dataclass(frozen=True, eq=False)

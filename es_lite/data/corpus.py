@@ -93,7 +93,7 @@ def tokenize(
             with_begin[windows * max_length :] = np.concatenate([begin, tokens[windows * length :]])
             tokens = with_begin
     if not len(lengths):
-        raise UserError("data.path: not one sample of 2 tokens in the text; give more text")
+        raise UserError("not one sample of 2 tokens in the text (data.path, eval.path or --text); give more text")
     starts = np.concatenate([[0], np.cumsum(lengths)])
     return Corpus(tokens[: starts[-1]], starts, dropped)
 

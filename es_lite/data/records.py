@@ -13,6 +13,7 @@ from typing import Any
 
 from es_lite.data.lines import check_characters, numbered_lines, parse_line, suffix_of, why_not_json
 from es_lite.errors import UserError
+from es_lite.files import expanded
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 KINDS = (
@@ -54,7 +55,7 @@ def shown(value: Any) -> str:
 
 
 def _records(path: str) -> Iterator[tuple[str, Record]]:
-    place = Path(path).expanduser()
+    place = expanded(path)
     hub = HUB_NAME.fullmatch(path)
     if path and place.is_dir():
         records = _folder(place)

@@ -3,6 +3,7 @@
 Text that cannot be used raises `UserError`.
 """
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from itertools import chain, groupby, islice
 from operator import itemgetter
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from es_lite.data.lines import check_characters, numbered_lines, parse_line, suffix_of
 from es_lite.errors import UserError
+from es_lite.files import expanded
 
 BUILTIN = "builtin:python-reference"
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -34,7 +36,8 @@ class Texts:
     def __init__(self, path: str, lines: int = 0) -> None:
         """lines: stop after this many lines or records in total; 0 reads all."""
         self._path, self._lines = path, lines
-        self.files = [] if path.startswith("builtin:") else _files(path)
+        with _read(path):
+            self.files = [] if path.startswith("builtin:") else _files(path)
 
     def __iter__(self) -> Iterator[Document]:
         some = False
@@ -47,10 +50,8 @@ class Texts:
             raise UserError(f"{self._path}: there is no text in it{limit}")
 
     def _readable(self) -> Iterator[tuple[object, str]]:
-        try:
+        with _read(self._path):
             yield from self._pieces()
-        except OSError as error:
-            raise UserError(f"{error.filename or self._path}: cannot be read ({error.strerror or error})") from None
 
     def _pieces(self) -> Iterator[tuple[object, str]]:
         """The pieces of all documents, each with a key of its document."""
@@ -117,11 +118,20 @@ def _builtin(path: str) -> Iterator[tuple[str, str]]:
             yield topic, line
 
 
+@contextlib.contextmanager
+def _read(path: str) -> Iterator[None]:
+    """OSError as UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from None
+
+
 def _files(path: str) -> list[Path]:
     kinds = "a .txt or .jsonl file (also .gz or .zst), a .parquet file, a folder of such files"
-    place = Path(path).expanduser()
+    place = expanded(path)
     if not path or not place.exists():
-        raise UserError(f'"{path}": no such file or folder; data.path and eval.path take {kinds}, or "{BUILTIN}"')
+        raise UserError(f'"{path}": no such file or folder; expected {kinds}, or "{BUILTIN}"')
     if not place.is_dir():
         if suffix_of(place) not in SUFFIXES:
             raise UserError(f'{place}: unknown kind of file "{place.suffix}"; expected {kinds}')
@@ -133,12 +143,12 @@ def _files(path: str) -> list[Path]:
 
 
 def _within(folder: Path) -> Iterator[Path]:
-    """The files of a folder and of those within it, but of hidden ones, and of run directories."""
+    """The files of a folder and of those within it, except hidden ones and those of run directories."""
     for place in folder.iterdir():
         if place.name.startswith("."):
             continue
-        if place.is_dir():
-            if not (place / "journal.jsonl").exists():
+        if place.is_dir():  # a link may lead back here
+            if not place.is_symlink() and not (place / "journal.jsonl").exists():
                 yield from _within(place)
         elif place.name.lower().partition(".")[0] not in NO_TEXT:
             yield place

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from es_lite.data.texts import Document, text_blocks
 from es_lite.errors import RunError, UserError
-from es_lite.files import new_folder
+from es_lite.files import expanded, new_folder
 from es_lite.tables import DataTable
 
 END = "<|endoftext|>"
@@ -67,7 +67,7 @@ def beginning(tokenizer: PreTrainedTokenizerBase, bos: Literal["auto", "always",
 
 
 def _open(name: str, where: str) -> PreTrainedTokenizerBase:
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if name and folder.is_dir():
         name = str(folder)
     elif not name or name.count("/") > 1 or name.startswith((".", "/", "~")):

@@ -11,7 +11,7 @@ from es_lite.fitness.base import Items
 from es_lite.scoring.perturbation import Perturbation
 
 Progress = Callable[[float], None]
-"""Called with the share of the work that is done, 0 … 1, at least once per second."""
+"""Called with the share of the work that is done, 0 … 1, a few times a second if the engine knows it."""
 
 
 class Engine(Protocol):

@@ -62,6 +62,8 @@ class LocalEngine:
         setup = Setup(origin, layout, files.folder, recipe.memory.weights, recipe.fitness.kind, execution)
         copy = None if execution.streamed else working_copy.allocate(layout, recipe.memory.weights)
         with ExitStack() as opened:
+            if copy is not None:
+                opened.callback(os.close, copy)
             self._pss = opened.enter_context(PeakPss(system.family))
             guard = opened.enter_context(Guard(recipe.memory.limit_bytes, lambda: self._pss.last_bytes))
             self._pool = opened.enter_context(

@@ -14,7 +14,7 @@ from es_lite.scoring.perturbation import Perturbation
 
 @dataclass(frozen=True)
 class Score:
-    """Score `items` under each perturbation: float64 [members, items]."""
+    """What the fitness finds for each item under each perturbation: [members, items]."""
 
     name: ClassVar[str] = "score"
     perturbations: Sequence[Perturbation]

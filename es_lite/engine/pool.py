@@ -34,7 +34,7 @@ SHORTEST_DEADLINE_SECONDS = 600.0
 TICK_SECONDS = 0.2
 """How often the guard is consulted and progress reported."""
 
-SMALLER = 'add --resume, with workers.count lower or memory.residency = "streamed"'
+SMALLER = 'run it again (train: with --resume) with a lower workers.count, or memory.residency = "streamed"'
 
 
 @dataclass
@@ -256,8 +256,9 @@ class Pool:
         code = handle.process.exitcode
         if lost >= ATTEMPTS:
             raise RunError(
-                f"{lost} workers in a row died at the same {what} (the last with exit code {code}; -9 often means that the "
-                "kernel killed a process for memory: lower workers.count or fitness.micro_batch)"
+                f"{lost} workers in a row died at the same {what} (the last with exit code {code}; -9: killed, by the kernel for "
+                "memory or at its deadline); run it again (train: with --resume) with a lower workers.count or a longer "
+                "workers.deadline"
             )
         self._warn(f"worker {handle.process.pid} died (exit code {code}); a new one repeats its {what}")
         new = self._start()

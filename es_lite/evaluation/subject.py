@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from es_lite.algorithm.record import Record
 from es_lite.data.tokenizer import load_tokenizer
 from es_lite.errors import UserError
+from es_lite.files import expanded
 from es_lite.model.configuration import locate
 from es_lite.model.layout import Layout
 from es_lite.model.origin import Origin
@@ -43,7 +44,7 @@ class Subject:
         model_path: where a run's pretrained model is, if not where the run found it; "" if it is there. step: of a run; None: its
         last. Raises UserError if there is no such thing.
         """
-        place = Path(word).expanduser()
+        place = expanded(word)
         if place.is_file() and place.suffix != ".jsonl":
             raise UserError(f"{place}: is a file; expected a model's folder, a hub name, a run directory, or a journal.jsonl")
         if place.is_file() or (place / "journal.jsonl").is_file():
@@ -124,7 +125,7 @@ class Subject:
 
 def _check_hub_name(word: str) -> None:
     """Raises UserError for what can only be a path that does not exist, with the nearest that does."""
-    place = Path(word).expanduser()
+    place = expanded(word)
     parent = place.parent
     is_path = word.startswith((".", "/", "~")) or word.count("/") != 1 or parent.is_dir()
     if not is_path:

@@ -10,6 +10,7 @@ import fcntl
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,9 @@ from es_lite.scoring.perturbation import Perturbation
 from es_lite.weights.store import Store
 
 PREFIX = "es_lite-evaluate-"
+
+YOUNG_SECONDS = 60.0
+"""A folder so young is not taken to be abandoned: it may be about to be locked."""
 
 WINDOW = 256
 """Tokens of the longest sample of a text."""
@@ -118,6 +122,8 @@ def _remove_abandoned(place: Path) -> None:
     """Removes the folders of evaluations that were killed."""
     for path in place.glob(f"{PREFIX}*/lock"):
         with contextlib.suppress(OSError), path.open("r+") as lock:
+            if time.time() - path.stat().st_mtime < YOUNG_SECONDS:
+                continue
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if it is in use
             shutil.rmtree(path.parent, ignore_errors=True)
 
@@ -139,7 +145,7 @@ def _link(subject: Subject, store: Store) -> None:
 def _planned(recipe: Recipe, fitness: Fitness, subject: Subject) -> Plan:
     """The plan with the most workers that fit. Raises UserError if none does.
 
-    Only the unperturbed model is scored, whose items are divided among the workers; a population's members would be.
+    Only θ is scored, so workers share its items; the members of a population would be shared instead.
     """
     _, layout = subject.skeleton
     matrices = [tensor for tensor in layout.tensors if len(tensor.shape) == 2 and tensor.sigma_factor]

@@ -17,6 +17,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any, Literal
 
 from es_lite.errors import UserError
+from es_lite.files import expanded
 from es_lite.python_file import run_once
 
 TASKS = "es_lite.fitness.tasks"
@@ -136,7 +137,7 @@ def _module(name: str, module: str) -> ModuleType:
 
 
 def _module_of_file(name: str, file: Path) -> ModuleType:
-    path = file.expanduser().resolve()
+    path = expanded(file).resolve()
     if not path.is_file():
         raise UserError(f'reward function "{name}": there is no file {path}')
     if str(path.parent) not in sys.path:

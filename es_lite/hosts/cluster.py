@@ -129,7 +129,7 @@ class Cluster:
         except OSError as error:
             self._gone = True
             raise RunError(
-                f"Ray's head, {self._head}, is gone ({error}); nothing else is: start it again, and add --resume"
+                f"Ray's head, {self._head}, is gone ({error}); no step is lost: start it again, and add --resume"
             ) from None
         found = []
         for node in ray.nodes():
@@ -146,12 +146,13 @@ class Cluster:
         found = [os.getpid()]
         for child in psutil.Process().children():
             with contextlib.suppress(psutil.NoSuchProcess):
-                found += [child.pid, *(p.pid for p in child.children() if not p.cmdline()[0].startswith(f"ray::{Host.__name__}"))]
+                own = [p.pid for p in child.children() if not "".join(p.cmdline()[:1]).startswith(f"ray::{Host.__name__}")]
+                found += [child.pid, *own]
         return found
 
     @staticmethod
     def share(value: Any) -> Any:
-        """Of a value that many calls have as an argument, sent to each machine once."""
+        """A reference to a value that many calls take as an argument: it is sent to each machine once."""
         return ray.put(value)
 
     @staticmethod
@@ -179,7 +180,7 @@ def _reach(address: str) -> None:
         )
     try:
         _connect(address, CONNECT_SECONDS)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         raise UserError(
             f"workers.address = {address!r}: nobody can be reached there ({error}); start a cluster with `ray start --head`, "
             "and let its port through the firewall"
@@ -187,7 +188,7 @@ def _reach(address: str) -> None:
 
 
 def _connect(address: str, timeout_seconds: float) -> None:
-    """Raises OSError or OverflowError if nobody listens there."""
+    """Raises OSError, OverflowError or UnicodeError if nobody listens there."""
     host, _, port = address.rpartition(":")
     socket.create_connection((host.strip("[]"), int(port)), timeout_seconds).close()
 

@@ -26,7 +26,7 @@ from es_lite.hosts.sharing import Span, Work, divide, spans_of
 from es_lite.scoring.perturbation import Perturbation
 
 LATE_SHARE, LATE_SECONDS = 0.5, 2.0
-"""A host is late if it takes this share, and these seconds, longer than expected: idle hosts then score its part too."""
+"""A host is late if it takes longer than expected by this share, and by these seconds: idle hosts then score its part too."""
 
 CATCHING_UP, CATCHING_UP_SECONDS = 1.0, 30.0
 """At first, other hosts may take so many times as long again as this machine's, and so many seconds, to catch up."""
@@ -97,7 +97,10 @@ class RayEngine:
 
     def check(self, progress: Progress) -> None:
         """This machine's; other hosts have done so when they opened."""
-        self._hosts.here.actor.call("check").result()
+        try:
+            self._hosts.here.actor.call("check").result()
+        except HostLost as error:
+            raise RunError(f"this machine's host is lost: {error}; no step is lost: add --resume") from None
 
     def memory(self) -> tuple[int, int]:
         """Of the machine on which it is most."""
@@ -136,7 +139,7 @@ class RayEngine:
         """Gives idle hosts what nobody scores yet or, if there is nothing, what a late host scores."""
         idle = [host for host in self._hosts.ready if not host.task]
         tasks = [host.task for host in self._hosts.ready if host.task and host.task.work is work]
-        taken = {grain for task in tasks for span in task.spans for grain in span.grains}
+        taken = {grain for task in tasks if not task.taken_over for span in task.spans for grain in span.grains}
         spans = spans_of(grain for span in missing for grain in span.grains if grain not in taken)
         if idle and not spans:
             late = [task for task in tasks if not task.taken_over and task.late_seconds > _allowance(task.expected_seconds)]

@@ -19,7 +19,7 @@ from es_lite.algorithm.jit import Threads
 from es_lite.algorithm.record import Record
 from es_lite.engine.local import LocalEngine
 from es_lite.errors import UserError
-from es_lite.files import remove_unfinished, take_lock
+from es_lite.files import expanded, remove_unfinished, take_lock
 from es_lite.fitness.base import Items, Shelf
 from es_lite.fitness.kinds import fitness_of
 from es_lite.model.origin import Origin
@@ -175,7 +175,7 @@ class Host:
             except OSError:
                 pass  # the file system has no locks, as the run has said
             return self._run_dir, file
-        parent = Path(recipe.workers.host_dir).expanduser() / run
+        parent = expanded(recipe.workers.host_dir) / run
         try:
             for number in range(1000):
                 folder = parent / str(number)

@@ -20,7 +20,7 @@ OPENING_SECONDS = 300.0
 """How long a run waits, at first, for all nodes to say whether they can take part."""
 
 TELLING_SECONDS = 20.0
-"""After so long, it says for which."""
+"""After so long, the run says which hosts it waits for."""
 
 CLOSING_SECONDS = 5.0
 
@@ -77,7 +77,7 @@ class Hosts:
                 self._warn(f"not ready after {OPENING_SECONDS:.0f} s: {', '.join(late)}; they may join later")
                 break
             if time.monotonic() > began + TELLING_SECONDS and not told:
-                self._say(f"waiting for {', '.join(late)}: the model is opened, or another program has the cores")
+                self._say(f"waiting for {', '.join(late)}: still opening the model, or another program has the cores")
                 told = True
             time.sleep(TICK_SECONDS)
         opened = self.opened
@@ -85,7 +85,10 @@ class Hosts:
             reasons = "".join(f"\n  {reason}" for reason in self._reasons)
             raise UserError(f"workers.hosts = {least}: only {count(len(opened), 'host')} can take part{reasons}")
         if not any(host.node.here for host in opened):
-            raise UserError("this machine's host is not ready: is another program using the cluster's cores?")
+            raise UserError(
+                "this machine's host is not ready: another program may use the cluster's cores, or Ray was started here without "
+                f"CPUs{''.join(f'; {reason}' for reason in self._reasons)}"
+            )
 
     @property
     def waiting(self) -> list[RemoteHost]:
@@ -123,7 +126,7 @@ class Hosts:
             host.level = host.level or level
 
     def failed(self, host: RemoteHost, error: Exception) -> None:
-        """A call to it raised HostLost, UserError or RunError. The last two are this machine's own if it is its host's."""
+        """Handles what a call to a host raised: a UserError or RunError of this machine's own host ends the run."""
         if host.node.here and not isinstance(error, HostLost):
             raise error
         self.lose(host, str(error))
@@ -133,6 +136,8 @@ class Hosts:
 
         Raises RunError if it was this machine's and cannot be replaced.
         """
+        if self._hosts.get(host.node.id) is not host:  # another of its calls has failed before
+            return
         host.actor.kill()
         del self._hosts[host.node.id]
         self._lost[host.node.id] = 1 if host.scored and not fresh else self._lost[host.node.id] + 1
@@ -145,7 +150,7 @@ class Hosts:
         else:
             self._leave_out(host.node, f"{host.name} is lost and left out, after {ATTEMPTS} attempts: {why}")
         if host.node.here and host.node.id not in self._hosts:
-            raise RunError(f"this machine's host is lost: {why}; nothing else is: add --resume")
+            raise RunError(f"this machine's host is lost: {why}; no step is lost: add --resume")
 
     def statuses(self) -> list[tuple[RemoteHost, Status]]:
         """The last of each host."""

@@ -51,7 +51,7 @@ class RemoteHost:
     report: Report | None = None
     """When it has opened."""
     sent: int = -1
-    """How many records it was sent; the first time, even none makes its layers' files."""
+    """How many records it was sent; -1: it was not called yet. The first call makes its layers' files, even without records."""
     advancing: list[Call] = field(default_factory=list)
     level: bool = False
     """It has caught up once."""

@@ -6,16 +6,16 @@ file, and a file that is not the run's own must not run.
 
 import hashlib
 import sys
-from pathlib import Path
 
 from es_lite.errors import UserError
+from es_lite.files import expanded
 from es_lite.python_file import run_once
 
 
 def digest_of(path: str) -> str:
     """SHA-256 of the file. Raises UserError if it cannot be read."""
     try:
-        return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
+        return hashlib.sha256(expanded(path).read_bytes()).hexdigest()
     except OSError as error:
         raise UserError(f"model.code = {path!r}: cannot be read ({error.strerror}); expected a Python file") from None
 
@@ -27,7 +27,7 @@ def run(path: str, digest: str) -> None:
         return
     if digest_of(path) != digest:
         raise UserError(f"model.code = {path!r}: has changed since the run began; restore the file that it began with")
-    file = Path(path).expanduser().resolve()
+    file = expanded(path).resolve()
     if file.suffix != ".py":
         raise UserError(f"model.code = {path!r}: expected a Python file, whose name ends in .py")
     try:

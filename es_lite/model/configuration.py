@@ -9,6 +9,7 @@ import numpy as np
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from es_lite.errors import UserError
+from es_lite.files import expanded
 
 _QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8}
 
@@ -31,7 +32,7 @@ SIZES: dict[str, dict[str, object]] = {
 
 def locate(path: str) -> Path:
     """The local folder of a Hugging Face folder or hub name; downloads it if necessary. Raises UserError."""
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     if folder.is_dir():
         return folder
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
@@ -50,7 +51,7 @@ def configuration(path: str, config: str | dict) -> PretrainedConfig:
     if path:
         return _from_file(f"model.path = {path!r}", locate(path) / "config.json")
     if isinstance(config, str) and config.endswith(".json"):
-        return _from_file(f"model.config = {config!r}", Path(config).expanduser())
+        return _from_file(f"model.config = {config!r}", expanded(config))
     if isinstance(config, dict):
         where, document = "model.config", dict(config)
     elif config in SIZES:
@@ -71,9 +72,12 @@ def _from_file(where: str, file: Path) -> PretrainedConfig:
         raise UserError(f'{where}: has no model_type, for instance "qwen3"')
     kind = document["model_type"]
     if kind not in CONFIG_MAPPING and "auto_map" in document:
-        raise UserError(f"{where}: needs code from the model's folder, which es_lite never runs")
+        raise UserError(
+            f"{where}: needs code from the model's folder, which es_lite never runs; name a file of your own as model.code"
+        )
     if document.get("quantization_config"):
-        method = document["quantization_config"].get("quant_method", "unknown")
+        how = document["quantization_config"]
+        method = how.get("quant_method", "unknown") if isinstance(how, dict) else how
         raise UserError(
             f"{where}: its weights are quantised ({method}), which es_lite does not read; take the model in bf16 or fp32"
         )

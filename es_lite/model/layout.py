@@ -17,6 +17,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from es_lite.errors import UserError
 from es_lite.model.ghosts import OwnForward
 
+ANOTHER = "take a model of another architecture"
+"""What to do about a model that cannot be used."""
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -185,7 +188,9 @@ def blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) and _of_text(model, name)]
     lists = [item for item in lists if len(item[1]) == count] or lists
     if not lists:
-        raise UserError(f"{type(model).__name__}: has no list of decoder blocks, so es_lite cannot process it layer by layer")
+        raise UserError(
+            f"{type(model).__name__}: has no list of decoder blocks, so es_lite cannot process it layer by layer; {ANOTHER}"
+        )
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 

@@ -92,7 +92,7 @@ class Origin:
         if self.path and (locate(self.path) / "generation_config.json").exists():
             try:
                 model.generation_config = GenerationConfig.from_pretrained(locate(self.path))
-            except (OSError, ValueError) as error:  # damaged: transformers, too, goes on without it
+            except Exception as error:  # damaged, in whatever way: transformers, too, goes on without it
                 reason = (str(error).splitlines() or [""])[0]
                 print(f"warning: {locate(self.path)}/generation_config.json cannot be used ({reason})", file=sys.stderr)
         return model, Layout.of(model, self.groups, self.nes, self.shared_noise)

@@ -13,7 +13,7 @@ from es_lite.algorithm.jit import Threads
 from es_lite.algorithm.noise import gaussian, philox
 from es_lite.algorithm.noise.place import INITIALISATION, Place
 from es_lite.errors import UserError
-from es_lite.model.buffers import persistent_buffers
+from es_lite.model.buffers import persistent_buffers, stored
 from es_lite.model.initialisation import Drawn, Initialisation, Stretch
 from es_lite.model.layout import Layout, Tensor
 
@@ -37,7 +37,7 @@ class Random:
                 how = repr(stretch.how) if isinstance(stretch.how, Drawn) else stretch.how.numbers.tobytes().hex()
                 digest.update(f"{name} {stretch.start} {stretch.count} {how}\n".encode())
         for name, value in persistent_buffers(model).items():
-            digest.update(f"{name} {value.dtype}".encode() + value.numpy().tobytes())
+            digest.update(f"{name} {value.dtype}".encode() + stored(value))
         self._fingerprint = digest.hexdigest()
 
     def read(self, tensor: Tensor, start: int, count: int) -> np.ndarray:

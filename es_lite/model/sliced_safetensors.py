@@ -21,7 +21,10 @@ from es_lite.files import NewFile, TruncatedFile, open_file, read_fully, view_of
 
 _NUMPY: dict[str, np.dtype] = {"F32": np.dtype("<f4"), "BF16": np.dtype("<u2"), "F16": np.dtype("<f2")}
 
-_NAMES = {"float32": "F32", "float64": "F64", "int64": "I64", "int32": "I32", "uint8": "U8", "bool": "BOOL", "uint16": "U16"}
+_NAMES = {
+    **{"float32": "F32", "float64": "F64", "bool": "BOOL"},
+    **{"int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "uint16": "U16"},
+}
 
 LFS = b"version https://git-lfs"
 
@@ -53,7 +56,7 @@ def open_tensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     except (SafetensorError, ValueError) as error:
         raise DamagedFile(f"{path}: truncated or not a safetensors file ({error})") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); download it, or create it again") from None
     metadata = header.pop("__metadata__", None) or {}
     start = 8 + length
     entries = {
@@ -73,7 +76,7 @@ class Reader:
     def raw(self, entry: Entry, start: int, count: int) -> np.ndarray:
         """Elements start … start + count - 1 as stored (bfloat16 as uint16).
 
-        Raises UserError if their type is not supported, DamagedFile if the file cannot be read that far.
+        Raises UserError if their type is not supported, DamagedFile if the file is too short, RunError if it cannot be read.
         """
         if entry.dtype not in _NUMPY:
             raise UserError(f"{entry.file}: tensors of type {entry.dtype} cannot be used; save the model as bf16 or fp32")
@@ -152,7 +155,7 @@ class Writer:
         return self
 
     def write(self, values: np.ndarray) -> None:
-        """Appends float32 values; they are rounded to nearest even if the file is bfloat16. Raises OSError."""
+        """Appends float32 values, rounded (to nearest, ties to even) if the file is bfloat16. Raises OSError."""
         if self._dtype == "BF16":
             rounded = np.empty(values.size, np.uint16)
             formats.to_bf16(rounded, values)

@@ -17,7 +17,7 @@ from es_lite.algorithm.jit import Threads
 from es_lite.errors import DamagedFile, UserError
 from es_lite.files import view_of
 from es_lite.model import random_weights
-from es_lite.model.buffers import persistent_buffers
+from es_lite.model.buffers import persistent_buffers, stored
 from es_lite.model.configuration import locate, read_json
 from es_lite.model.conversion import Conversion, on_loading
 from es_lite.model.layout import Layout, Tensor
@@ -100,7 +100,7 @@ class Pretrained:
                     self._add(digest, name, self._found[source])
                 done.add(name)
         for name, value in self._buffers.items():
-            digest.update(f"{name} {value.dtype}".encode() + value.numpy().tobytes())
+            digest.update(f"{name} {value.dtype}".encode() + stored(value))
         return digest.hexdigest()
 
     def _add(self, digest: "hashlib._Hash", name: str, entry: Entry) -> None:

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from transformers import PretrainedConfig
 
 from es_lite import system
 from es_lite.algorithm.noise import on_device
+from es_lite.files import expanded
 from es_lite.fitness.base import Fitness
 from es_lite.model.layout import Layer, Layout
 from es_lite.recipe import Recipe
@@ -68,7 +68,7 @@ class Needs:
         text = config.get_text_config()
         self.recipe = recipe
         self.layout = layout
-        self.files = Store(Path(recipe.run.dir).expanduser(), layout, recipe.memory.storage).files
+        self.files = Store(expanded(recipe.run.dir), layout, recipe.memory.storage).files
         self.device = recipe.workers.device != "cpu"
         self.compute = system.compute_dtype(recipe.workers.compute, device=recipe.workers.device)
         alone = system.cores() if self.device else 1  # with a device, one worker does the update alone

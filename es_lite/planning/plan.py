@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -10,6 +9,7 @@ from es_lite import system
 from es_lite.algorithm.noise.kinds import NoiseKind, kind_of
 from es_lite.engine.base import Execution
 from es_lite.errors import UserError
+from es_lite.files import expanded
 from es_lite.fitness.base import Fitness
 from es_lite.model.configuration import intermediate_size
 from es_lite.model.layout import Layout
@@ -90,7 +90,7 @@ class Plan:
         if needs.generates and sum(parts.memory.values()) > limit.bytes:
             fitting = largest_new_tokens(recipe, fitness, config, layout, limit.bytes)
 
-        run_dir = Path(recipe.run.dir).expanduser()
+        run_dir = expanded(recipe.run.dir)
         sizes = [file.format.size for file in needs.files]
         stored, largest = sum(sizes), max(sizes)
         export = layout.size * (2 if recipe.run.checkpoint_dtype == "bf16" else 4)

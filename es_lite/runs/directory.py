@@ -4,11 +4,10 @@ import hashlib
 import secrets
 import shutil
 import sys
-from pathlib import Path
 from typing import IO
 
 from es_lite.errors import UserError
-from es_lite.files import finish_replacement, remove_unfinished, take_lock, write_durably
+from es_lite.files import expanded, finish_replacement, remove_unfinished, take_lock, write_durably
 from es_lite.recipe import Recipe
 
 CHANGEABLE = (
@@ -35,7 +34,7 @@ class RunDirectory:
         Raises UserError if it cannot be written, is in use, holds something else, holds a run and `resume` is
         not set, or holds a run of another recipe. Nothing is changed then.
         """
-        self.path = Path(recipe.run.dir).expanduser()
+        self.path = expanded(recipe.run.dir)
         self.store = self.path / recipe.memory.folder
         self.journal = self.path / "journal.jsonl"
         self.metrics = self.path / "metrics.jsonl"

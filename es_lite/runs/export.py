@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from es_lite.data.tokenizer import save_tokenizer
 from es_lite.errors import RunError
-from es_lite.files import new_folder
+from es_lite.files import expanded, new_folder
 from es_lite.model.buffers import persistent_buffers
 from es_lite.model.conversion import Conversion, on_saving
 from es_lite.model.layout import Layer, Layout
@@ -138,7 +138,7 @@ def model_card(steps: int, recipe_toml: str, base: str, result: str) -> str:
     or "".
     """
     header = "---\nlibrary_name: transformers\ntags:\n- es_lite\n- evolution-strategies\n"
-    if base and not Path(base).expanduser().exists():
+    if base and not expanded(base).exists():
         header += f"base_model: {base}\n"
     origin = f"started from `{base}`" if base else "started from random weights"
     score = f"\nHeld-out score: {result}.\n" if result else ""

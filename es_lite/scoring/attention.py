@@ -193,7 +193,7 @@ def attend(
     """softmax(scale · query · keysᵀ) · values, bfloat16 [R, K, Q, D].
 
     query: bfloat16 [R, K, Q, D]; keys: [R, K, S, D], in the memory of `keys_of`; values: [R, K, S, D]; seen: bool [R, S], at
-    least one slot of each row. An infinity or NaN among the scores of a row makes its output NaN.
+    least one slot of each row. +∞ or NaN among the scores of a row makes its output NaN.
     """
     out = torch.empty(query.shape, dtype=query.dtype)
     key_steps = tuple(2 * keys.stride(axis) for axis in (0, 1, 3))

@@ -1,6 +1,7 @@
 """The head, the last linear map from hidden states to logits, evaluated in blocks of the vocabulary.
 
-No [tokens, vocabulary] tensor is ever made: each block of logits is added to a running log-sum-exp and discarded.
+No [tokens, vocabulary] tensor is ever made: each block of logits goes into a running log-sum-exp or greatest logit, and is
+dropped.
 
 Shapes: G members of all perturbations, B samples, T the longest sample, H hidden size.
 """
@@ -16,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from es_lite.errors import UserError
-from es_lite.model.layout import Layer, Tensor
+from es_lite.model.layout import ANOTHER, Layer, Tensor
 from es_lite.scoring.device import DeviceGreatest, DeviceLogSumExp
 from es_lite.scoring.factors import LowRankFactors, MemberRows
 from es_lite.scoring.greatest import RunningGreatest
@@ -55,7 +56,8 @@ class LogitTransform:
                 logits = model(input_ids=torch.zeros(1, 1, dtype=torch.int64)).logits
         except Exception as error:  # whatever its own code raises
             reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-            raise UserError(f"{type(model).__name__}: es_lite cannot find out what it does with its logits ({reason})") from None
+            name = type(model).__name__
+            raise UserError(f"{name}: es_lite cannot find out what it does with its logits ({reason}); {ANOTHER}") from None
         finally:
             model.set_submodule(body_name, body)
             model.set_submodule(names[id(head)], head)
@@ -65,7 +67,7 @@ class LogitTransform:
         for transform in (cls(scale, 0.0), *(cls(1.0, float(cap)) for cap in caps)):
             if transform.explains(logits):
                 return transform
-        raise UserError(f"{type(model).__name__}: changes its logits in a way that es_lite does not know")
+        raise UserError(f"{type(model).__name__}: changes its logits in a way that es_lite does not know; {ANOTHER}")
 
     def explains(self, logits: torch.Tensor) -> bool:
         """Whether a model made these logits of `PROBE`."""
@@ -241,7 +243,7 @@ class Head:
         return [partial(logits, part=part) for part in positions]
 
     def _add(self, part: Positions, logits: torch.Tensor, block: Part) -> None:
-        """Adds a tile's logits for a block of the vocabulary to its log-sum-exp."""
+        """Adds a tile's logits for a block of the vocabulary to its log-sum-exp or its greatest logit."""
         first = block.start // block.tensor.width
         part.running.update(self.after(logits), first, self._state.lanes.threads)
 

@@ -49,7 +49,7 @@ class LengthDependence:
 
 
 def longest_unchanged(config: PretrainedConfig) -> int:
-    """The longest text of which a part is read as it would be alone; 0 if the model has no such limit."""
+    """How long a text can be before its length changes how its earlier tokens are read; 0 if it never does."""
     text = config.get_text_config()
     parameters = getattr(text, "rope_parameters", None) or {}
     nested = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from es_lite.data.batch import Batch
 from es_lite.errors import UserError
 from es_lite.model.configuration import size_of
-from es_lite.model.layout import Layout, Tensor, blocks
+from es_lite.model.layout import ANOTHER, Layout, Tensor, blocks
 from es_lite.scoring.arguments import state_copies
 from es_lite.scoring.attention import one_query_attention
 from es_lite.scoring.device import DeviceScratch
@@ -124,7 +124,7 @@ class PerturbedModel:
         """The head's input, [rows, T, H]."""
         logits = self._model(**arguments).logits
         if not self._head.after.explains(logits):
-            raise UserError(f"{type(self._model).__name__}: changes its logits in a way that es_lite does not know")
+            raise UserError(f"{type(self._model).__name__}: changes its logits in a way that es_lite does not know; {ANOTHER}")
         return self._head_input.take()
 
     @torch.inference_mode()
@@ -216,7 +216,7 @@ def _replace_modules(model: PreTrainedModel, layout: Layout, state: ScoringState
     prefix, block_list = blocks(model)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
-        raise UserError(f"{type(model).__name__}: its head is not a linear map of the hidden states, which es_lite needs")
+        raise UserError(f"{type(model).__name__}: its head is not a linear map of the hidden states; {ANOTHER}")
     own = tensors(head, recurse=False)
     head_input, our_head = HeadInput(state.compute), Head(layer_of[own["weight"].name], own, LogitTransform.of(model), state)
     replaced: dict[str, nn.Module] = {}

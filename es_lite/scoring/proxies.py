@@ -1,8 +1,8 @@
 """Proxies, which replace a model's modules that own parameters and run them on perturbed tensors, tile by tile.
 
 Under noise that is drawn in full, a proxy makes its layer's perturbed tensors once per perturbation, runs its module on them,
-and frees them. Under low-rank noise, it runs the module on the unperturbed matrices, with corrections (`shared`). The members of
-all perturbations are folded into the batch dimension: row `member * samples + sample`.
+and the next perturbation overwrites them. Under low-rank noise, it runs the module on the unperturbed matrices, with corrections
+(`shared`). The members of all perturbations are folded into the batch dimension: row `member * samples + sample`.
 
 Shapes: G members of all perturbations, B samples, T the longest sample.
 """
@@ -43,7 +43,7 @@ class ScoringState:
     """Members that share a tile, if their perturbations are factored: 1, or those of one or more perturbations."""
     perturbations: Sequence[Perturbation] = ()
     rows: SampleRows | SequenceRows = field(default_factory=lambda: SequenceRows(()))
-    """What a forward computes."""
+    """The rows of the forward under way."""
     progress: Callable[[float], None] = lambda share: None
     """Called with the share of the work that is done."""
     work: float = 1.0

@@ -20,7 +20,7 @@ from es_lite.data.batch import Batch
 from es_lite.errors import UserError
 from es_lite.model.configuration import size_of
 from es_lite.model.ghosts import GhostProducts, OwnForward, ghost, ghost_rows
-from es_lite.model.layout import Layer, Layout, Tensor
+from es_lite.model.layout import ANOTHER, Layer, Layout, Tensor
 from es_lite.scoring.generate import Limits
 from es_lite.scoring.lanes import Lanes
 from es_lite.scoring.model import PerturbedModel
@@ -70,7 +70,7 @@ def rehearse(
                 continue
             raise UserError(f"{name}: does not run on the tokens of a text alone: {_reason(error)}") from None
         if any(states.shape[:-1] != (length,) for states, length in zip(expected, lengths, strict=True)):
-            raise UserError(f"{name}: does not have one hidden state for each token of a text, which es_lite needs")
+            raise UserError(f"{name}: does not have one hidden state for each token of a text; {ANOTHER}")
         if not _agree(expected[1], expected[0][:SHORTER]):
             raise UserError(
                 f"{name}: is not causal as it is configured: what it makes of a token depends on later ones, so it gives no "

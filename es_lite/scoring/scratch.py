@@ -16,7 +16,7 @@ from es_lite.scoring.logsumexp import RunningLogSumExp
 from es_lite.scoring.perturbation import Perturbation
 from es_lite.weights.parts import Part
 
-# The working copy's memory is not, nor does anyone write to it.
+# The working copy's arrays are read-only, and nobody writes to the tensors that are made of them.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 

@@ -104,7 +104,7 @@ class LayerReader:
         needed = _between(records, at, step)
         if needed is None:
             stored.close()
-            raise file.damaged(f"says it holds step {at}, from where it cannot be brought to {step}")
+            raise file.damaged(f"holds step {at}, and the records at hand do not lead from there to step {step}")
         return cls(stored, file.format, needed, threads, theta_0)
 
     @classmethod

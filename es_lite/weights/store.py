@@ -176,4 +176,7 @@ def _copy(parts: Sequence[Part], working: WorkingCopy | None, threads: Threads) 
 
 
 def _not_written(file: LayerFile, error: OSError) -> RunError:
-    return RunError(f"{file.path}: cannot be written ({error.strerror}); the file is as it was before this step")
+    return RunError(
+        f"{file.path}: cannot be written ({error.strerror}); the file is as it was: free some space, then run it again "
+        "(train: with --resume)"
+    )

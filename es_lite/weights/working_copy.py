@@ -91,7 +91,8 @@ class WorkingCopy:
                 write_fully(self._descriptor, scales, scales_at + 4 * first)
         except OSError as error:
             raise RunError(
-                f"the working copy of the weights cannot be written ({error.strerror}): there is too little memory"
+                f"the working copy of the weights cannot be written ({error.strerror}): there is too little memory; free some, "
+                'or set memory.residency = "streamed"'
             ) from None
 
 

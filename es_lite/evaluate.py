@@ -140,9 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--functions", nargs="+", default=[], metavar="F", help="reward functions; default: the run's, or the task's")
     add("--samples", type=_count, metavar="N", help="at most this many prompts, evenly spread; default: the run's, or 64")
     add("--new-tokens", type=_count, metavar="N", help="tokens of a completion, at most; default: the run's, or 128")
-    add(
-        "--max-length", type=_count, metavar="N", help="refuse longer prompts (tokens); default: the model's, in a chat 1024"
-    )
+    add("--max-length", type=_count, metavar="N", help="refuse longer prompts (tokens); default: the model's, in a chat 1024")
     add("--seed", type=int, metavar="S", help="of the task's prompts; default: the run's, or 0")
     add("--step", type=int, metavar="T", help="of a run; default: its last")
     add("--model", default="", metavar="PATH", help="where a run's pretrained model is, if not where the run found it")

@@ -353,6 +353,23 @@ def test_models_of_other_vocabularies_are_not_compared(run: Path, start: Path, t
     assert "its vocabulary is not that of" in refused(run, "--against", other)
 
 
+def test_a_place_that_cannot_be_written_is_named_before_anything_is_computed(run: Path, tmp_path: Path):
+    (tmp_path / "folder").mkdir()
+    for out in (tmp_path / "folder", tmp_path / "gone/out.json"):
+        assert f"--out {out}: " in refused(run, "--out", out)
+
+
+def test_a_text_that_is_none_is_named(run: Path):
+    assert '"text" has half a surrogate pair' in refused(run, "--chat", "caf\udce9")
+
+
+def test_a_model_leaves_no_memory_behind(run: Path, tmp_path: Path):
+    before = set(os.listdir("/proc/self/fd"))
+    figures(tmp_path / "out.json", run)
+    left = set(os.listdir("/proc/self/fd")) - before
+    assert not [fd for fd in left if "working-copy" in os.readlink(f"/proc/self/fd/{fd}")]
+
+
 def test_a_broken_model_is_named(start: Path, held_out: Path, tmp_path: Path):
     broken = tmp_path / "broken"
     shutil.copytree(start, broken)

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from es_lite import system
 from es_lite.data.chat import decode
+from es_lite.data.lines import check_characters
 from es_lite.data.prompt_batch import Prompts
 from es_lite.data.prompts import Row
 from es_lite.errors import UserError
@@ -35,6 +36,7 @@ class Conversation:
 
     def prompt(self, text: str) -> np.ndarray:
         """The tokens to continue after `text`, int32 [length]. Raises UserError if they are more than there is room for."""
+        check_characters(text, "--chat", "text")
         asked = [*(self.messages or self._system()), {"role": "user", "content": text}]
         row = Row(asked if self.tokenizer.chat_template else text, {}, "--chat")
         tokens = encoded([row], self.tokenizer, self.room)

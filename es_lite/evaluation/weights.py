@@ -10,7 +10,6 @@ import fcntl
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -35,9 +34,6 @@ from es_lite.scoring.perturbation import Perturbation
 from es_lite.weights.store import Store
 
 PREFIX = "es_lite-evaluate-"
-
-YOUNG_SECONDS = 60.0
-"""A folder so young is not taken to be abandoned: it may be about to be locked."""
 
 WINDOW = 256
 """Tokens of the longest sample of a text."""
@@ -112,9 +108,10 @@ def _folder(subject: Subject) -> Iterator[tuple[Path, IO[str]]]:
         temporary = tempfile.TemporaryDirectory(prefix=PREFIX, dir=place, ignore_cleanup_errors=True)
     except OSError as error:
         raise UserError(f"{place}: cannot be written ({error.strerror}); set TMPDIR to another folder") from None
-    with temporary as name, (Path(name) / "lock").open("w") as lock:
+    with temporary as name, (Path(name) / "unlocked").open("w") as lock:
         with contextlib.suppress(OSError):  # a file system without locks; then abandoned folders stay
             fcntl.flock(lock, fcntl.LOCK_EX)
+        (Path(name) / "unlocked").rename(Path(name) / "lock")  # by which others know the folder
         yield Path(name), lock
 
 
@@ -122,8 +119,6 @@ def _remove_abandoned(place: Path) -> None:
     """Removes the folders of evaluations that were killed."""
     for path in place.glob(f"{PREFIX}*/lock"):
         with contextlib.suppress(OSError), path.open("r+") as lock:
-            if time.time() - path.stat().st_mtime < YOUNG_SECONDS:
-                continue
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if it is in use
             shutil.rmtree(path.parent, ignore_errors=True)
 

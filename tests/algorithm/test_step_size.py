@@ -33,6 +33,13 @@ def test_it_comes_to_the_multiple_of_the_step_that_gains_most_from_anywhere(star
     assert found[700] == pytest.approx(0.1 * MULTIPLE, rel=1e-6)
 
 
+def test_a_run_that_was_shortened_to_nothing_is_read():
+    """Its journal has steps, whose estimates are gone through."""
+    averages, step_size = Averages(), StepSize(1e-3, 0)
+    averages.add(ALIKE)
+    assert [step_size.next(step, ALIKE, averages, FAR) for step in range(1, 3)] == [0.0, 0.0]
+
+
 def test_it_rises_and_falls_by_bounded_factors():
     """Above what is close to σ."""
     up, down = alphas(1e-3, 1000, sigma=0.008), alphas(1e6, 1000, sigma=1e9)

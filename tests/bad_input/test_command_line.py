@@ -67,6 +67,19 @@ def test_replay_overwrites_nothing(run: Path, tmp_path: Path, capsys: Capture) -
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["out.old", "out.next"])
+def test_replay_removes_nothing_beside_the_model(run: Path, tmp_path: Path, capsys: Capture, name: str) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "model.safetensors").write_text("the last one")
+    assert f"{tmp_path}/{name}: exists already; remove it" in replay_refused(capsys, run, tmp_path / "out")
+    assert (tmp_path / name / "model.safetensors").read_text() == "the last one"
+
+
+def test_a_command_that_does_not_exist_is_named(capsys: Capture) -> None:
+    assert es_lite(["trian", "recipe.toml"]) == 2
+    assert capsys.readouterr().err.startswith("es_lite: no such command: trian\n\nusage: es-lite COMMAND")
+
+
 def test_replay_of_a_random_start_takes_no_model(run: Path, tmp_path: Path, capsys: Capture) -> None:
     message = replay_refused(capsys, run, tmp_path / "out", "--model", str(tmp_path))
     assert f"--model {tmp_path}: this run started from random weights" in message

@@ -42,6 +42,7 @@ def model(saved_model: Path, tmp_path: Path) -> Path:
         {"hidden_size": "wide"},
         {"hidden_act": "no-such-activation"},
         {"model_type": "evil", "auto_map": {"AutoModelForCausalLM": "evil.Model"}},
+        {"quantization_config": "gptq"},
     ],
     ids=str,
 )

@@ -31,6 +31,8 @@ def test_all_mistakes_of_a_recipe_are_listed_at_once(tmp_path: Path) -> None:
         ("es.sigma=-1e-3", "es.sigma = -0.001"),
         ("es.sigma=nan", "es.sigma = nan"),
         ("es.alpha=inf", "es.alpha = inf"),
+        ("es.alpha=1" + "0" * 400, "es.alpha = inf"),
+        ("es.alpha=" + "1" * 5000, "es.alpha = '1111"),
         ("es.population=1", "es.population = 1"),
         ("es.population=5", "es.population = 5: must be even with es.antithetic"),
         ("es.population=true", "es.population = True"),

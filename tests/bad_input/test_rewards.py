@@ -92,6 +92,8 @@ def test_a_prompt_that_cannot_be_used_is_named_by_file_and_line(recipe: Path, tm
         (["data.path=builtin:countdwn"], '"builtin:countdwn": no such task is built in; did you mean "builtin:countdown"?'),
         (["data.path=mth:problems.jsonl"], '"mth:problems.jsonl": no such task; did you mean "math:FILE"?'),
         (["data.path=builtin:countdown", "data.system=Be brief."], "data.system: the task of data.path = "),
+        (["data.path=builtin:countdown", "data.chat=true"], "data.chat: the task of data.path = "),
+        (["data.path=builtin:python-reference"], 'data.path: missing; rewards need prompts: a file, or a task such as "builtin:'),
         (["data.path=builtin:countdown", "data.options={nmbers=3}"], 'data.options.nmbers: unknown key; did you mean "numbers"?'),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
@@ -154,6 +156,15 @@ def test_a_file_without_the_function_is_named_with_pythons_reason(recipe: Path, 
     message = refused(recipe, tmp_path / "run", *function_file(tmp_path / "f.py", code))
     assert f'reward function "{tmp_path}/f.py:f"' in message and reason in message
     assert not (tmp_path / "run/journal.jsonl").exists()
+
+
+def test_a_function_that_is_only_reported_makes_nothing_count(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "f.py").write_text("def none(completions, **_):\n    return [None] * len(completions)\n\n\n")
+    with (tmp_path / "f.py").open("a") as file:
+        file.write("def one(completions, **_):\n    return [1.0] * len(completions)\n")
+    functions = f'reward.functions=["{tmp_path}/f.py:none", "{tmp_path}/f.py:one"]'
+    message = refused(recipe, tmp_path / "run", functions, "reward.weights=[1, 0]")
+    assert "returned None for every completion, so that none counts" in message
 
 
 # Reward functions that fail during the run

@@ -38,6 +38,13 @@ def test_a_folder_of_something_else_is_refused(recipe: Path, tmp_path: Path) -> 
     assert f"{tmp_path}/mine: exists and is not a run directory" in refused_untouched(recipe, tmp_path / "mine")
 
 
+def test_a_folder_with_a_recipe_of_somebodys_own_is_refused(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine/tokenizer").mkdir(parents=True)
+    (tmp_path / "mine/tokenizer/tokenizer.json").write_text("{}")
+    (tmp_path / "mine/recipe.toml").write_text("# mine\n")
+    assert f"{tmp_path}/mine: exists and is not a run directory" in refused_untouched(recipe, tmp_path / "mine")
+
+
 @pytest.mark.parametrize("place", ["file", "file/below"])
 def test_a_file_is_not_a_run_directory(recipe: Path, tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("mine")

@@ -94,7 +94,12 @@ def test_unusable_files(tmp_path, name, content, message):
 
 @pytest.mark.parametrize(
     "path, message",
-    [("", '"": no such file or folder'), ("builtin:pyton", 'builtin:pyton: no such corpus; .* "builtin:python-ref')],
+    [
+        ("", '"": no such file or folder'),
+        ("builtin:pyton", 'builtin:pyton: no such corpus; .* "builtin:python-ref'),
+        ("a" * 300, "a: cannot be read .File name too long.$"),
+        ("~nobody-of-this-name/a.txt", "^~nobody-of-this-name/a.txt: .*; write the folder out$"),
+    ],
 )
 def test_unusable_names(path, message):
     with pytest.raises(UserError, match=message):
@@ -180,6 +185,13 @@ def test_run_directories_and_hidden_folders_are_not_read(tmp_path):
         write(tmp_path / folder / name, "text\n")
     write(tmp_path / "run/samples.jsonl", "text\n")
     assert [file.name for file in Texts(str(tmp_path)).files] == ["c.txt", "readme_of_a_book.txt"]
+
+
+def test_a_link_to_a_folder_above_is_not_followed(tmp_path):
+    write(tmp_path / "x.txt", "once\n")
+    (tmp_path / "again").symlink_to(".")
+    (tmp_path / "linked.txt").symlink_to(tmp_path / "x.txt")
+    assert [file.name for file in Texts(str(tmp_path)).files] == ["linked.txt", "x.txt"]
 
 
 def test_other_columns_of_a_parquet_file_do_not_matter(tmp_path):

@@ -81,8 +81,7 @@ class InThisProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.working_copy is not None:
-            os.close(self.working_copy)
+        """The working copy is the engine's to close."""
 
 
 @pytest.fixture

@@ -32,6 +32,15 @@ def same(one: Batch, other: Batch) -> bool:
     return np.array_equal(one.tokens, other.tokens) and np.array_equal(one.lengths, other.lengths)
 
 
+# Scores
+
+
+def test_a_member_with_a_score_that_is_no_number_has_no_score(tmp_path):
+    """It would else be compared on the other samples alone, which may be the easier ones."""
+    graded = opened(tmp_path).grade(np.array([[np.nan, -3.0], [-5.0, -3.0]]), Batch(np.zeros((2, 3), np.int32), np.full(2, 3)), 0)
+    assert graded.means().tolist() == [-np.inf, -4.0]
+
+
 # The items of a step
 
 

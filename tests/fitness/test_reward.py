@@ -1,14 +1,15 @@
 """The fitness "reward": its functions and their weights, and the tokens that end a completion."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 from transformers import AutoConfig, GenerationConfig
 
 from es_lite.errors import UserError
-from es_lite.fitness.reward import end_tokens, functions_of
+from es_lite.fitness.reward import end_tokens, functions_of, split_rows
 from es_lite.recipe import Recipe
-from es_lite.tables import DataTable, RewardTable
+from es_lite.tables import DataTable, EvalTable, RewardTable
 
 
 def functions_with(path: str, *functions: str, weights: tuple[float, ...] = ()) -> tuple[tuple[str, ...], tuple[float, ...]]:
@@ -63,6 +64,26 @@ def test_the_recipes_weights_are_those_of_its_functions_or_of_a_tasks():
 def test_functions_and_weights_that_do_not_fit_are_refused(path, functions, weights, message):
     with pytest.raises(UserError, match=message):
         functions_with(path, *functions, weights=weights)
+
+
+# Prompts of eval.path
+
+
+def test_options_concern_held_out_prompts_of_the_same_task_only(tmp_path):
+    problem = {"numbers": [1, 2], "target": 3}
+    (tmp_path / "test.jsonl").write_text(json.dumps(problem) + "\n")
+    (tmp_path / "own.jsonl").write_text('{"prompt": "1 + 1"}\n')
+
+    def held_out(path, other, **keys):
+        data = DataTable(path=path, **keys)
+        return split_rows(Recipe(data=data, eval=EvalTable(path=other, every=1)))[1]
+
+    options = {"numbers": 2, "train": 3, "test": 5}
+    assert len(held_out("builtin:countdown", f"countdown:{tmp_path}/test.jsonl", options=options)) == 1
+    assert held_out("builtin:countdown", f"{tmp_path}/own.jsonl", options=options)[0].prompt == "1 + 1"
+    assert len(held_out(f"{tmp_path}/own.jsonl", "builtin:conciseness", template="{prompt} =")) == 24
+    with pytest.raises(UserError, match=r'the task of data\.path = "builtin:countdown" makes its own prompts'):
+        held_out("builtin:countdown", f"{tmp_path}/own.jsonl", template="{prompt} =")
 
 
 # End tokens

@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 from support import ROOT, TINY, assert_same_bits, finished_run, replayed, tensors, write_recipe
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from es_lite import replay
+from es_lite.data.tokenizer import train_bpe
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +30,20 @@ def test_the_journal_alone_gives_the_weights(undisturbed, tmp_path: Path) -> Non
     command = [sys.executable, "-m", "es_lite.replay", str(tmp_path / "journal.jsonl"), "--out", str(tmp_path / "out")]
     subprocess.run([*command, "--dtype", "fp32"], cwd=ROOT, check=True)
     assert_same_bits(load_file(tmp_path / "out/model.safetensors"), tensors(reference))
+
+
+def test_the_model_has_the_tokenizer_that_the_recipe_names(tmp_path: Path) -> None:
+    train_bpe([["another text"]], 260).save_pretrained(tmp_path / "tokenizer")
+    run = finished_run(
+        write_recipe(tmp_path, model={"config": TINY | {"vocab_size": 260}}),
+        tmp_path / "run",
+        "run.iterations=1",
+        f"data.tokenizer={tmp_path}/tokenizer",
+    )
+    assert not (run / "tokenizer").exists()
+    replayed(run, tmp_path / "out")
+    of_model = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert of_model.get_vocab() == AutoTokenizer.from_pretrained(tmp_path / "tokenizer").get_vocab()
 
 
 @pytest.mark.slow

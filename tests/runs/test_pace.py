@@ -76,6 +76,14 @@ def test_the_second_step_is_compared_with_what_was_said_last():
     assert not pace.stepped(99.0)
 
 
+def test_what_was_not_said_is_not_what_was_said_last():
+    """Two corrections too small to be said, which together are not."""
+    pace = Pace(100.0, 0.0, 0, began=0.0)
+    assert not pace.scored(0.5, 60.0)  # 120 s
+    assert not pace.stepped(130.0)
+    assert pace.stepped(140.0)
+
+
 def test_no_scoring_corrects_what_steps_have_measured():
     pace = Pace(30.0, 10.0, 0, began=0.0)
     pace.stepped(40.0)

@@ -129,6 +129,16 @@ def test_theta_is_scored_again_with_a_sigma_that_is_new_when_the_search_ends():
     assert repeats == [False, True, False, False] * 2
 
 
+@pytest.mark.parametrize(("population", "every"), [(16, 16), (32, 8), (64, 4), (250, 4), (1000, 4)])
+def test_most_steps_have_new_items_however_many_members_there_are(population, every):
+    tuning = Tuning(recipe(1000, population=population, alpha="auto"), never, [])
+    for step in range(20):
+        tuning.alpha(step, 1e-3, found(1e-3, step))
+    assert [step for step in range(200, 200 + 2 * every) if tuning.repeats(step)] == [
+        step for step in range(200, 200 + 2 * every) if step % every == 1
+    ]
+
+
 def test_a_step_that_repeats_the_items_of_another_follows_one_that_scored_theta():
     tuning = Tuning(recipe(1000, alpha="auto"), never, [])
     for step in range(1000):

@@ -66,6 +66,12 @@ def test_the_papers_ratios_and_populations() -> None:
     assert list(compare.COMPARISONS["population"].variants) == ["20 members", "30 members", "40 members"]
 
 
+def test_a_wrong_recipe_is_named(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    for words in (["steps"], ["kinds"]):
+        assert compare.main([*words, str(tmp_path / "out"), "--set", "es.sigmma=1"]) == 2
+        assert "es.sigmma: unknown key" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("words", [["kinds"], ["kinds", "DIR", "--seeds", "0"], ["other", "DIR"]])
 def test_wrong_arguments(capsys: pytest.CaptureFixture, words: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:

@@ -339,6 +339,10 @@ def test_the_same_answer_may_be_written_otherwise(given, expected, monkeypatch):
         ("x", "y"),
         ("1000000000000000000001", "1000000000000000000000"),
         ("2", r"\frac{2}{0}"),
+        ("x", r"\$"),
+        ("b", "."),
+        ("b", r"\text{ }"),
+        ("(a,b)", "(a,)"),
     ],
 )
 def test_other_answers_are_wrong(given, expected):
@@ -409,6 +413,7 @@ HOSTILE = {
     "integral": r"\int_0^1 e^{-x^2}\sin(x^3) dx",
     "units": r"\text{a}" * 580,
     "names": "x=" * 2000,
+    "spaces": "7" + " " * 4000 + "a" + " " * 4000 + "b",
     "NUL": "7\0",
     "surrogate": "7\ud800",
     "call": "__import__('os').system('touch ran')",

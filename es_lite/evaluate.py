@@ -117,7 +117,7 @@ def run(options: argparse.Namespace) -> None:
     out = options.out or (subject.folder and subject.folder / "evaluation.json")
     if out and not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.absolute().parent}")
-    if out and (out.is_dir() or not os.access(out if out.exists() else out.absolute().parent, os.W_OK)):
+    if out and (out.is_dir() or not os.access(out.absolute().parent, os.W_OK)):
         raise UserError(f"--out {out}: cannot be written; name a file in a folder that can")
     found = evaluate(subject, base and settings.stored(base, recipe), recipe, options)
     print(report.table(found))

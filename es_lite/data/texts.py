@@ -36,7 +36,7 @@ class Texts:
     def __init__(self, path: str, lines: int = 0) -> None:
         """lines: stop after this many lines or records in total; 0 reads all."""
         self._path, self._lines = path, lines
-        with _read(path):
+        with _refusing(path):
             self.files = [] if path.startswith("builtin:") else _files(path)
 
     def __iter__(self) -> Iterator[Document]:
@@ -50,7 +50,7 @@ class Texts:
             raise UserError(f"{self._path}: there is no text in it{limit}")
 
     def _readable(self) -> Iterator[tuple[object, str]]:
-        with _read(self._path):
+        with _refusing(self._path):
             yield from self._pieces()
 
     def _pieces(self) -> Iterator[tuple[object, str]]:
@@ -119,8 +119,8 @@ def _builtin(path: str) -> Iterator[tuple[str, str]]:
 
 
 @contextlib.contextmanager
-def _read(path: str) -> Iterator[None]:
-    """OSError as UserError."""
+def _refusing(path: str) -> Iterator[None]:
+    """Raises UserError, which names the file, for an OSError."""
     try:
         yield
     except OSError as error:

@@ -232,7 +232,7 @@ def _replace_modules(model: PreTrainedModel, layout: Layout, state: ScoringState
                 continue
             raise UserError(
                 f"{type(model).__name__}: {by_identity[id(own_parameters[0])]} belongs to a part of it that has layers in it, "
-                "and to no layer; take a model of another architecture"
+                f"and to no layer; {ANOTHER}"
             )
         own = tensors(module, recurse=True)
         layer = layer_of[next(iter(own.values())).name]

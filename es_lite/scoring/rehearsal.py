@@ -76,7 +76,7 @@ def rehearse(
                 f"{name}: is not causal as it is configured: what it makes of a token depends on later ones, so it gives no "
                 "log-probabilities of a text; take a model that predicts the next token"
             )
-        with _refused(f"{name}: es_lite cannot run it layer by layer", "take a model of another architecture"):
+        with _refused(f"{name}: es_lite cannot run it layer by layer", ANOTHER):
             found = _proxied(model, layout).head_input([perturbation], Batch(tokens, np.array(lengths, np.int32)))
         for member in found.unflatten(0, (perturbation.members, len(lengths))):
             if not all(_agree(states[:length], own) for states, own, length in zip(member, expected, lengths, strict=True)):
@@ -94,7 +94,7 @@ def rehearse(
             _proxied(model, layout, torch.bfloat16).head_input([perturbation], samples)
     if not writes:
         return
-    remedy = 'take a model of another architecture, or fitness.kind = "logprob"'
+    remedy = f'{ANOTHER}, or fitness.kind = "logprob"'
     with _refused(f"{name}: es_lite cannot write with it", remedy):
         rows = _tokens(text.vocab_size, LONGEST)
         prompts = [rows[0], rows[1][:SHORTER], rows[2][:SHORTER]]

@@ -124,7 +124,7 @@ def test_the_pool_shrinks_and_no_bit_changes(recipe, reference, tmp_path, monkey
 @pytest.mark.parametrize(
     ("level", "words"),
     [
-        ("short", "stopped after step 3, memory is short"),
+        ("short", "stopped after step 3: memory is short"),
         pytest.param("critical", "too little memory for one worker", marks=pytest.mark.long),
     ],
 )

@@ -143,7 +143,8 @@ class LayerFormat:
             raise ValueError("its header is damaged, or of another version") from None
         written = self._header({"step": str(step), "xxh3": checksum}).ljust(self._header_bytes)
         if claimed != (self.layer.name, self.storage) or data[8 : 8 + self._header_bytes] != written:
-            raise ValueError(f"it has {claimed[0]} in {claimed[1]}, not this model's {self.layer.name} in {self.storage}")
+            found, wanted = " in ".join(claimed), f"{self.layer.name} in {self.storage}"
+            raise ValueError(f"it has {found}, but not the tensors of this model's {wanted}")
         front, position = self.empty_front(), 8 + self._header_bytes
         front.step, front.checksum = step, checksum
         for array in self._front_arrays(front):

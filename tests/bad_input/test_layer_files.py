@@ -38,7 +38,7 @@ def test_the_file_of_another_layer_is_named_with_what_to_do(recipe: Path, run: P
 def test_the_file_of_another_layer_of_the_same_size_is_named_with_what_to_do(recipe: Path, run: Path) -> None:
     file = run / "master/block-000.safetensors"
     shutil.copy(run / "master/block-001.safetensors", file)
-    expected = f"{file}: it is not block-000 of this model in fp32 but ('block-001', 'fp32'){REMEDY}"
+    expected = f"{file}: it has block-001 in fp32, but not the tensors of this model's block-000 in fp32{REMEDY}"
     assert expected in refused_untouched(recipe, run)
 
 

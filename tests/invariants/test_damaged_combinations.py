@@ -23,7 +23,7 @@ def test_damaged_files_are_named_and_made_again(
     flipped[-5] ^= 4
     other = files["block-000"].read_bytes()
     before = digest(run)
-    for damaged, word in ((bytes(flipped), "checksum"), (whole[:-1], "bytes"), (other, "is not block-001")):
+    for damaged, word in ((bytes(flipped), "checksum"), (whole[:-1], "bytes"), (other, "of this model's block-001")):
         files["block-001"].write_bytes(damaged)
         refused = train_here(reference.recipe, run, *overrides, resume=True)
         assert (refused.code, refused.out.count("3 of 3")) == (2, 0)

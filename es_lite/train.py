@@ -129,7 +129,7 @@ def train(recipe: Recipe, resume: bool = False, rebuild: bool = False) -> None:
             while under_way.done < recipe.run.iterations and not console.stopping:
                 milestones.after_step(under_way.step())
                 if engine.shortage and under_way.done < recipe.run.iterations:
-                    raise RunError(f"stopped after step {under_way.done}: {engine.shortage}")
+                    raise RunError(f"stopped after step {under_way.done}, because {engine.shortage}")
                 if pace.exhausted and under_way.done < recipe.run.iterations:
                     console.say(f"the next step would exceed run.minutes = {recipe.run.minutes:g}")
                     console.stopping = True

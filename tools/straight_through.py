@@ -18,6 +18,7 @@ from _measuring import table
 from torch.nn import functional
 
 from es_lite.data.batch import Batch
+from es_lite.errors import UserError
 from es_lite.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,7 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args(argv)
-    recipe = Recipe.load(arguments.recipe)
+    try:
+        recipe = Recipe.load(arguments.recipe)
+    except UserError as error:
+        print(f"straight_through: {error}", file=sys.stderr)
+        return error.exit_code
     rows = [["gradient", "before", "after, each seed"]]
     for name, straight_through in (("true", False), ("straight-through", True)):
         seeds = [replace(recipe, run=replace(recipe.run, seed=seed)) for seed in range(arguments.seeds)]

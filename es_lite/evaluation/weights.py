@@ -84,7 +84,7 @@ def opened(subject: Subject, recipe: Recipe, fitness: Fitness) -> Iterator[Opene
                 subject.check(subject.origin.source(model, layout, Threads(system.cores())))
             plan = _planned(recipe, fitness, subject)
             plan.rehearse(model, fitness)
-            _check_disk(store, len(subject.records), plan.execution.processes)
+            _check_disk(subject, store, plan.execution.processes)
             with LocalEngine(recipe, subject.origin, layout, store, plan.execution, lock, warn) as engine:
                 with progress(f"opening {subject.name}") as show:
                     engine.advance(subject.records, show)
@@ -166,12 +166,13 @@ def _planned(recipe: Recipe, fitness: Fitness, subject: Subject) -> Plan:
     return plan
 
 
-def _check_disk(store: Store, step: int, processes: int) -> None:
+def _check_disk(subject: Subject, store: Store, processes: int) -> None:
     """Raises UserError if there is no room for the layers that must be written."""
+    step, alone = len(subject.records), "give the journal alone and " if subject.folder else ""
     sizes = [file.format.size for file in store.files if not (file.exists() and file.front().step == step)]
     need, free = sum(sizes) + processes * max(sizes, default=0), system.free_disk_bytes(store.folder)
     if need > free:
         raise UserError(
             f"does not fit: the layers take {need / GIB:.2f} GiB of disk in {store.folder.parent} while they are used, "
-            f"{free / GIB:.2f} are free; free some, or give the journal alone and set TMPDIR to a folder on a larger disk"
+            f"{free / GIB:.2f} are free; free some, or {alone}set TMPDIR to a folder on a larger disk"
         )

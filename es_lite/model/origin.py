@@ -1,6 +1,7 @@
 """What a run starts from and how its records apply: the model, θ₀'s seed, the groups. Part of the journal's header."""
 
 import dataclasses
+import multiprocessing
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +95,8 @@ class Origin:
                 model.generation_config = GenerationConfig.from_pretrained(locate(self.path))
             except Exception as error:  # damaged, in whatever way: transformers, too, goes on without it
                 reason = (str(error).splitlines() or [""])[0]
-                print(f"warning: {locate(self.path)}/generation_config.json cannot be used ({reason})", file=sys.stderr)
+                if multiprocessing.parent_process() is None:  # workers need not say it again
+                    print(f"warning: {locate(self.path)}/generation_config.json cannot be used ({reason})", file=sys.stderr)
         return model, Layout.of(model, self.groups, self.nes, self.shared_noise)
 
     def source(self, model: PreTrainedModel, layout: Layout, threads: Threads) -> Source:

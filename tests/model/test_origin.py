@@ -87,6 +87,14 @@ def test_the_generation_settings_of_a_models_folder_are_kept(tmp_path):
     assert origin.skeleton()[0].generation_config.top_k == 7
 
 
+@pytest.mark.parametrize("damaged", ["[]", "{", "null", '{"top_k": {'])
+def test_generation_settings_that_are_damaged_are_left_out_with_a_warning(tmp_path, capsys, damaged):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "generation_config.json").write_text(damaged)
+    dataclasses.replace(ORIGIN, path=str(tmp_path), config="").skeleton()
+    assert capsys.readouterr().err.startswith(f"warning: {tmp_path}/generation_config.json cannot be used (")
+
+
 # The header
 
 

@@ -66,10 +66,13 @@ def replay(run: Path, out: Path, model_path: str = "", steps: int | None = None,
 
 def _tokenizer(run: Path, origin: Origin) -> PreTrainedTokenizerBase | None:
     """The tokenizer that the run's recipe names, or the model's own; None if it is not there, as with a journal alone."""
-    recipe = run / "recipe.toml"
+    trained = (run / "tokenizer").is_dir()
     try:
-        table = Recipe.load(recipe).data if recipe.is_file() else DataTable()
-        lost = not (run / "tokenizer").is_dir() if table.tokenizer == "bpe" else not (table.tokenizer or origin.path)
+        table = Recipe.load(run / "recipe.toml").data
+    except UserError:  # there is none, or it is damaged
+        table = DataTable(tokenizer="bpe" if trained else "")
+    lost = not trained if table.tokenizer == "bpe" else not (table.tokenizer or origin.path)
+    try:
         return None if lost else load_tokenizer(table, origin.path, run, [])
     except UserError as error:  # the weights do not depend on it
         print(f"es_lite: {error}", file=sys.stderr)

@@ -134,6 +134,7 @@ def test_every_key_can_be_set(loads):
 def test_the_keys_of_rewards_can_be_set(loads):
     overrides = [
         "fitness.kind=reward",
+        "data.path=builtin:countdown",
         "data.options.numbers=[3, 4]",
         'reward.functions=["m.f", "g.py:h"]',
         "reward.weights=[1, 0.5]",
@@ -502,7 +503,7 @@ def test_a_missing_recipe_is_refused_by_name(tmp_path):
         "[workers]\ncount = 3\ndeadline = 0.30000000000000004",
         "[noise]\nkind = 'lowrank'\nrank = 3",
         "[data]\nsystem = 'a {b}'\ntemplate = '{q}'\nchat = true\noptions = {train = 3, numbers = [3, 4], whole = false}\n"
-        "[fitness]\nkind = 'reward'\n[reward]\nfunctions = ['a.b', 'c.py:d']\nweights = [1, -0.5]\nseconds = 2",
+        "path = 'x.jsonl'\n[fitness]\nkind = 'reward'\n[reward]\nfunctions = ['a.b', 'c.py:d']\nweights = [1, -0.5]\nseconds = 2",
     ],
 )
 def test_a_dumped_recipe_loads_as_the_same(loads, tmp_path, text):
@@ -563,7 +564,7 @@ def test_keys_that_only_rewards_use_are_refused_without_them(tmp_path, setting, 
     with pytest.raises(UserError) as caught:
         Recipe.load(path, [setting])
     assert message in str(caught.value)
-    assert Recipe.load(path, [setting, "fitness.kind=reward"]).fitness.kind == "reward"
+    assert Recipe.load(path, [setting, "fitness.kind=reward", "data.path=x.jsonl"]).fitness.kind == "reward"
 
 
 @pytest.mark.parametrize("setting", ["data.lines=3", "data.samples=lines"])

@@ -98,7 +98,7 @@ def test_no_special_tokens_are_added_and_no_warning_is_given(byte_tokenizer, ids
 
 @pytest.mark.parametrize("samples", ["lines", "joined"])
 def test_a_text_without_a_sample_is_refused(endless, samples):
-    with pytest.raises(UserError, match=r"data\.path: not one sample of 2 tokens"):
+    with pytest.raises(UserError, match=r"^not one sample of 2 tokens in the text \(data\.path, "):
         tokenize([["x"]], endless, samples, 8)
 
 

@@ -306,7 +306,7 @@ def test_a_stopped_run_without_disk_for_a_checkpoint_says_how_to_make_it(tmp_pat
     run.milestones.checkpoint_if_due(last=True)
     assert run.exported("checkpoint") is None
     assert run.console.said == [
-        f"no checkpoint: it takes 0.0 GiB of disk; to make it elsewhere: es-lite replay {tmp_path} --out DIR"
+        f"no checkpoint: it takes 0.0 GiB of disk, more than is free; to make it elsewhere: es-lite replay {tmp_path} --out DIR"
     ]
     monkeypatch.setattr(system, "free_disk_bytes", lambda path: int(needed) + 1)
     run.milestones.checkpoint_if_due(last=True)

@@ -42,7 +42,8 @@ def replay(run: Path, out: Path, model_path: str = "", steps: int | None = None,
     steps = len(journal.records) if steps is None else steps
     if not 0 <= steps <= len(journal.records):
         raise UserError(f"--step {steps}: {journal.path} has steps 0 to {len(journal.records)}")
-    for taken in (out, *beside(out)):
+    out = out.absolute()
+    for taken in (out, *(beside(out) if out.name else ())):
         if taken.exists():
             raise UserError(f"{taken}: exists already; remove it, or choose another folder for --out")
     origin = Origin.of_header(journal.header, journal.path)

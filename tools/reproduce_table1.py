@@ -28,6 +28,7 @@ from _measuring import table
 
 from es_lite import system
 from es_lite.errors import UserError
+from es_lite.files import expanded
 from es_lite.recipe import Recipe
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "countdown_qwen2p5_0p5b.toml"
@@ -179,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, OSError) as error:
         print(f"reproduce_table1: {error}", file=sys.stderr)
         return 2
-    run = Path(recipe.run.dir).expanduser()
+    run = expanded(recipe.run.dir)
     try:
         train(recipe, options)
         found = evaluate(run, options.test, options.dir / "evaluation.json")

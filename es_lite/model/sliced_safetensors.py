@@ -22,8 +22,15 @@ from es_lite.files import NewFile, TruncatedFile, open_file, read_fully, view_of
 _NUMPY: dict[str, np.dtype] = {"F32": np.dtype("<f4"), "BF16": np.dtype("<u2"), "F16": np.dtype("<f2")}
 
 _NAMES = {
-    **{"float32": "F32", "float64": "F64", "bool": "BOOL"},
-    **{"int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "uint16": "U16"},
+    "float32": "F32",
+    "float64": "F64",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "uint16": "U16",
+    "bool": "BOOL",
 }
 
 LFS = b"version https://git-lfs"

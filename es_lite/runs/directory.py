@@ -43,8 +43,8 @@ class RunDirectory:
         self.tokenizer = self.path / "tokenizer"
         try:
             present = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
-            ours = "recipe.toml" in present and not present.isdisjoint({"lock", "journal.jsonl"})
-            ours = ours or present >= {"journal.jsonl", self.store.name}  # a lost recipe ends no run
+            marks = ({"recipe.toml", "lock"}, {"recipe.toml", "journal.jsonl"}, {"journal.jsonl", self.store.name})
+            ours = any(present >= both for both in marks)  # a lost recipe ends no run
             foreign = not ours and not present <= BEFORE_THE_RECIPE
             if foreign or (self.path.exists() and not self.path.is_dir()):
                 raise UserError(f"{self.path}: exists and is not a run directory; choose another run.dir")

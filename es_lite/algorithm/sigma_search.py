@@ -11,7 +11,8 @@ SHARE = 0.5
 """Of the scores' spread that a perturbation costs, on average."""
 
 CLOSE = 1.5
-"""A σ is kept if its share is within this factor of the aim."""
+"""A σ is kept if its share is within this factor of the aim; or if one that is too small and one that is too large are within
+this factor of each other, the better of the two: what a step's scores say of the share is not more exact than that."""
 
 STEPS = 8
 """The most steps that the search takes; it then keeps what came closest."""
@@ -50,21 +51,24 @@ class SigmaSearch:
         if off <= CLOSE and error >= cost:  # it may be chance: the larger σ, the better its cost is seen
             share, off = 0.0, UNCERTAIN
         self._tried.append((self.sigma, share))
+        small = max((tried for tried in self._tried if tried[1] < SHARE), default=(0.0, 0.0))
+        large = min((tried for tried in self._tried if tried[1] > SHARE and tried > small), default=(math.inf, 0.0))
         if off <= CLOSE or (self.sigma == self._least and share > SHARE):
-            self.found, self.share = True, share
+            self._keep((self.sigma, share))
+        elif large[0] <= CLOSE * small[0]:
+            self._keep(small, large)
         elif len(self._tried) == STEPS:
-            self.found = True
-            self.sigma, self.share = min(self._tried, key=lambda tried: _off(tried[1]))
+            self._keep(*self._tried)
+        elif small[0] and large[0] < math.inf:
+            self.sigma = math.sqrt(small[0] * large[0])
         else:
-            self.sigma = max(self._least, self._next(share, off))
+            factor = min(off, FURTHEST)
+            self.sigma = max(self._least, self.sigma * factor if share < SHARE else self.sigma / factor)
 
-    def _next(self, share: float, off: float) -> float:
-        small = max((sigma for sigma, other in self._tried if other < SHARE), default=0.0)
-        large = min((sigma for sigma, other in self._tried if other > SHARE and sigma > small), default=math.inf)
-        if small and large < math.inf:
-            return math.sqrt(small * large)
-        factor = min(off, FURTHEST)
-        return self.sigma * factor if share < SHARE else self.sigma / factor
+    def _keep(self, *tried: tuple[float, float]) -> None:
+        """Ends the search with the best of these: σ and its share."""
+        self.found = True
+        self.sigma, self.share = min(tried, key=lambda one: _off(one[1]))
 
     def words(self) -> str:
         """One line on the σ that was found, and why it is that."""

@@ -56,13 +56,14 @@ def test_perturbations_that_cost_nothing_ask_for_a_larger_one():
     assert search.sigma == pytest.approx(FURTHEST * 1e-3)
 
 
-def test_it_ends():
-    """Even if the share jumps about."""
-    search = SigmaSearch(1e-3, 0.0)
-    for step in range(STEPS):
-        assert not search.found
-        search.add([100.0, 1e-6][step % 2], 0.0, 1.0)
-    assert search.found
+@pytest.mark.parametrize("shares", [[100.0, 1e-6], [1e-6, 100.0], [1e-6], [100.0]], ids=str)
+def test_it_ends(shares: list[float]):
+    """Whatever the shares."""
+    search, steps = SigmaSearch(1e-3, 0.0), 0
+    while not search.found:
+        search.add(shares[steps % len(shares)], 0.0, 1.0)
+        steps += 1
+    assert steps <= STEPS
 
 
 def test_a_share_that_jumps_is_searched_for_between_what_was_too_small_and_too_large():
@@ -74,12 +75,23 @@ def test_a_share_that_jumps_is_searched_for_between_what_was_too_small_and_too_l
 
 
 def test_what_came_closest_is_kept_in_the_end():
-    search, shares = SigmaSearch(1e-3, 0.0), iter([0.01, 9.0, 0.02, 7.0, 0.1, 9.0, 0.01, 9.0])
+    search, shares = SigmaSearch(1e-3, 0.0), iter([0.01, 0.03, 0.02, 0.03, 0.1, 0.02, 0.01, 0.04])
     tried = []
     while not search.found:
         tried.append(search.sigma)
         search.add(next(shares), 0.0, 1.0)
-    assert search.sigma == tried[4] and search.share == 0.1
+    assert len(tried) == STEPS and search.sigma == tried[4] and search.share == 0.1
+
+
+@pytest.mark.parametrize(("last", "best"), [(0.9, 2), (2.0, 1)], ids=["the larger", "the smaller"])
+def test_between_a_sigma_too_small_and_one_too_large_that_are_close_the_better_is_kept(last: float, best: int):
+    """What came closest before, but outside of the two, does not count: if shares are exact, the right one lies between them."""
+    search, tried = SigmaSearch(1e-3, 0.0), []
+    for share in (0.8, 0.25, last):
+        tried.append(search.sigma)
+        search.add(share, 0.0, 1.0)
+    assert tried == pytest.approx([1e-3, 1e-3 / 1.6, 1e-3 / 1.6**0.5])
+    assert search.found and search.sigma == tried[best] and search.share == (0.25, last)[best - 1]
 
 
 def test_a_share_that_may_be_right_by_chance_is_not_believed():

@@ -113,14 +113,14 @@ def test_theta_is_scored_often_at_first_and_then_for_less_than_a_hundredth_of_th
 
 
 def test_theta_is_scored_again_with_a_sigma_that_is_new_when_the_search_ends():
-    """Scores so noisy that no σ comes close: the search ends after its last step with one that it tried before."""
+    """Scores so noisy that no σ comes close: the search ends with one that it tried before the last."""
     tuning = Tuning(recipe(1000, sigma="auto", alpha="auto"), lambda: 1e-4, [])
     step = 0
     while tuning.searching:
         sigma = tuning.sigma(step)
-        tuning.alpha(step, sigma, dataclasses.replace(found(sigma), curvature=1e6 if step % 2 else 1.0))
+        tuning.alpha(step, sigma, dataclasses.replace(found(sigma), curvature=1.0 if step % 2 else 1e6))
         step += 1
-    assert tuning.sigma(step) != sigma and step == 8
+    assert tuning.sigma(step) != sigma and step == 4
     repeats = []
     for young in range(step, step + 8):
         assert tuning.probes(young)

@@ -33,7 +33,7 @@ from es_lite.files import write_durably
 from es_lite.fitness.grading import Graders
 from es_lite.fitness.reward import Reward, RewardItems, check_vocabulary, end_tokens, functions_of
 from es_lite.recipe import Recipe
-from es_lite.terminal import accept_any_text, stoppable
+from es_lite.terminal import accept_any_text, exit_code_of
 
 
 def evaluate(subject: Subject, base: Subject | None, recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
@@ -162,18 +162,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     accept_any_text()
     options = _parser().parse_args(argv)
     transformers_logging.set_verbosity_error()
-    try:
-        if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(errors="surrogateescape")  # what is no text is refused where it is used
-        with stoppable():
-            run(options)
-    except (UserError, RunError) as error:
-        print(f"es_lite: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("es_lite: stopped", file=sys.stderr)
-        return 130
-    return 0
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is no text is refused where it is used
+    return exit_code_of(lambda: run(options))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,20 @@ from es_lite.model.origin import Origin
 from es_lite.planning.plan import Plan
 from es_lite.planning.rates import step_time
 from es_lite.recipe import Recipe
-from es_lite.terminal import accept_any_text, stoppable
+from es_lite.terminal import accept_any_text, exit_code_of
+
+
+def tell(path: Path, overrides: Sequence[str]) -> None:
+    """Prints the plan of the recipe at `path`. Raises UserError, also if it does not fit."""
+    recipe = Recipe.load(path, overrides)
+    model, layout = Origin.of_recipe(recipe).skeleton()
+    fitness = fitness_of(recipe.fitness.kind)
+    plan = Plan.of(recipe, fitness, model.config, layout)
+    plan.rehearse(model, fitness)
+    expected = step_time(plan.work, plan.execution, plan.noise, expanded(recipe.run.dir))
+    print(f"{plan.summary(expected, recipe.run.iterations)}\n\n{plan.details(expected)}")
+    if problem := plan.shortfall():
+        raise UserError(f"{path}: {problem}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,24 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("recipe", type=Path, help="a TOML file; example recipes are in recipes/")
     parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE", dest="overrides", help="override a key")
     arguments = parser.parse_args(argv)
-    try:
-        with stoppable():
-            recipe = Recipe.load(arguments.recipe, arguments.overrides)
-            model, layout = Origin.of_recipe(recipe).skeleton()
-            fitness = fitness_of(recipe.fitness.kind)
-            plan = Plan.of(recipe, fitness, model.config, layout)
-            plan.rehearse(model, fitness)
-            expected = step_time(plan.work, plan.execution, plan.noise, expanded(recipe.run.dir))
-            print(f"{plan.summary(expected, recipe.run.iterations)}\n\n{plan.details(expected)}")
-            if problem := plan.shortfall():
-                raise UserError(f"{arguments.recipe}: {problem}")
-    except UserError as error:
-        print(f"es_lite: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("es_lite: stopped", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code_of(lambda: tell(arguments.recipe, arguments.overrides))
 
 
 if __name__ == "__main__":

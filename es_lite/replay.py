@@ -10,7 +10,6 @@ recipe's data.tokenizer and the tokenizer that the run trained are used.
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -18,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from es_lite.algorithm.jit import Threads
 from es_lite.data.tokenizer import load_tokenizer
-from es_lite.errors import RunError, UserError
+from es_lite.errors import UserError
 from es_lite.files import beside
 from es_lite.model.layout import Layer
 from es_lite.model.origin import Origin
@@ -27,7 +26,7 @@ from es_lite.runs.export import export, model_card
 from es_lite.runs.journal import Journal
 from es_lite.system import cores
 from es_lite.tables import DataTable
-from es_lite.terminal import accept_any_text, stoppable
+from es_lite.terminal import accept_any_text, exit_code_of
 from es_lite.weights.layer_format import LayerFormat
 from es_lite.weights.reading import LayerReader
 
@@ -39,30 +38,25 @@ def replay(run: Path, out: Path, model_path: str = "", steps: int | None = None,
     exists.
     """
     journal = Journal.open(run / "journal.jsonl" if run.is_dir() else run)
-    steps = len(journal.records) if steps is None else steps
-    if not 0 <= steps <= len(journal.records):
-        raise UserError(f"--step {steps}: {journal.path} has steps 0 to {len(journal.records)}")
+    records = journal.until(steps)
     out = out.absolute()
     for taken in (out, *(beside(out) if out.name else ())):
         if taken.exists():
             raise UserError(f"{taken}: exists already; remove it, or choose another folder for --out")
-    origin = Origin.of_header(journal.header, journal.path)
-    if model_path and not origin.path:
-        raise UserError(f"--model {model_path}: this run started from random weights, which its journal's seed gives")
-    origin = replace(origin, path=model_path or origin.path)
+    origin = Origin.of_header(journal.header, journal.path).moved(model_path)
     model, layout = origin.skeleton()
     threads = Threads(cores())
     theta_0 = origin.source(model, layout, threads)
     origin.check(journal.header, journal.path, layout, theta_0)
 
     def reader(layer: Layer) -> LayerReader:
-        return LayerReader.of_theta_0(LayerFormat(layer, origin.storage), theta_0, journal.records[:steps], threads)
+        return LayerReader.of_theta_0(LayerFormat(layer, origin.storage), theta_0, records, threads)
 
     tokenizer = _tokenizer(run, origin)
     if tokenizer is None:
         print(f"es_lite: no tokenizer was found; copy the run's into {out}", file=sys.stderr)
-    card = model_card(steps, "", origin.path, "")
-    export(out, model, layout, reader, tokenizer, dtype, card, {"step": steps})
+    card = model_card(len(records), "", origin.path, "")
+    export(out, model, layout, reader, tokenizer, dtype, card, {"step": len(records)})
 
 
 def _tokenizer(run: Path, origin: Origin) -> PreTrainedTokenizerBase | None:
@@ -92,17 +86,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="type of the tensors; default: bf16")
     arguments = parser.parse_args(argv)
     transformers_logging.set_verbosity_error()
-    try:
-        with stoppable():
-            replay(arguments.run, arguments.out, arguments.model, arguments.step, arguments.dtype)
-    except (UserError, RunError) as error:
-        print(f"es_lite: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("es_lite: stopped; nothing was written", file=sys.stderr)
-        return 130
-    print(arguments.out)
-    return 0
+
+    def command() -> None:
+        replay(arguments.run, arguments.out, arguments.model, arguments.step, arguments.dtype)
+        print(arguments.out)
+
+    return exit_code_of(command, "stopped; nothing was written")
 
 
 if __name__ == "__main__":

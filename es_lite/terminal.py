@@ -4,8 +4,10 @@ import contextlib
 import io
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
+
+from es_lite.errors import RunError, UserError
 
 AGAIN_SECONDS = 0.05
 """Until a KeyboardInterrupt that Python dropped is raised again."""
@@ -42,3 +44,17 @@ def stoppable() -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def exit_code_of(command: Callable[[], None], stopped: str = "stopped") -> int:
+    """Runs a command and returns its exit code. What was wrong, or `stopped` if the user stopped it, goes to standard error."""
+    try:
+        with stoppable():
+            command()
+    except (UserError, RunError) as error:
+        print(f"es_lite: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"es_lite: {stopped}", file=sys.stderr)
+        return 130
+    return 0

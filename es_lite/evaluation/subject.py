@@ -67,16 +67,10 @@ class Subject:
     @classmethod
     def _of_run(cls, place: Path, model_path: str, step: int | None) -> Self:
         journal = Journal.open(place / "journal.jsonl" if place.is_dir() else place)
-        last = len(journal.records)
-        step = last if step is None else step
-        if not 0 <= step <= last:
-            raise UserError(f"--step {step}: {journal.path} has steps 0 to {last}")
-        origin = Origin.of_header(journal.header, journal.path)
-        if model_path and not origin.path:
-            raise UserError(f"--model {model_path}: this run started from random weights, which its journal's seed gives")
-        origin = replace(origin, path=model_path or origin.path)
+        records = journal.until(step)
+        origin = Origin.of_header(journal.header, journal.path).moved(model_path)
         recipe = Recipe.load(place / "recipe.toml") if (place / "recipe.toml").is_file() else None
-        return cls(f"{place}, step {step}", origin, journal.records[:step], recipe, journal.path, journal.header)
+        return cls(f"{place}, step {len(records)}", origin, records, recipe, journal.path, journal.header)
 
     def start(self) -> Self:
         """The run's own θ₀. Raises UserError if this is not a run."""

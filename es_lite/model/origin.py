@@ -79,6 +79,12 @@ class Origin:
         except TypeError as error:  # a key is missing
             raise UserError(f"{where}: its origin is incomplete ({error}); restore the file from a copy") from None
 
+    def moved(self, path: str) -> Self:
+        """The same with its pretrained model at `path`; "": where it was. Raises UserError if it is none, but random weights."""
+        if path and not self.path:
+            raise UserError(f"--model {path}: this run started from random weights, which its journal's seed gives")
+        return dataclasses.replace(self, path=path or self.path)
+
     def continuing(self, header: dict[str, Any], where: Path) -> Self:
         """The same for a run that goes on, whose random weights are drawn in the version that it began with."""
         return dataclasses.replace(self, initialisation=Origin.of_header(header, where).initialisation)

@@ -96,6 +96,12 @@ class Journal:
                     f"{record.step + 1}, the recipe's {_words(noise)}); restore the run's own journal"
                 )
 
+    def until(self, step: int | None) -> list[Record]:
+        """The records of the first `step` steps; None: of all. Raises UserError if there are fewer."""
+        if step is not None and not 0 <= step <= len(self.records):
+            raise UserError(f"--step {step}: {self.path} has steps 0 to {len(self.records)}")
+        return self.records[:step]
+
     def append(self, record: Record, scores: list[float | None], estimate: dict[str, Any] | None = None) -> None:
         """Adds the record of the next step; it is on disk when this returns. scores: for people and for metrics.
         estimate: for the α and σ of the steps after it.

@@ -22,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from es_lite.algorithm.formats import round_bf16, wide
 from es_lite.algorithm.jit import Threads, jit
 from es_lite.scoring.arrays import as_array
-from es_lite.scoring.logsumexp import exponentials, halve_max, halve_sum, scratch
+from es_lite.scoring.logsumexp import buffers, exponentials, halve_max, halve_sum
 
 _f32, _u32 = np.float32, np.uint32
 
@@ -157,7 +157,7 @@ def _attend(out, query, keys, key_steps, values, value_steps, seen, scale):
     queries, totals = np.empty((group, width), _f32), np.empty((group, width), _f32)
     total_bits = totals.view(_u32)
     scores = np.empty((group, slots), _f32)
-    some, power = scratch(slots)
+    some, power = buffers(slots)
     power_bits = power.view(_u32)
     for r in range(rows):
         low, high = _range(seen[r])

@@ -20,18 +20,18 @@ C4, C5, C6 = np.float32(0.009618129107628477), np.float32(0.0013333558146428443)
 
 
 @jit
-def halve_max(values, scratch):
+def halve_max(values, buffer):
     """Maximum of values, whose size is a power of two; each loop is over whole halves, which LLVM vectorises."""
     half = values.size // 2
     low, high = values[:half], values[half:]
     for i in range(half):
-        scratch[i] = low[i] if low[i] > high[i] else high[i]
+        buffer[i] = low[i] if low[i] > high[i] else high[i]
     while half > 1:
         half //= 2
-        low, high = scratch[:half], scratch[half : 2 * half]
+        low, high = buffer[:half], buffer[half : 2 * half]
         for i in range(half):
             low[i] = low[i] if low[i] > high[i] else high[i]
-    return scratch[0]
+    return buffer[0]
 
 
 @jit
@@ -78,7 +78,7 @@ def _row(values, power, power_bits, greatest, total):
 
 
 @jit
-def scratch(width):
+def buffers(width):
     """Buffers for a block: values and powers, float32 [the next power of two]."""
     padded = 2
     while padded < width:
@@ -89,7 +89,7 @@ def scratch(width):
 @jit
 def _update_bf16(greatest, total, chosen, logits, targets, first):
     count, width = logits.shape
-    values, power = scratch(width)
+    values, power = buffers(width)
     value_bits, power_bits = values.view(_u32), power.view(_u32)
     for i in range(count):
         row = logits[i]
@@ -105,7 +105,7 @@ def _update_bf16(greatest, total, chosen, logits, targets, first):
 @jit
 def _update_fp32(greatest, total, chosen, logits, targets, first):
     count, width = logits.shape
-    values, power = scratch(width)
+    values, power = buffers(width)
     power_bits = power.view(_u32)
     for i in range(count):
         values[:width] = logits[i]

@@ -33,7 +33,7 @@ def smollm2() -> Path:
 @pytest.mark.long
 def test_a_step_on_the_real_model_scores_as_hugging_face_does(smollm2, tmp_path):
     """One step of the recipe that comes with es_lite; the evaluation before it equals Hugging Face's own forward."""
-    sizes = ["es.population=2", "fitness.samples=2", "fitness.max_length=64", "eval.every=1", "eval.samples=4"]
+    sizes = ["es.population=4", "fitness.samples=2", "fitness.max_length=64", "eval.every=1", "eval.samples=4"]
     settings = [f"run.dir={tmp_path / 'run'}", "run.iterations=1", "run.checkpoint_every=1", f"model.path={smollm2}", *sizes]
     command = [sys.executable, "-m", "es_lite.train", str(ROOT / "recipes" / "smollm2_adapt.toml")]
     command += [part for setting in settings for part in ("--set", setting)]

@@ -29,10 +29,13 @@ CLOSE = 0.1
 NEWS = 1.2
 """The curvature is measured again once α has risen by this."""
 
-TRUST, FURTHEST = 0.14, 1.0
+TRUST = 0.14
 """The root mean square of a step's elements is at most TRUST·√(pairs that the curvature was measured with, all in all) times σ,
-since the more they are, the better it is known, and the less of a step is random; and always at most FURTHEST times σ, since
-scores say nothing of what is further away."""
+since the more they are, the better it is known, and the less of a step is random."""
+
+NEAR, OF_PAIR, FURTHEST = 1.0, 0.25, 2.0
+"""It is also always at most OF_PAIR·√pairs times σ (then each pair moves it by OF_PAIR times σ: scores say nothing of what is
+further away), but this bound is at least NEAR, and at most FURTHEST, times σ."""
 
 KNOWN = 8
 """After so many measurements of the curvature, what steps are expected to gain is compared with what they were before."""
@@ -85,7 +88,8 @@ class StepSize:
         if found.squares:
             as_sigma = sigma / found.squares**0.5  # α of a step whose elements have the root mean square σ
             trusted = TRUST * (found.pairs * max(1, averages.measurements)) ** 0.5
-            highest, furthest = max(highest, CLOSE * as_sigma), min(FURTHEST, trusted) * as_sigma
+            bound = min(FURTHEST, max(NEAR, OF_PAIR * found.pairs**0.5))
+            highest, furthest = max(highest, CLOSE * as_sigma), min(bound, trusted) * as_sigma
         if cost is None or cost <= 0:  # nothing is known that speaks against a larger step
             wanted = highest if gain else min(self._alpha, highest)
         else:

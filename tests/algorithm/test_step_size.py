@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from es_lite.algorithm.estimate import Averages, Estimate
-from es_lite.algorithm.step_size import CLOSE, FALL, FURTHEST, LAST_PART, MULTIPLE, RISE, TRUST, StepSize
+from es_lite.algorithm.step_size import CLOSE, FALL, FURTHEST, LAST_PART, MULTIPLE, NEAR, OF_PAIR, RISE, TRUST, StepSize
 
 ALIKE = Estimate(slope=1.0, gain=0.5, seen=1.0, scatter=2.0, agreed=0.5, squares=0.25, pairs=10**9, curvature=10.0)
 """Of which the greedy step is 0.5/(2·2.5) = 0.1."""
@@ -90,13 +90,13 @@ def test_it_falls_later_the_more_steps_still_gain():
     assert 1000 * (1 - 0.6 * LAST_PART) < falling[0] < 1000 * (1 - 0.4 * LAST_PART)
 
 
-@pytest.mark.parametrize("pairs", [4, 10**9])
-def test_no_step_goes_further_than_the_scores_say_anything_of(pairs: int):
-    """Nor does the first, whatever the recipe begins with. With few pairs, σ is reached when the curvature was measured often."""
+@pytest.mark.parametrize(("pairs", "bound"), [(4, NEAR), (16, NEAR), (36, 6 * OF_PAIR), (10**9, FURTHEST)])
+def test_no_step_goes_further_than_the_scores_say_anything_of(pairs: int, bound: float):
+    """Nor does the first, whatever the recipe begins with; that far, once the curvature was measured often enough."""
     found = alphas(100.0, 1000, replace(ALIKE, pairs=pairs, curvature=1e-3), sigma=1e-3)
     sigma = 1e-3 / ALIKE.squares**0.5
-    assert found[:20] == pytest.approx([min(FURTHEST, TRUST * (pairs * times) ** 0.5) * sigma for times in range(1, 21)])
-    assert found[20:100] == pytest.approx([FURTHEST * sigma] * 80)
+    assert found[:20] == pytest.approx([min(bound, TRUST * (pairs * times) ** 0.5) * sigma for times in range(1, 21)])
+    assert found[20:100] == pytest.approx([bound * sigma] * 80)
 
 
 def test_without_a_gain_it_falls():

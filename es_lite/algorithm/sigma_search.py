@@ -6,6 +6,7 @@ spread drowns in rounding.
 """
 
 import math
+from typing import NamedTuple
 
 SHARE = 0.5
 """Of the scores' spread that a perturbation costs, on average."""
@@ -24,6 +25,11 @@ UNCERTAIN = 2.0
 """The factor by which σ rises after a share that would be right, but is no larger than its error."""
 
 
+class _Tried(NamedTuple):
+    sigma: float
+    share: float
+
+
 class SigmaSearch:
     """σ of each step: a function of the shares of the steps before it."""
 
@@ -36,8 +42,7 @@ class SigmaSearch:
         self._least = least
         self._differed = False
         """Whether members ever scored differently."""
-        self._tried: list[tuple[float, float]] = []
-        """σ and its share."""
+        self._tried: list[_Tried] = []
 
     def add(self, cost: float, error: float, spread: float) -> None:
         """What the scores of a step with `sigma` said; to be called after each step until σ is found.
@@ -50,25 +55,28 @@ class SigmaSearch:
         off = _off(share)
         if off <= CLOSE and error >= cost:  # it may be chance: the larger σ, the better its cost is seen
             share, off = 0.0, UNCERTAIN
-        self._tried.append((self.sigma, share))
-        small = max((tried for tried in self._tried if tried[1] < SHARE), default=(0.0, 0.0))
-        large = min((tried for tried in self._tried if tried[1] > SHARE and tried > small), default=(math.inf, 0.0))
+        last = _Tried(self.sigma, share)
+        self._tried.append(last)
+        small = max((tried for tried in self._tried if tried.share < SHARE), default=_Tried(0.0, 0.0))
+        large = min(
+            (tried for tried in self._tried if tried.share > SHARE and tried.sigma > small.sigma), default=_Tried(math.inf, 0.0)
+        )
         if off <= CLOSE or (self.sigma == self._least and share > SHARE):
-            self._keep((self.sigma, share))
-        elif large[0] <= CLOSE * small[0]:
+            self._keep(last)
+        elif large.sigma <= CLOSE * small.sigma:
             self._keep(small, large)
         elif len(self._tried) == STEPS:
             self._keep(*self._tried)
-        elif small[0] and large[0] < math.inf:
-            self.sigma = math.sqrt(small[0] * large[0])
+        elif small.sigma and large.sigma < math.inf:
+            self.sigma = math.sqrt(small.sigma * large.sigma)
         else:
             factor = min(off, FURTHEST)
             self.sigma = max(self._least, self.sigma * factor if share < SHARE else self.sigma / factor)
 
-    def _keep(self, *tried: tuple[float, float]) -> None:
-        """Ends the search with the best of these: σ and its share."""
+    def _keep(self, *tried: _Tried) -> None:
+        """Ends the search with the best of these."""
         self.found = True
-        self.sigma, self.share = min(tried, key=lambda one: _off(one[1]))
+        self.sigma, self.share = min(tried, key=lambda one: _off(one.share))
 
     def words(self) -> str:
         """One line on the σ that was found, and why it is that."""
